@@ -1,0 +1,205 @@
+"""Which code computes: the choice between backends, and the protocol that the kernel backends share.
+
+`reference` is plain PyTorch and always there; `native` is the compiled extension; `triton` compiles at run time.
+The public face is `backends`, `use_backend` and `BackendInfo`; the rest of the package calls `resolve`, once an
+operation, and passes the name on, so that a backward pass runs where its forward pass did.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+NAMES = ("native", "triton", "reference")
+"""Every backend, in the order in which "auto" tries them."""
+
+
+class Reconstruction(NamedTuple):
+    """The likelihood half of an objective: operands, and the gradient buffers to fill (None: not wanted)."""
+
+    recon_x: Tensor
+    x: Tensor
+    spread: Tensor | float
+    """recon_logvar, or the variance where ``is_variance``; a tensor broadcasts to recon_x's shape."""
+    is_variance: bool
+    eps: float
+    """The variance's lower bound; unused for a log-variance."""
+    full: bool
+    grad_recon_x: Tensor | None = None
+    grad_x: Tensor | None = None
+    grad_spread: Tensor | None = None
+    """Of the tensor spread's own shape: the gradient is summed over the dimensions it is broadcast along."""
+
+
+class Latents(NamedTuple):
+    """The divergence half of an objective: operands, and the gradient buffers to fill (None: not wanted)."""
+
+    mu: Tensor
+    logvar: Tensor
+    grad_mu: Tensor | None = None
+    grad_logvar: Tensor | None = None
+
+
+class KernelBackend(Protocol):
+    """What a kernel backend can do. Callers allocate every output; operands may have any strides and dtypes."""
+
+    def unavailable(self, device_type: str) -> str | None:
+        """None if this backend serves the device type, else the reason and the remedy, in one sentence."""
+
+    def describe(self, device_type: str) -> str:
+        """What serves the device type, in a few words (the instruction set, the chip family)."""
+
+    def normal(self, out: Tensor, seed: Tensor) -> None:
+        """Fill ``out`` with the noise stream of ``seed`` (0-dim int64, on the same device)."""
+
+    def latent(
+        self,
+        latents: Latents,
+        *,
+        seed: Tensor | None = None,
+        noise: Tensor | None = None,
+        z: Tensor | None = None,
+        kl: Tensor | None = None,
+        grad_z: Tensor | None = None,
+        grad_kl: Tensor | None = None,
+    ) -> None:
+        """One pass over the latent: sample ``z``, per-sample ``kl``, gradients; each where asked for.
+
+        The noise comes from ``seed`` or ``noise``; neither is needed if neither z nor grad_z is. The gradients
+        in ``latents`` are those of sum(grad_z * z) + sum(grad_kl * kl).
+        """
+
+    def elbo(
+        self,
+        reconstruction: Reconstruction | None,
+        latents: Latents | None,
+        kl_in: Tensor | None,
+        beta: Tensor | float,
+        reduction: str,
+        scale: float,
+        loss: Tensor,
+        nll: Tensor | None,
+        kl: Tensor | None,
+    ) -> None:
+        """Fill loss = nll + beta * kl, and its terms where asked for, and the gradients of ``loss``.
+
+        The KL comes from ``latents`` or, a value a sample, from ``kl_in``. Either half may be absent. Reduction
+        "sample" gives a value a sample, "element" a value an element (reconstruction only), anything else
+        ``scale`` times the total.
+        """
+
+    def nll_backward(self, reconstruction: Reconstruction, weight: Tensor) -> None:
+        """Gradients of sum(weight * nll); ``weight`` has recon_x's shape, or is one value a sample."""
+
+    def scale_(self, tensors: list[Tensor], factor: Tensor) -> None:
+        """Multiply each tensor by the 0-dim ``factor`` in place; touch nothing when it is 1. No host sync."""
+
+
+class BackendInfo(NamedTuple):
+    """An available backend: what it is, and the device types it serves here."""
+
+    description: str
+    devices: tuple[str, ...]
+
+
+_loaded: dict[str, KernelBackend] = {}
+_choice = "auto"
+
+
+def kernels(name: str) -> KernelBackend:
+    """The kernel backend of that name (never "reference": that one has formulas, not kernels)."""
+    found = _loaded.get(name)
+    if found is None:
+        found = _loaded[name] = import_module(f"fusedvae.backend.{name}").BACKEND
+    return found
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """None if the backend serves the device type, else the reason and the remedy."""
+    return None if name == "reference" else kernels(name).unavailable(device_type)
+
+
+def resolve(device_type: str, requested: str | None = None) -> str:
+    """The backend that serves the device type: the call's own choice, else that of `use_backend`.
+
+    Raises RuntimeError, with reason and remedy, if a backend asked for by name is unavailable; "auto" cannot fail.
+    """
+    return _resolve(device_type, _choice if requested is None else _checked(requested))
+
+
+@torch.compiler.assume_constant_result  # what can serve a device does not change while a process lives
+def _resolve(device_type: str, name: str) -> str:
+    if name == "auto":
+        return next(name for name in NAMES if unavailable(name, device_type) is None)
+    reason = unavailable(name, device_type)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is unavailable for {device_type!r} tensors: {reason}")
+    return name
+
+
+def device_types() -> tuple[str, ...]:
+    """The device types of this machine that PyTorch can use, as far as the package knows any of them."""
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def backends() -> dict[str, BackendInfo]:
+    """The backends available on this machine, best first: name -> (description, device types served).
+
+    >>> list(fusedvae.backends())  # doctest: +SKIP
+    ['native', 'reference']
+    """
+    found = {}
+    for name in NAMES:
+        served = tuple(device for device in device_types() if unavailable(name, device) is None)
+        if served:
+            description = "; ".join(dict.fromkeys(describe(name, device) for device in served))
+            found[name] = BackendInfo(description, served)
+    return found
+
+
+def describe(name: str, device_type: str) -> str:
+    """What a backend uses on a device type, in a few words."""
+    return "plain PyTorch" if name == "reference" else kernels(name).describe(device_type)
+
+
+def _checked(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"backend: expected a name, got {type(name).__name__}")
+    if name not in ("auto", *NAMES):
+        raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
+    return name
+
+
+class use_backend:  # noqa: N801 - reads as a function at the call site, like torch.set_grad_enabled
+    """Choose the backend of every operation that follows: "auto", "native", "triton" or "reference".
+
+    As a function call it holds until the next one; as a context manager, until the block ends. The environment
+    variable FUSEDVAE_BACKEND sets the initial choice, "auto" without it. The choice is one for the process.
+
+    Raises ValueError for a name that is none of these, RuntimeError (with reason and remedy) for a backend that
+    no device of this machine can use.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _choice
+        if _checked(name) != "auto" and all(unavailable(name, device) for device in device_types()):
+            reasons = "; ".join(f"{device}: {unavailable(name, device)}" for device in device_types())
+            raise RuntimeError(f"backend {name!r} is unavailable: {reasons}")
+        self._previous, _choice = _choice, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _choice
+        _choice = self._previous
+
+
+use_backend(os.environ.get("FUSEDVAE_BACKEND") or "auto")

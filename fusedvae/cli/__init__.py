@@ -1,0 +1,64 @@
+"""The command line: ``fusedvae COMMAND``, also ``python -m fusedvae COMMAND``.
+
+A command is a module of this package, named in ``COMMANDS``: its docstring's first line is its help,
+``add_arguments(parser)`` says what it takes and ``run(arguments)`` does it and returns the exit status.
+
+Exit statuses: 0, done; 2, bad input, with one line on stderr that says what; 130, interrupted by Ctrl-C
+(143 by SIGTERM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fusedvae.cli.errors import CommandError
+
+COMMANDS = ("train", "info")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments get one line: ``--help`` has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fusedvae", description="Fused kernels for variational autoencoders in PyTorch.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"fusedvae.cli.{name}")
+        summary, _, description = module.__doc__.partition("\n")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}\n{description}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own arguments) and return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Known before the parser is: an error of a command's own arguments names that command.
+    name = " ".join(["fusedvae", *argv[:1]]) if argv and argv[0] in COMMANDS else "fusedvae"
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except CommandError as error:
+        message = " ".join(str(error).split())
+        print(f"{name}: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as request:  # argparse's --help
+        return int(request.code or 0)

@@ -1,0 +1,58 @@
+"""Files of a run that are either the old one or the new one, whole, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from fusedvae.cli.errors import CommandError
+
+CHECKPOINT = "checkpoint.pt"
+FORMAT = 1
+"""Changes with the meaning of a checkpoint's entries."""
+
+_UNFINISHED = ".unfinished"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, get it onto the disk, and give it the name ``path``."""
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    with open(unfinished, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    if os.name == "posix":  # the new name is on the disk only when its directory is
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def save(directory: Path, state: dict[str, Any]) -> None:
+    """Make ``state`` the checkpoint of the run in ``directory``."""
+    write_atomically(directory / CHECKPOINT, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load(directory: Path) -> dict[str, Any]:
+    """The state that :func:`save` was last given for ``directory``, on the CPU.
+
+    Reads tensors and plain values only: a checkpoint from a stranger can be wrong, but runs no code.
+    """
+    path = directory / CHECKPOINT
+    if not path.is_file():
+        raise CommandError(f"{directory} holds no run to continue: there is no {CHECKPOINT}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise CommandError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CommandError(f"{path} is not a checkpoint that this version of fusedvae can continue")
+    return state

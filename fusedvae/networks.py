@@ -1,0 +1,287 @@
+"""Ready encoders and decoders for :class:`fusedvae.VAE`: :func:`mlp` for vectors and tiny images, :func:`conv`
+for images from 8x8 to 64x64 and somewhat beyond.
+
+    shape, latent_dim = (1, 28, 28), 16
+    vae = fusedvae.VAE(*fusedvae.networks.conv(shape, latent_dim), latent_dim)
+
+Encoders map ``(batch, *shape)`` to the packed posterior ``(batch, 2 * latent_dim)``: means, then log-variances.
+Decoders map ``(batch, latent_dim)`` to the pair (mean, logvar), each ``(batch, *shape)``, or with
+``mean_only=True`` to the mean alone, for a VAE whose ``recon_logvar`` says the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "conv", "mlp"]
+
+LOGVAR_FLOOR = -6.0
+"""Default lower bound of a decoder's log-variance: a standard deviation of 0.05 for data in [0, 1].
+
+An element that is the same in every sample (the border of most pictures of digits) has a likelihood without an
+upper bound: its log-variance would go to minus infinity and take the gradients with it."""
+
+
+class _Heads(nn.Module):
+    """The last layer of a decoder: a mean and, unless ``mean_only``, a log-variance above ``logvar_floor``.
+
+    Two layers rather than one of twice the width: the outputs then are tensors of their own, and their
+    gradients need not be put together again.
+    """
+
+    def __init__(self, mean: nn.Module, logvar: nn.Module | None, logvar_floor: float) -> None:
+        super().__init__()
+        self.mean, self.logvar, self.logvar_floor = mean, logvar, logvar_floor
+
+    def forward(self, h: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        mean = self.mean(h)
+        if self.logvar is None:
+            return mean
+        # A smooth floor: unlike clamp's, its gradient never vanishes for good.
+        return mean, self.logvar_floor + F.softplus(self.logvar(h) - self.logvar_floor)
+
+
+def _checked_sizes(name: str, sizes: Sequence[int], *, at_least: int = 0) -> tuple[int, ...]:
+    """``sizes`` as a tuple of positive integers, ``at_least`` so many of them."""
+    if isinstance(sizes, (int, str)) or not isinstance(sizes, Sequence):
+        raise TypeError(f"{name} must be a sequence of integers, got {sizes!r}")
+    if len(sizes) < at_least or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"{name} must be {at_least or 'any number of'} or more positive integers, got {tuple(sizes)}")
+    return tuple(sizes)
+
+
+def _checked_size(name: str, size: int) -> int:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} must be an integer, got {size!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be positive, got {size}")
+    return size
+
+
+def _check_input(module: nn.Module, name: str, given: Tensor, sizes: tuple[int, ...]) -> None:
+    if tuple(given.shape[1:]) != sizes:
+        expected = ", ".join(("batch", *map(str, sizes)))
+        raise ValueError(f"{type(module).__name__}: {name} must be of shape ({expected}), got {tuple(given.shape)}")
+
+
+def _dense_stack(sizes: Sequence[int]) -> list[nn.Module]:
+    return [layer for n, m in pairwise(sizes) for layer in (nn.Linear(n, m), nn.SiLU())]
+
+
+class MLPEncoder(nn.Module):
+    """Fully connected encoder.
+
+    Args:
+        shape: sizes of one sample, without the batch: ``(784,)``, ``(1, 28, 28)``, ...
+        latent_dim: number of latent variables.
+        hidden: widths of the hidden layers, from the input to the output.
+
+    Shapes: ``(batch, *shape)`` to ``(batch, 2 * latent_dim)``.
+    """
+
+    def __init__(self, shape: Sequence[int], latent_dim: int, *, hidden: Sequence[int] = (512, 256)) -> None:
+        super().__init__()
+        self.shape = _checked_sizes("shape", shape, at_least=1)
+        widths = (math.prod(self.shape), *_checked_sizes("hidden", hidden))
+        self.layers = nn.Sequential(
+            *_dense_stack(widths), nn.Linear(widths[-1], 2 * _checked_size("latent_dim", latent_dim))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_input(self, "x", x, self.shape)
+        return self.layers(x.flatten(1))
+
+
+class MLPDecoder(nn.Module):
+    """Fully connected decoder.
+
+    Args:
+        latent_dim: number of latent variables.
+        shape: sizes of one sample, without the batch.
+        hidden: widths of the hidden layers, from the input to the output.
+        mean_only: leave the log-variance to the VAE.
+        logvar_floor: the log-variance is ``floor + softplus(output - floor)``, never below it.
+
+    Shapes: ``(batch, latent_dim)`` to a pair of ``(batch, *shape)``, or one such tensor if ``mean_only``.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        shape: Sequence[int],
+        *,
+        hidden: Sequence[int] = (256, 512),
+        mean_only: bool = False,
+        logvar_floor: float = LOGVAR_FLOOR,
+    ) -> None:
+        super().__init__()
+        self.latent_dim = _checked_size("latent_dim", latent_dim)
+        shape = _checked_sizes("shape", shape, at_least=1)
+        widths = (latent_dim, *_checked_sizes("hidden", hidden))
+        self.layers = nn.Sequential(*_dense_stack(widths))
+
+        def head() -> nn.Module:
+            return nn.Sequential(nn.Linear(widths[-1], math.prod(shape)), nn.Unflatten(1, shape))
+
+        self.heads = _Heads(head(), None if mean_only else head(), logvar_floor)
+
+    def forward(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        _check_input(self, "z", z, (self.latent_dim,))
+        return self.heads(self.layers(z))
+
+
+def mlp(
+    shape: Sequence[int],
+    latent_dim: int,
+    *,
+    hidden: Sequence[int] = (512, 256),
+    mean_only: bool = False,
+    logvar_floor: float = LOGVAR_FLOOR,
+) -> tuple[MLPEncoder, MLPDecoder]:
+    """A matching :class:`MLPEncoder` and :class:`MLPDecoder`; ``hidden`` is the encoder's, the decoder mirrors it."""
+    encoder = MLPEncoder(shape, latent_dim, hidden=hidden)
+    decoder = MLPDecoder(
+        latent_dim, shape, hidden=tuple(reversed(hidden)), mean_only=mean_only, logvar_floor=logvar_floor
+    )
+    return encoder, decoder
+
+
+def _norm(channels: int) -> nn.Module:
+    """Group normalisation: unlike batch normalisation it does not tie a sample's bound to its batch."""
+    return nn.GroupNorm(math.gcd(channels, 8), channels)
+
+
+class _Residual(nn.Module):
+    """Pre-activation residual block (He et al. 2016): two 3x3 convolutions around a skip connection."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            _norm(channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            _norm(channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.layers(h)
+
+
+class _Pyramid:
+    """The resolutions and widths of a convolutional network over images of ``shape``.
+
+    Each level halves the resolution (rounding up, so that any size works) and doubles the width, until the
+    longer side is 4 or less.
+    """
+
+    def __init__(self, shape: Sequence[int], width: int) -> None:
+        self.shape = _checked_sizes("shape", shape, at_least=3)
+        if len(self.shape) != 3:
+            raise ValueError(f"shape must be (channels, height, width), got {self.shape}")
+        self.channels, *size = self.shape
+        self.sizes = [tuple(size)]
+        while max(self.sizes[-1]) > 4:
+            self.sizes.append(tuple((side + 1) // 2 for side in self.sizes[-1]))
+        _checked_size("width", width)
+        self.widths = [min(width * 2**level, 8 * width) for level in range(len(self.sizes))]
+        self.bottom = (self.widths[-1], *self.sizes[-1])
+
+
+class ConvEncoder(nn.Module):
+    """Convolutional encoder: residual blocks, halving the resolution between them down to 4x4 or less.
+
+    Args:
+        shape: ``(channels, height, width)`` of the images; any height and width.
+        latent_dim: number of latent variables.
+        width: channels at full resolution; they double with each halving, up to 8 times.
+
+    Shapes: ``(batch, channels, height, width)`` to ``(batch, 2 * latent_dim)``.
+    """
+
+    def __init__(self, shape: Sequence[int], latent_dim: int, *, width: int = 32) -> None:
+        super().__init__()
+        pyramid = _Pyramid(shape, width)
+        self.shape = pyramid.shape
+        layers: list[nn.Module] = [nn.Conv2d(pyramid.channels, width, 3, padding=1)]
+        for narrow, wide in pairwise(pyramid.widths):
+            layers += [_Residual(narrow), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
+        layers += [_Residual(pyramid.widths[-1]), _norm(pyramid.widths[-1]), nn.SiLU(), nn.Flatten()]
+        layers += [nn.Linear(math.prod(pyramid.bottom), 2 * _checked_size("latent_dim", latent_dim))]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_input(self, "x", x, self.shape)
+        return self.layers(x)
+
+
+class ConvDecoder(nn.Module):
+    """Convolutional decoder: the mirror image of :class:`ConvEncoder`.
+
+    Resolution grows by nearest-neighbour upsampling before a convolution, which leaves none of the checkerboards
+    of transposed convolutions (Odena et al. 2016).
+
+    Args:
+        latent_dim: number of latent variables.
+        shape: ``(channels, height, width)`` of the images; any height and width.
+        width: channels at full resolution; they double with each halving, up to 8 times.
+        mean_only: leave the log-variance to the VAE.
+        logvar_floor: the log-variance is ``floor + softplus(output - floor)``, never below it.
+
+    Shapes: ``(batch, latent_dim)`` to a pair of ``(batch, channels, height, width)``, or one if ``mean_only``.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        shape: Sequence[int],
+        *,
+        width: int = 32,
+        mean_only: bool = False,
+        logvar_floor: float = LOGVAR_FLOOR,
+    ) -> None:
+        super().__init__()
+        self.latent_dim = _checked_size("latent_dim", latent_dim)
+        pyramid = _Pyramid(shape, width)
+        layers: list[nn.Module] = [
+            nn.Linear(latent_dim, math.prod(pyramid.bottom)),
+            nn.Unflatten(1, pyramid.bottom),
+            _Residual(pyramid.widths[-1]),
+        ]
+        for level in reversed(range(len(pyramid.sizes) - 1)):
+            narrow, wide = pyramid.widths[level], pyramid.widths[level + 1]
+            layers += [
+                nn.Upsample(size=pyramid.sizes[level], mode="nearest"),
+                nn.Conv2d(wide, narrow, 3, padding=1),
+                _Residual(narrow),
+            ]
+        self.layers = nn.Sequential(*layers, _norm(width), nn.SiLU())
+
+        def head() -> nn.Module:
+            return nn.Conv2d(width, pyramid.channels, 3, padding=1)
+
+        self.heads = _Heads(head(), None if mean_only else head(), logvar_floor)
+
+    def forward(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        _check_input(self, "z", z, (self.latent_dim,))
+        return self.heads(self.layers(z))
+
+
+def conv(
+    shape: Sequence[int],
+    latent_dim: int,
+    *,
+    width: int = 32,
+    mean_only: bool = False,
+    logvar_floor: float = LOGVAR_FLOOR,
+) -> tuple[ConvEncoder, ConvDecoder]:
+    """A matching :class:`ConvEncoder` and :class:`ConvDecoder`."""
+    encoder = ConvEncoder(shape, latent_dim, width=width)
+    decoder = ConvDecoder(latent_dim, shape, width=width, mean_only=mean_only, logvar_floor=logvar_floor)
+    return encoder, decoder

@@ -1,0 +1,350 @@
+"""The operators: schemas, output allocation and kernels, registered with torch.library.
+
+Five operators carry everything. Each allocates its outputs (the same code describes them to torch.compile),
+takes packed operands apart, and hands plain tensors to the backend named by its last argument. The autograd
+formulas are in `fusedvae.autograd`, the checks and conveniences in `fusedvae.functional`.
+
+Optional operands come in pairs where a number may stand for a tensor: ``spread``/``spread_value`` (both None: the
+decoder's output is packed) and ``beta``/``beta_value``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .backend import Latents, Reconstruction
+from .backend.reference import scale_of
+
+_library = torch.library.Library("fusedvae", "DEF")
+
+
+def _operator(schema: str, *, tags: tuple[torch.Tag, ...] = (), fake: Callable | None = None) -> Callable:
+    """Register the decorated function as the kernel of ``schema`` on every device type with kernels."""
+    name = schema.partition("(")[0]
+
+    def register(function: Callable) -> Callable:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, function, device)
+        torch.library.register_fake(f"fusedvae::{name}", fake or function, lib=_library)
+        return function
+
+    return register
+
+
+# --- operands ---------------------------------------------------------------------------------------------------
+
+
+def halves(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean half and the log-variance half of a packed tensor, as views."""
+    first, second = packed.chunk(2, 1)
+    return first, second
+
+
+def unpack(mean: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance, whether they came as two tensors or packed as one."""
+    return halves(mean) if logvar is None else (mean, logvar)
+
+
+def _reconstruction(
+    recon_x: Tensor,
+    x: Tensor,
+    spread: Tensor | None,
+    spread_value: float | None,
+    is_variance: bool,
+    eps: float,
+    full: bool,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Reconstruction:
+    grad_recon_x, grad_x, grad_spread = grads
+    operand: Tensor | float
+    if spread is not None:
+        operand = spread
+    elif spread_value is not None:
+        operand = spread_value
+    else:
+        recon_x, operand = halves(recon_x)
+        if grad_recon_x is not None:
+            grad_recon_x, grad_spread = halves(grad_recon_x)
+    return Reconstruction(recon_x, x, operand, is_variance, eps, full, grad_recon_x, grad_x, grad_spread)
+
+
+def _latents(mu: Tensor, logvar: Tensor | None, grad_mu: Tensor | None, grad_logvar: Tensor | None) -> Latents:
+    if logvar is None:
+        mu, logvar = halves(mu)
+        if grad_mu is not None:
+            grad_mu, grad_logvar = halves(grad_mu)
+    return Latents(mu, logvar, grad_mu, grad_logvar)
+
+
+def _like(*operands: Tensor | None, needed: list[bool]) -> list[Tensor | None]:
+    """A gradient buffer for each operand that needs one."""
+    return [torch.empty_like(t) if need and t is not None else None for t, need in zip(operands, needed, strict=True)]
+
+
+def _present(tensors: list[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+# --- noise ------------------------------------------------------------------------------------------------------
+
+
+def _fake_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+@_operator(
+    "draw_seed(Device device, Generator? generator) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+    fake=_fake_seed,
+)
+def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """A 64-bit seed from torch's generator, kept on the device.
+
+    An operator of its own, so that a compiled program draws the very seed that an eager one does.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+
+
+# No tensor argument tells the dispatcher which device this is for.
+_library.impl("draw_seed", draw_seed, "BackendSelect")
+
+
+def _normal_out(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name: str) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=seed.device)
+
+
+@_operator("normal(SymInt[] shape, Tensor seed, ScalarType dtype, str backend) -> Tensor", fake=_normal_out)
+def normal(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name: str) -> Tensor:
+    """The noise stream of ``seed`` in a fresh tensor."""
+    out = _normal_out(shape, seed, dtype, backend_name)
+    backend.kernels(backend_name).normal(out, seed)
+    return out
+
+
+# --- the latent -------------------------------------------------------------------------------------------------
+
+
+def _sample_like(mu: Tensor, logvar: Tensor | None) -> Tensor:
+    if logvar is None:
+        mu, logvar = halves(mu)
+    return torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
+
+
+def _reparameterize_out(
+    mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, backend_name: str
+) -> Tensor:
+    return _sample_like(mu, logvar)
+
+
+@_operator(
+    "reparameterize(Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise, str backend) -> Tensor",
+    fake=_reparameterize_out,
+)
+def reparameterize(
+    mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, backend_name: str
+) -> Tensor:
+    """z = mu + exp(logvar / 2) * noise, the noise given or made from the seed."""
+    z = _sample_like(mu, logvar)
+    backend.kernels(backend_name).latent(_latents(mu, logvar, None, None), seed=seed, noise=noise, z=z)
+    return z
+
+
+def _latent_out(
+    mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, backend_name: str
+) -> tuple[Tensor, Tensor]:
+    return _sample_like(mu, logvar), mu.new_empty(mu.shape[:1], dtype=kl_dtype)
+
+
+@_operator(
+    "latent(Tensor mu, Tensor? logvar, Tensor seed, ScalarType kl_dtype, str backend) -> (Tensor z, Tensor kl)",
+    fake=_latent_out,
+)
+def latent(
+    mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, backend_name: str
+) -> tuple[Tensor, Tensor]:
+    """The sample and its KL to the standard normal, one value a sample, in one pass."""
+    z, kl = _latent_out(mu, logvar, seed, kl_dtype, backend_name)
+    backend.kernels(backend_name).latent(_latents(mu, logvar, None, None), seed=seed, z=z, kl=kl)
+    return z, kl
+
+
+def _latent_grads(
+    mu: Tensor,
+    logvar: Tensor | None,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    backend_name: str,
+) -> list[Tensor]:
+    return _present(_like(mu, logvar, needed=[True, True]))
+
+
+@_operator(
+    "latent_backward(Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise, Tensor? grad_z, Tensor? grad_kl, "
+    "str backend) -> Tensor[]",
+    fake=_latent_grads,
+)
+def latent_backward(
+    mu: Tensor,
+    logvar: Tensor | None,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    backend_name: str,
+) -> list[Tensor]:
+    """Gradients of sum(grad_z * z) + sum(grad_kl * kl): of mu and logvar, or of the packed tensor."""
+    grads = _latent_grads(mu, logvar, seed, noise, grad_z, grad_kl, backend_name)
+    backend.kernels(backend_name).latent(
+        _latents(mu, logvar, grads[0], grads[-1]), seed=seed, noise=noise, grad_z=grad_z, grad_kl=grad_kl
+    )
+    return grads
+
+
+# --- the bound --------------------------------------------------------------------------------------------------
+
+
+def _elbo_out(
+    recon_x: Tensor | None,
+    x: Tensor | None,
+    spread: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl_in: Tensor | None,
+    reduction: str,
+    dtype: torch.dtype,
+    terms: bool,
+    needed: list[bool],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The value buffers, one or three, and the gradient buffers of the operands that need them."""
+    witness = next(t for t in (x, mu, kl_in) if t is not None)
+    count = 3 if terms else 1
+    if reduction == "element":
+        assert recon_x is not None
+        values = [torch.empty_like(recon_x, dtype=dtype) for _ in range(count)]
+    else:
+        shape = witness.shape[:1] if reduction == "sample" else ()
+        values = [witness.new_empty(shape, dtype=dtype) for _ in range(count)]
+    return values, _like(recon_x, x, spread, mu, logvar, needed=needed)
+
+
+_ELBO_OPERANDS = (
+    "Tensor? recon_x, Tensor? x, Tensor? spread, float? spread_value, Tensor? mu, Tensor? logvar, Tensor? kl_in, "
+    "Tensor? beta, float beta_value"
+)
+
+
+def _fake_elbo(
+    recon_x: Tensor | None,
+    x: Tensor | None,
+    spread: Tensor | None,
+    spread_value: float | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl_in: Tensor | None,
+    beta: Tensor | None,
+    beta_value: float,
+    is_variance: bool,
+    eps: float,
+    full: bool,
+    reduction: str,
+    dtype: torch.dtype,
+    terms: bool,
+    needed: list[bool],
+    backend_name: str,
+) -> list[Tensor]:
+    values, grads = _elbo_out(recon_x, x, spread, mu, logvar, kl_in, reduction, dtype, terms, needed)
+    return values + _present(grads)
+
+
+@_operator(
+    f"elbo({_ELBO_OPERANDS}, bool is_variance, float eps, bool full, str reduction, ScalarType dtype, bool terms, "
+    "bool[] needed, str backend) -> Tensor[]",
+    fake=_fake_elbo,
+)
+def elbo(
+    recon_x: Tensor | None,
+    x: Tensor | None,
+    spread: Tensor | None,
+    spread_value: float | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl_in: Tensor | None,
+    beta: Tensor | None,
+    beta_value: float,
+    is_variance: bool,
+    eps: float,
+    full: bool,
+    reduction: str,
+    dtype: torch.dtype,
+    terms: bool,
+    needed: list[bool],
+    backend_name: str,
+) -> list[Tensor]:
+    """loss = nll + beta * kl: the value (with ``terms``: loss, nll, kl), then the gradients of loss.
+
+    A gradient follows for each of recon_x, x, spread, mu, logvar that is ``needed``. Without mu, the KL is that of
+    ``kl_in`` (a value a sample) or absent; without recon_x, the NLL is absent.
+    """
+    values, grads = _elbo_out(recon_x, x, spread, mu, logvar, kl_in, reduction, dtype, terms, needed)
+    reconstruction = latents = None
+    scale = 1.0
+    if recon_x is not None and x is not None:
+        buffers = (grads[0], grads[1], grads[2])
+        reconstruction = _reconstruction(recon_x, x, spread, spread_value, is_variance, eps, full, buffers)
+        scale = scale_of(reduction, x.shape)
+    if mu is not None:
+        latents = _latents(mu, logvar, grads[3], grads[4])
+        scale = scale_of(reduction, mu.shape)
+    loss, nll, kl = values if terms else (values[0], None, None)
+    weight = beta_value if beta is None else beta
+    backend.kernels(backend_name).elbo(reconstruction, latents, kl_in, weight, reduction, scale, loss, nll, kl)
+    return values + _present(grads)
+
+
+def _nll_grads(
+    recon_x: Tensor,
+    x: Tensor,
+    spread: Tensor | None,
+    spread_value: float | None,
+    weight: Tensor,
+    is_variance: bool,
+    eps: float,
+    needed: list[bool],
+    backend_name: str,
+) -> list[Tensor]:
+    return _present(_like(recon_x, x, spread, needed=needed))
+
+
+@_operator(
+    "nll_backward(Tensor recon_x, Tensor x, Tensor? spread, float? spread_value, Tensor weight, bool is_variance, "
+    "float eps, bool[] needed, str backend) -> Tensor[]",
+    fake=_nll_grads,
+)
+def nll_backward(
+    recon_x: Tensor,
+    x: Tensor,
+    spread: Tensor | None,
+    spread_value: float | None,
+    weight: Tensor,
+    is_variance: bool,
+    eps: float,
+    needed: list[bool],
+    backend_name: str,
+) -> list[Tensor]:
+    """Gradients of sum(weight * nll) for each of recon_x, x, spread that is ``needed``.
+
+    ``weight`` is 0-dim, one value a sample, or of x's shape.
+    """
+    grads = _like(recon_x, x, spread, needed=needed)
+    reconstruction = _reconstruction(
+        recon_x, x, spread, spread_value, is_variance, eps, False, (grads[0], grads[1], grads[2])
+    )
+    backend.kernels(backend_name).nll_backward(reconstruction, weight)
+    return _present(grads)
