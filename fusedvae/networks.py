@@ -1,12 +1,12 @@
-"""Ready encoders and decoders for :class:`fusedvae.VAE`: :func:`mlp` for vectors and tiny images, :func:`conv`
-for images from 8x8 to 64x64 and somewhat beyond.
+"""Ready encoders and decoders for :class:`fusedvae.VAE`: :func:`mlp` for vectors and tiny images,
+:func:`conv` for images from 8x8 to 64x64 and somewhat beyond.
 
     shape, latent_dim = (1, 28, 28), 16
     vae = fusedvae.VAE(*fusedvae.networks.conv(shape, latent_dim), latent_dim)
 
-Encoders map ``(batch, *shape)`` to the packed posterior ``(batch, 2 * latent_dim)``: means, then log-variances.
-Decoders map ``(batch, latent_dim)`` to the pair (mean, logvar), each ``(batch, *shape)``, or with
-``mean_only=True`` to the mean alone, for a VAE whose ``recon_logvar`` says the rest.
+Encoders map ``(batch, *shape)`` to the packed posterior ``(batch, 2 * latent_dim)``: means, then
+log-variances. Decoders map ``(batch, latent_dim)`` to the pair (mean, logvar), each ``(batch, *shape)``, or
+with ``mean_only=True`` to the mean alone, for a VAE whose ``recon_logvar`` says the rest.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 __all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "conv", "mlp"]
 
-LOGVAR_FLOOR = -6.0
-"""Default lower bound of a decoder's log-variance: a standard deviation of 0.05 for data in [0, 1].
+LOGVAR_FLOOR = -4.0
+"""Default lower bound of a decoder's log-variance: a standard deviation of 0.14 for data in [0, 1].
 
-An element that is the same in every sample (the border of most pictures of digits) has a likelihood without an
-upper bound: its log-variance would go to minus infinity and take the gradients with it."""
+An element that is the same in every sample (the border of most pictures of digits) has a likelihood without
+an upper bound: its log-variance would go to minus infinity and take the gradients with it. A lower floor than
+this gives a better bound, and latents that spend themselves on fine grain: samples of the prior look
+worse."""
 
 
 class _Heads(nn.Module):
@@ -43,30 +44,34 @@ class _Heads(nn.Module):
         if self.logvar is None:
             return mean
         # A smooth floor: unlike clamp's, its gradient never vanishes for good.
-        return mean, self.logvar_floor + F.softplus(self.logvar(h) - self.logvar_floor)
+        return mean, self.logvar_floor + nn.functional.softplus(self.logvar(h) - self.logvar_floor)
 
 
 def _checked_sizes(name: str, sizes: Sequence[int], *, at_least: int = 0) -> tuple[int, ...]:
     """``sizes`` as a tuple of positive integers, ``at_least`` so many of them."""
     if isinstance(sizes, (int, str)) or not isinstance(sizes, Sequence):
-        raise TypeError(f"{name} must be a sequence of integers, got {sizes!r}")
+        raise TypeError(f"{name}: expected a sequence of integers, got {sizes!r}")
     if len(sizes) < at_least or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"{name} must be {at_least or 'any number of'} or more positive integers, got {tuple(sizes)}")
+        raise ValueError(
+            f"{name}: expected positive integers, at least {at_least} of them, got {tuple(sizes)}"
+        )
     return tuple(sizes)
 
 
 def _checked_size(name: str, size: int) -> int:
     if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{name} must be an integer, got {size!r}")
+        raise TypeError(f"{name}: expected an integer, got {size!r}")
     if size < 1:
-        raise ValueError(f"{name} must be positive, got {size}")
+        raise ValueError(f"{name}: expected at least 1, got {size}")
     return size
 
 
 def _check_input(module: nn.Module, name: str, given: Tensor, sizes: tuple[int, ...]) -> None:
     if tuple(given.shape[1:]) != sizes:
         expected = ", ".join(("batch", *map(str, sizes)))
-        raise ValueError(f"{type(module).__name__}: {name} must be of shape ({expected}), got {tuple(given.shape)}")
+        raise ValueError(
+            f"{name}: expected shape ({expected}) by {type(module).__name__}, got {tuple(given.shape)}"
+        )
 
 
 def _dense_stack(sizes: Sequence[int]) -> list[nn.Module]:
@@ -143,7 +148,8 @@ def mlp(
     mean_only: bool = False,
     logvar_floor: float = LOGVAR_FLOOR,
 ) -> tuple[MLPEncoder, MLPDecoder]:
-    """A matching :class:`MLPEncoder` and :class:`MLPDecoder`; ``hidden`` is the encoder's, the decoder mirrors it."""
+    """A matching :class:`MLPEncoder` and :class:`MLPDecoder`; ``hidden`` is the encoder's, the decoder
+    mirrors it."""
     encoder = MLPEncoder(shape, latent_dim, hidden=hidden)
     decoder = MLPDecoder(
         latent_dim, shape, hidden=tuple(reversed(hidden)), mean_only=mean_only, logvar_floor=logvar_floor
@@ -184,7 +190,7 @@ class _Pyramid:
     def __init__(self, shape: Sequence[int], width: int) -> None:
         self.shape = _checked_sizes("shape", shape, at_least=3)
         if len(self.shape) != 3:
-            raise ValueError(f"shape must be (channels, height, width), got {self.shape}")
+            raise ValueError(f"shape: expected (channels, height, width), got {self.shape}")
         self.channels, *size = self.shape
         self.sizes = [tuple(size)]
         while max(self.sizes[-1]) > 4:
@@ -224,8 +230,8 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """Convolutional decoder: the mirror image of :class:`ConvEncoder`.
 
-    Resolution grows by nearest-neighbour upsampling before a convolution, which leaves none of the checkerboards
-    of transposed convolutions (Odena et al. 2016).
+    Resolution grows by nearest-neighbour upsampling before a convolution, which leaves none of the
+    checkerboards of transposed convolutions (Odena et al. 2016).
 
     Args:
         latent_dim: number of latent variables.
@@ -234,7 +240,8 @@ class ConvDecoder(nn.Module):
         mean_only: leave the log-variance to the VAE.
         logvar_floor: the log-variance is ``floor + softplus(output - floor)``, never below it.
 
-    Shapes: ``(batch, latent_dim)`` to a pair of ``(batch, channels, height, width)``, or one if ``mean_only``.
+    Shapes: ``(batch, latent_dim)`` to a pair of ``(batch, channels, height, width)``, or one if
+    ``mean_only``.
     """
 
     def __init__(

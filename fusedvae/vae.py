@@ -10,13 +10,13 @@ Source of the model and its bound: Kingma & Welling 2014, "Auto-Encoding Variati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from fusedvae import functional
-from fusedvae.losses import ELBOTerms
+from . import functional
+from .functional import ELBOTerms
 
 __all__ = ["VAE", "DiagonalGaussian", "VAEOutput"]
 
@@ -26,13 +26,12 @@ class DiagonalGaussian(NamedTuple):
 
     mu: Tensor
     """Means, ``(batch, *)``."""
-    logvar: Tensor | float
-    """Log-variances: of ``mu``'s shape, or broadcasting to it, or one number."""
+    logvar: Tensor
+    """Log-variances, of ``mu``'s shape or broadcasting to it."""
 
     def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``mu + e^(logvar/2) * eps``, differentiable in ``mu`` and ``logvar``."""
-        logvar = torch.as_tensor(self.logvar, dtype=self.mu.dtype, device=self.mu.device).expand_as(self.mu)
-        return functional.reparameterize(self.mu, logvar, generator=generator)
+        return functional.reparameterize(self.mu, self.logvar.expand_as(self.mu), generator=generator)
 
 
 class VAEOutput(NamedTuple):
@@ -40,8 +39,8 @@ class VAEOutput(NamedTuple):
 
     recon_x: Tensor
     """Mean of the reconstruction p(x|z), of the shape of x."""
-    recon_logvar: Tensor | float
-    """Its log-variance: of x's shape, or broadcasting to it, or one number."""
+    recon_logvar: Tensor
+    """Its log-variance, of x's shape or broadcasting to it."""
     mu: Tensor
     """Mean of the posterior q(z|x), ``(batch, *latent)``."""
     logvar: Tensor
@@ -52,9 +51,9 @@ class VAEOutput(NamedTuple):
     """KL(q(z|x) ‖ N(0, I)) of each sample, ``(batch,)``."""
 
 
-# What an encoder or decoder gave, in the form the functional interface takes: a mean and a log-variance, or both
-# packed along dimension 1 and None. Packed tensors stay whole on their way to the kernels: reading halves in place
-# is free, but gradients of two halves would have to be put together again.
+# What an encoder or decoder gave, in the form the functional interface takes: a mean and a log-variance, or
+# both packed along dimension 1 and None. Packed tensors stay whole on their way to the kernels: reading
+# halves in place is free, but gradients of two halves would have to be put together again.
 _Parameters = tuple[Tensor, Tensor | float | None]
 
 
@@ -62,25 +61,28 @@ class VAE(nn.Module):
     """A variational autoencoder with a Gaussian posterior, a Gaussian likelihood and the prior N(0, I).
 
     Args:
-        encoder: a module from x to the posterior q(z|x): one packed tensor ``(batch, 2 * C, *)``, the means and
-            then the log-variances along dimension 1, or a pair (mu, logvar) of ``(batch, C, *)`` each.
+        encoder: a module from x to the posterior q(z|x): one packed tensor ``(batch, 2 * C, *)``, the means
+            and then the log-variances along dimension 1, or a pair (mu, logvar) of ``(batch, C, *)`` each.
         decoder: a module from z to the likelihood p(x|z). What it gives is said by ``recon_logvar``.
         latent_dim: number of latent variables ``C``, or the sizes ``(C, height, width)`` of a spatial latent.
-            A size may be None for an encoder that takes images of any size; :meth:`generate` then cannot know it.
+            A size may be None for an encoder that takes images of any size; :meth:`generate` then cannot know
+            it.
         recon_logvar: where the log-variance of p(x|z) comes from.
 
-            * ``None`` (default): the decoder gives it, in a packed tensor ``(batch, 2 * channels, *)`` or as the
-              second of a pair (mean, logvar), which may be anything that broadcasts to the mean.
+            * ``None`` (default): the decoder gives it, in a packed tensor ``(batch, 2 * channels, *)`` or as
+              the second of a pair (mean, logvar), which may be anything that broadcasts to the mean.
             * anything else: the decoder gives the mean only, a tensor of x's shape, and the log-variance is
               a float (fixed), a tensor (fixed, kept in the state_dict), an ``nn.Parameter`` (learned; give it
-              shape ``(channels, 1, 1)`` for one value a channel), or ``"learned"`` (one learned number, at first 0).
+              shape ``(channels, 1, 1)`` for one value a channel), or ``"learned"`` (one learned number, at
+              first 0).
 
-    It is this argument, never the shape of a tensor, that tells a packed output from a mean: the two look alike
-    where no x is at hand to compare with. :meth:`loss` and :meth:`forward` do have x, and say so when the
-    decoder's output does not fit it.
+    It is this argument, never the shape of a tensor, that tells a packed output from a mean: the two look
+    alike where no x is at hand to compare with. :meth:`loss` and :meth:`forward` do have x, and say so when
+    the decoder's output does not fit it.
 
-    The state_dict holds the encoder's and the decoder's entries and, if it is a tensor, ``recon_logvar``: the same
-    under every backend. Modules keep their mode: call ``eval()`` and use ``torch.no_grad()`` as with any other.
+    The state_dict holds the encoder's and the decoder's entries and, if it is a tensor, ``recon_logvar``: the
+    same under every backend. Modules keep their mode: call ``eval()`` and use ``torch.no_grad()`` as with any
+    other.
 
     Raises:
         TypeError: an argument, or what the encoder or decoder returned, is not of the kinds listed above.
@@ -100,14 +102,14 @@ class VAE(nn.Module):
         super().__init__()
         for name, module in (("encoder", encoder), ("decoder", decoder)):
             if not isinstance(module, nn.Module):
-                raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+                raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}")
         self.encoder = encoder
         self.decoder = decoder
         self.latent_shape = _latent_shape(latent_dim)
         if isinstance(recon_logvar, str):
             if recon_logvar != "learned":
                 raise ValueError(
-                    f"recon_logvar must be None, a float, a tensor or 'learned', got {recon_logvar!r}"
+                    f"recon_logvar: expected None, a number, a tensor or 'learned', got {recon_logvar!r}"
                 )
             recon_logvar = nn.Parameter(torch.zeros(()))
         if isinstance(recon_logvar, nn.Parameter):
@@ -120,7 +122,8 @@ class VAE(nn.Module):
             self.recon_logvar = recon_logvar if recon_logvar is None else float(recon_logvar)
         else:
             raise TypeError(
-                f"recon_logvar must be None, a float, a tensor or 'learned', got {type(recon_logvar).__name__}"
+                "recon_logvar: expected None, a number, a tensor or 'learned', "
+                f"got {type(recon_logvar).__name__}"
             )
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
@@ -130,22 +133,46 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> DiagonalGaussian:
         """The likelihood p(x|z) of ``z``, ``(batch, *latent)``: a pair (mean, logvar).
 
-        The mean has the shape of x; the log-variance has it too, or broadcasts to it, or is a float
-        (see ``recon_logvar``).
+        The mean has the shape of x; the log-variance has it too, or broadcasts to it.
         """
         return _unpacked(self._likelihood(z))
 
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> VAEOutput:
         """Encode ``x``, sample the posterior, decode the sample.
 
-        To train under a wrapper that must see every call (DistributedDataParallel, FSDP), call the wrapper and
-        then ``fusedvae.functional.elbo_loss(out.recon_x, x, None, None, out.recon_logvar, kl=out.kl)``; elsewhere
-        :meth:`loss` is the same in one call.
+        To train under a wrapper that must see every call (DistributedDataParallel, FSDP), call the wrapper
+        and then ``fusedvae.functional.elbo_loss(out.recon_x, x, None, None, out.recon_logvar, kl=out.kl)``;
+        elsewhere :meth:`loss` is the same in one call.
         """
         posterior = self._posterior(x)
         latent = functional.latent(*posterior, generator=generator)
         recon_x, recon_logvar = _unpacked(self._likelihood(latent.z, of=x))
-        return VAEOutput(recon_x, recon_logvar, *_unpacked(posterior), *latent)
+        mu, logvar = _unpacked(posterior)
+        return VAEOutput(recon_x, recon_logvar, mu, logvar, latent.z, latent.kl)
+
+    @overload
+    def loss(
+        self,
+        x: Tensor,
+        *,
+        beta: float | Tensor = ...,
+        reduction: str = ...,
+        full: bool = ...,
+        return_terms: Literal[False] = ...,
+        generator: torch.Generator | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def loss(
+        self,
+        x: Tensor,
+        *,
+        beta: float | Tensor = ...,
+        reduction: str = ...,
+        full: bool = ...,
+        return_terms: Literal[True],
+        generator: torch.Generator | None = ...,
+    ) -> ELBOTerms: ...
 
     def loss(
         self,
@@ -153,6 +180,7 @@ class VAE(nn.Module):
         *,
         beta: float | Tensor = 1.0,
         reduction: str = "batchmean",
+        full: bool = False,
         return_terms: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor | ELBOTerms:
@@ -161,13 +189,11 @@ class VAE(nn.Module):
         Args:
             x: data, ``(batch, *)``.
             beta: weight of the KL term, a float or a 0-dim tensor (Higgins et al. 2017).
-            reduction: "batchmean" (mean over the batch), "sum", or "none" (one value a sample). Within a sample
-                both terms are sums.
+            reduction: "batchmean" (mean over the batch), "sum", or "none" (one value a sample). Within a
+                sample both terms are sums.
+            full: add the NLL's constant, log(2 pi) / 2 an element of x: nats of a normalised density.
             return_terms: return ``ELBOTerms(loss, nll, kl)``, reduced alike, instead of the loss.
             generator: where the noise comes from; torch's default generator if None.
-
-        The NLL is (recon_logvar + (recon_x - x)^2 * e^(-recon_logvar)) / 2: add log(2 pi) / 2 for each element of
-        x to have it in nats of the normalised density.
         """
         latent = functional.latent(*self._posterior(x), generator=generator)
         recon_x, recon_logvar = self._likelihood(latent.z, of=x)
@@ -179,6 +205,7 @@ class VAE(nn.Module):
             recon_logvar,
             kl=latent.kl,
             beta=beta,
+            full=full,
             reduction=reduction,
             return_terms=return_terms,
         )
@@ -198,20 +225,21 @@ class VAE(nn.Module):
     def generate(self, n: int, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Decode ``n`` draws from the prior N(0, I); a tensor ``(n, *)``.
 
-        Each is the decoder's mean, as usually shown, or with ``sample`` a draw from p(x|z). The generator must be
-        on the model's device.
+        Each is the decoder's mean, as usually shown, or with ``sample`` a draw from p(x|z). The generator
+        must be on the model's device.
         """
         if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"n must be an integer, got {type(n).__name__}")
+            raise TypeError(f"n: expected an integer, got {type(n).__name__}")
         if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        if None in self.latent_shape:
+            raise ValueError(f"n: expected at least 1, got {n}")
+        sizes = [size for size in self.latent_shape if size is not None]
+        if len(sizes) < len(self.latent_shape):
             raise ValueError(
-                f"generate needs every size of the latent, but latent_dim is {self.latent_shape}: "
-                "call decode(torch.randn(...)) with the sizes wanted"
+                f"latent_dim: generate needs every size, got {_shown(self.latent_shape)}; call "
+                "decode(torch.randn(...)) with the sizes wanted"
             )
         like = next(self.decoder.parameters(), torch.empty(()))
-        z = torch.randn((n, *self.latent_shape), generator=generator, dtype=like.dtype, device=like.device)
+        z = torch.randn((n, *sizes), generator=generator, dtype=like.dtype, device=like.device)
         return self._image(self.decode(z), sample, generator)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -230,24 +258,26 @@ class VAE(nn.Module):
     def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the encoder and check what it gives against ``latent_dim``."""
         if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.ndim == 0:
-            raise ValueError("x must have a batch dimension, got a 0-dim tensor")
+            raise ValueError("x: expected a batch dimension, got a 0-dim tensor")
         mu, logvar = _mean_and_logvar("encoder", self.encoder(x))
         if logvar is None:
-            expected = (x.shape[0], 2 * self.latent_shape[0], *self.latent_shape[1:])
+            channels, *rest = self.latent_shape
+            expected = (x.shape[0], None if channels is None else 2 * channels, *rest)
             if not _fits(mu.shape, expected):
                 raise ValueError(
-                    f"the encoder gave a packed posterior of shape {tuple(mu.shape)}, expected {_shown(expected)}: "
-                    f"means and log-variances along dimension 1, for latent_dim {_shown(self.latent_shape)}"
+                    f"encoder: expected a packed posterior of shape {_shown(expected)}, means and "
+                    f"log-variances along dimension 1 for latent_dim {_shown(self.latent_shape)}; "
+                    f"got {tuple(mu.shape)}"
                 )
         else:
             expected = (x.shape[0], *self.latent_shape)
             for name, tensor in (("mu", mu), ("logvar", logvar)):
                 if not _fits(tensor.shape, expected):
                     raise ValueError(
-                        f"the encoder gave {name} of shape {tuple(tensor.shape)}, expected {_shown(expected)}: "
-                        f"the batch and latent_dim {_shown(self.latent_shape)}"
+                        f"encoder: expected {name} of shape {_shown(expected)}, the batch and latent_dim; "
+                        f"got {tuple(tensor.shape)}"
                     )
         return mu, logvar
 
@@ -256,42 +286,46 @@ class VAE(nn.Module):
         mean, logvar = _mean_and_logvar("decoder", self.decoder(z))
         packed = logvar is None and self.recon_logvar is None
         if logvar is not None and self.recon_logvar is not None:
-            raise TypeError("the decoder gave a pair (mean, logvar), but recon_logvar says that it gives the mean only")
+            raise TypeError(
+                "decoder: expected the mean only, as recon_logvar is given; got a pair (mean, logvar)"
+            )
         if mean.ndim < 2 or mean.shape[0] != z.shape[0]:
             raise ValueError(
-                f"the decoder gave a tensor of shape {tuple(mean.shape)} for a batch of {z.shape[0]}: "
-                "expected (batch, channels, ...)"
+                f"decoder: expected a tensor of shape (batch, channels, ...) for a batch of {z.shape[0]}, "
+                f"got {tuple(mean.shape)}"
             )
         if packed and mean.shape[1] % 2:
             raise ValueError(
-                f"the decoder gave a tensor of shape {tuple(mean.shape)}, which cannot be a mean and a log-variance "
-                "along dimension 1: its size is odd. For a decoder that gives the mean only, pass recon_logvar"
+                "decoder: expected a mean and a log-variance packed along dimension 1, an even size, "
+                f"got {tuple(mean.shape)}; if it gives the mean only, pass recon_logvar to the VAE"
             )
         if of is not None:
             expected = (of.shape[0], 2 * of.shape[1], *of.shape[2:]) if packed else tuple(of.shape)
             if tuple(mean.shape) != expected:
                 what, otherwise = (
-                    ("packed mean and log-variance", "the mean only, pass recon_logvar")
+                    ("packed mean and log-variance", "the mean only, pass recon_logvar to the VAE")
                     if packed
-                    else ("mean", "the log-variance too, pass recon_logvar=None")
+                    else ("mean", "the log-variance too, leave recon_logvar None")
                 )
                 raise ValueError(
-                    f"the decoder gave a {what} of shape {tuple(mean.shape)}, expected {expected} for x of shape "
-                    f"{tuple(of.shape)}. For a decoder that gives {otherwise}"
+                    f"decoder: expected a {what} of shape {expected} for x of shape {tuple(of.shape)}, "
+                    f"got {tuple(mean.shape)}; if it gives {otherwise}"
                 )
         return mean, (None if packed else self.recon_logvar if logvar is None else logvar)
 
 
 def _latent_shape(latent_dim: int | Sequence[int | None]) -> tuple[int | None, ...]:
-    """Sizes of one sample's latent; the first is always known."""
+    """Sizes of one sample's latent."""
     sizes = (latent_dim,) if isinstance(latent_dim, int) else latent_dim
     if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence) or isinstance(latent_dim, bool):
-        raise TypeError(f"latent_dim must be an integer or a sequence of them, got {type(latent_dim).__name__}")
+        raise TypeError(
+            f"latent_dim: expected an integer or a sequence of them, got {type(latent_dim).__name__}"
+        )
     for size in sizes:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
-            raise TypeError(f"latent_dim must be an integer or a sequence of them, got {latent_dim!r}")
-    if not sizes or sizes[0] is None or any(size is not None and size < 1 for size in sizes):
-        raise ValueError(f"latent_dim must be positive, the first of its sizes known, got {latent_dim!r}")
+            raise TypeError(f"latent_dim: expected an integer or a sequence of them, got {latent_dim!r}")
+    if not sizes or any(size is not None and size < 1 for size in sizes):
+        raise ValueError(f"latent_dim: expected positive sizes, got {latent_dim!r}")
     return tuple(sizes)
 
 
@@ -304,14 +338,14 @@ def _mean_and_logvar(name: str, output: object) -> tuple[Tensor, Tensor | None]:
     got = type(output).__name__
     if isinstance(output, (tuple, list)):
         got = f"{got} of ({', '.join(type(o).__name__ for o in output)})"
-    raise TypeError(f"the {name} must give a tensor or a pair of tensors (mean, logvar), got {got}")
+    raise TypeError(f"{name}: expected a tensor or a pair of tensors (mean, logvar) from it, got {got}")
 
 
 def _unpacked(parameters: _Parameters) -> DiagonalGaussian:
     mu, logvar = parameters
     if logvar is None:
-        mu, logvar = mu.chunk(2, dim=1)
-    return DiagonalGaussian(mu, logvar)
+        return DiagonalGaussian(*mu.chunk(2, dim=1))
+    return DiagonalGaussian(mu, logvar if isinstance(logvar, Tensor) else mu.new_full((), logvar))
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:

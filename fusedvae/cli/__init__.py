@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fusedvae.cli.errors import CommandError
+from .errors import CommandError
 
 COMMANDS = ("train", "info")
 
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"fusedvae.cli.{name}")
-        summary, _, description = module.__doc__.partition("\n")
+        summary, _, description = (module.__doc__ or "").partition("\n")
         command = commands.add_parser(
             name,
             help=summary,

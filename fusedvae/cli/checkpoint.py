@@ -1,17 +1,16 @@
-"""Files of a run that are either the old one or the new one, whole, whenever the process or the machine stops."""
+"""Files of a run that are the old ones or the new ones, whole, whenever the process or the machine stops."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from fusedvae.cli.errors import CommandError
+from .errors import CommandError
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
@@ -23,11 +22,15 @@ _UNFINISHED = ".unfinished"
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file beside ``path``, get it onto the disk, and give it the name ``path``."""
     unfinished = path.with_name(path.name + _UNFINISHED)
-    with open(unfinished, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # a RuntimeError is how torch.save reports a full disk
+        unfinished.unlink(missing_ok=True)
+        raise CommandError(f"cannot write {path}: {error}") from error
     if os.name == "posix":  # the new name is on the disk only when its directory is
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -51,7 +54,7 @@ def load(directory: Path) -> dict[str, Any]:
         raise CommandError(f"{directory} holds no run to continue: there is no {CHECKPOINT}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise CommandError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CommandError(f"{path} is not a checkpoint that this version of fusedvae can continue")

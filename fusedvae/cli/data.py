@@ -1,7 +1,7 @@
 """Training data: scikit-learn's handwritten digits, a NumPy array in a file, or a folder of images.
 
-Whatever the source, samples are scaled to [0, 1] and shaped (channels, height, width), or (features,) for tables
-of vectors.
+Whatever the source, samples are scaled to [0, 1] and shaped (channels, height, width), or (features,) for
+tables of vectors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedvae.cli.errors import CommandError, require
+from .errors import CommandError, require
 
 DIGITS = "digits"
 """The name of the default data."""
@@ -46,7 +46,11 @@ class Samples:
         return Samples(self.values[index], None if self.labels is None else self.labels[index])
 
     def batch(
-        self, indices: np.ndarray | slice, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        indices: np.ndarray | slice,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """The samples at ``indices``, in [0, 1]."""
         values = self.values[indices if isinstance(indices, slice) else torch.from_numpy(indices)]
@@ -56,7 +60,7 @@ class Samples:
     def fingerprint(self) -> str:
         """A hash of every value: two sets of samples with the same one are the same."""
         digest = hashlib.sha256(f"{self.values.dtype} {tuple(self.values.shape)}".encode())
-        digest.update(self.values.contiguous().numpy())
+        digest.update(self.values.contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -97,7 +101,7 @@ def load(source: str, *, array: str | None = None, image_size: int | None = None
 
 
 def _digits() -> Samples:
-    """1797 digits of 8x8 pixels with 17 levels (UCI ML repository, Optical Recognition of Handwritten Digits)."""
+    """1797 digits of 8x8 pixels with 17 levels: UCI's Optical Recognition of Handwritten Digits."""
     found = require("sklearn.datasets").load_digits()
     return Samples(
         torch.from_numpy((found.images / 16).astype(np.float32)).unsqueeze(1), torch.from_numpy(found.target)
@@ -115,15 +119,17 @@ def _read_array(path: Path, array: str | None) -> np.ndarray:
                 array = names[0]
             if array not in names:
                 problem = "holds several arrays" if array is None else f"has no array {array!r}"
-                raise CommandError(f"{path} {problem}: choose one with --array: {', '.join(names) or '(none)'}")
+                raise CommandError(
+                    f"{path} {problem}: choose one with --array: {', '.join(names) or '(none)'}"
+                )
             return loaded[array]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CommandError(f"cannot read {path}: {error}") from error
 
 
 def _from_array(values: np.ndarray, name: str) -> Samples:
-    """Check, shape and scale an array: uint8 from [0, 255]; others as they are if within [0, 1], else from their
-    range; so that an array that was scaled already is not scaled again."""
+    """Check, shape and scale an array: uint8 from [0, 255]; others from their own range, or not at all if
+    they lie within [0, 1], having been scaled already."""
     if values.dtype.kind not in "buif":
         raise CommandError(f"{name}: expected an array of numbers, got dtype {values.dtype}")
     if values.ndim not in (2, 3, 4):
@@ -132,7 +138,9 @@ def _from_array(values: np.ndarray, name: str) -> Samples:
             f"(samples, channels, height, width), got {values.shape}"
         )
     if 0 in values.shape or len(values) < 2:
-        raise CommandError(f"{name}: expected at least two samples of at least one value, got shape {values.shape}")
+        raise CommandError(
+            f"{name}: expected at least two samples of at least one value, got shape {values.shape}"
+        )
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         bad = ~np.isfinite(values)
         where = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -155,7 +163,9 @@ def _from_folder(folder: Path, image_size: int | None) -> Samples:
     """The images under ``folder``, in the order of their names; in colour if any of them is."""
     image_module = require("PIL.Image")
     operations = require("PIL.ImageOps")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
     if len(paths) < 2:
         raise CommandError(
             f"{folder}: expected at least two images ({', '.join(IMAGE_SUFFIXES)}), found {len(paths)}"
@@ -169,12 +179,10 @@ def _from_folder(folder: Path, image_size: int | None) -> Samples:
             raise CommandError(f"cannot read the image {path}: {error}") from error
         if image_size is not None:
             image = operations.fit(image, (image_size, image_size))
-        if images and image.size != images[0].size:
-            raise CommandError(
-                f"the images differ in size: {paths[0]} is {images[0].size[0]}x{images[0].size[1]}, {path} is "
-                f"{image.size[0]}x{image.size[1]}: choose one with --image-size"
-            )
         images.append(image)
+        if image.size != images[0].size:
+            sizes = [f"{name} is {i.width}x{i.height}" for name, i in ((paths[0], images[0]), (path, image))]
+            raise CommandError(f"the images differ in size: {', '.join(sizes)}: choose one with --image-size")
     mode = "RGB" if any(image.mode == "RGB" for image in images) else "L"
     values = np.stack([np.asarray(image.convert(mode)) for image in images])
     values = values[:, None] if mode == "L" else np.moveaxis(values, 3, 1)

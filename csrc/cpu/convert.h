@@ -1,0 +1,144 @@
+// Runs of one dtype to and from runs of the working type (float or double).
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+#include "operand.h"
+
+namespace fusedvae {
+namespace FUSEDVAE_NAMESPACE {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+FUSEDVAE_INLINE float widen(float v) { return v; }
+FUSEDVAE_INLINE double widen(double v) { return v; }
+FUSEDVAE_INLINE float widen(uint8_t v) { return v; }
+FUSEDVAE_INLINE float as_float(uint32_t bits) {
+  float v;
+  __builtin_memcpy(&v, &bits, 4);
+  return v;
+}
+FUSEDVAE_INLINE uint32_t as_bits(float v) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  return bits;
+}
+FUSEDVAE_INLINE float widen(Bf16 v) { return as_float(static_cast<uint32_t>(v.bits) << 16); }
+FUSEDVAE_INLINE float widen(F16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  // Exponent and mantissa, rebased by a multiplication that gets subnormals right; infinity and NaN apart.
+  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7FFF) << 13;
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
+  const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude | 0x7F800000u;
+  return as_float(sign | (magnitude >= 0x0F800000u ? special : finite));
+#endif
+}
+
+FUSEDVAE_INLINE void narrow(float v, float* out) { *out = v; }
+FUSEDVAE_INLINE void narrow(double v, double* out) { *out = v; }
+FUSEDVAE_INLINE void narrow(float v, double* out) { *out = v; }
+FUSEDVAE_INLINE void narrow(double v, float* out) { *out = static_cast<float>(v); }
+FUSEDVAE_INLINE void narrow(float v, Bf16* out) {
+  // Round to nearest, ties to even; a NaN stays one.
+  const uint32_t bits = as_bits(v);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+  out->bits = static_cast<uint16_t>(v == v ? rounded : (bits >> 16) | 0x40u);
+}
+FUSEDVAE_INLINE void narrow(float v, F16* out) {
+#if defined(__F16C__)
+  out->bits = static_cast<uint16_t>(_cvtss_sh(v, 0));
+#else
+  const uint32_t bits = as_bits(v), magnitude = bits & 0x7FFFFFFFu;
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  uint16_t half;
+  if (magnitude > 0x7F800000u) {
+    half = 0x7E00;
+  } else if (magnitude >= 0x477FF000u) {  // 65520 and up round to infinity
+    half = 0x7C00;
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 leaves the rounded mantissa in the low bits
+    half = static_cast<uint16_t>(as_bits(as_float(magnitude) + 0.5f) - 0x3F000000u);
+  } else {
+    half = static_cast<uint16_t>((magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1)) >> 13);
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+// By way of float, as PyTorch converts.
+FUSEDVAE_INLINE void narrow(double v, Bf16* out) { narrow(static_cast<float>(v), out); }
+FUSEDVAE_INLINE void narrow(double v, F16* out) { narrow(static_cast<float>(v), out); }
+
+// Outputs are never integers.
+FUSEDVAE_INLINE void narrow(float, uint8_t*) {}
+FUSEDVAE_INLINE void narrow(double, uint8_t*) {}
+
+template <class T, class S>
+FUSEDVAE_INLINE void widen_run(const S* in, T* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(widen(in[i]));
+}
+template <class T, class S>
+FUSEDVAE_INLINE void narrow_run(const T* in, S* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) narrow(in[i], out + i);
+}
+
+#if defined(__F16C__)
+FUSEDVAE_INLINE void widen_run(const F16* in, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  for (; i < count; ++i) out[i] = widen(in[i]);
+}
+FUSEDVAE_INLINE void narrow_run(const float* in, F16* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+  for (; i < count; ++i) narrow(in[i], out + i);
+}
+#endif
+
+// Calls f with a null pointer of the C++ type behind a dtype.
+template <class F>
+FUSEDVAE_INLINE void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(static_cast<float*>(nullptr));
+    case DType::f64: return f(static_cast<double*>(nullptr));
+    case DType::bf16: return f(static_cast<Bf16*>(nullptr));
+    case DType::f16: return f(static_cast<F16*>(nullptr));
+    case DType::u8: return f(static_cast<uint8_t*>(nullptr));
+  }
+}
+
+template <class T>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<float>() {
+  return DType::f32;
+}
+template <>
+constexpr DType dtype_of<double>() {
+  return DType::f64;
+}
+
+// One element of an operand, for the handful of values that no loop is worth.
+static inline double get(const Operand& op, int64_t offset) {
+  if (!op.data) return op.value;
+  double value = 0;
+  with_type(op.dtype, [&](auto* type) {
+    value = static_cast<double>(widen(static_cast<decltype(type)>(op.data)[offset]));
+  });
+  return value;
+}
+static inline void put(const Operand& op, int64_t offset, double value) {
+  with_type(op.dtype, [&](auto* type) { narrow(value, static_cast<decltype(type)>(op.data) + offset); });
+}
+
+}  // namespace FUSEDVAE_NAMESPACE
+}  // namespace fusedvae

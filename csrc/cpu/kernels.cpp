@@ -1,0 +1,460 @@
+// The CPU kernels. Compiled once an instruction set, with FUSEDVAE_ISA naming it; `table` is what dispatch.cpp picks.
+//
+// Every kernel goes tile by tile: read operands, run a formula over arrays, write results, leave partial sums in a
+// slot of the tile's own. Slots are added up in order, in double, when all tiles are done, so that results are the
+// same for every thread count.
+
+#include "cpu/kernels.h"
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+// (the arithmetic above, the formulas below)
+#include "cpu/tile.h"
+#include "math/gaussian.h"
+
+namespace fusedvae {
+namespace FUSEDVAE_NAMESPACE {
+namespace {
+
+// Elements that are worth waking another thread for.
+constexpr int64_t kGrain = 16384;
+// Bytes of outputs from which on they are written past the caches: more than a cache could keep for their reader.
+constexpr int64_t kStreamBytes = int64_t{24} << 20;
+
+int threads_for(int64_t elements, int threads) {
+  return static_cast<int>(max_of(1, min_of(threads, elements / kGrain)));
+}
+
+int64_t bytes_of(const Operand& op, const Extent& e) { return op.data ? e.count() * size_of(op.dtype) : 0; }
+
+// Runs body(i, width, full) over [0, count) in steps of a pack, the last one partial.
+template <class T, class Step>
+FUSEDVAE_INLINE void for_packs(int64_t count, const Step& step) {
+  constexpr int64_t w = Pack<T>::lanes;
+  int64_t i = 0;
+  for (; i + w <= count; i += w)
+    step(
+        i, [](const T* p) { return load<typename Pack<T>::type>(p); },
+        [](T* p, typename Pack<T>::type v) { store(p, v); });
+  const int64_t rest = count - i;
+  if (rest > 0)
+    step(
+        i, [rest](const T* p) { return load_part<typename Pack<T>::type>(p, rest); },
+        [rest](T* p, typename Pack<T>::type v) { store_part(p, v, rest); });
+}
+
+// --- likelihood -----------------------------------------------------------------------------------------------------
+
+// The formula over arrays. `value` and gradients where the pointers are not null.
+template <class T>
+struct NllArrays {
+  const T *recon_x, *x, *spread, *weight;
+  T *value, *grad_recon_x, *grad_x, *grad_spread;
+  bool uniform_spread, is_variance;
+  T eps, uniform_weight;
+};
+
+template <class T, bool has_weights, bool uniform_spread>
+void nll_arrays(const NllArrays<T>& a, int64_t count) {
+  using P = typename Pack<T>::type;
+  const P one = splat(P{}, 1.0f);
+  const auto precision_of = [&](P spread, P* logvar) {
+    if (a.is_variance) {
+      P v = spread < splat(P{}, static_cast<float>(0)) + a.eps ? splat(P{}, 0.0f) + a.eps : spread;
+      *logvar = logarithm(v);
+      return one / v;
+    }
+    *logvar = spread;
+    return exponential(-spread);
+  };
+  P logvar = {}, precision = {};
+  if (uniform_spread && count) precision = precision_of(splat(P{}, 0.0f) + a.spread[0], &logvar);
+  P weight = splat(P{}, 0.0f) + a.uniform_weight;
+  for_packs<T>(count, [&](int64_t i, auto load, auto store) {
+    if (!uniform_spread) precision = precision_of(load(a.spread + i), &logvar);
+    if (has_weights) weight = load(a.weight + i);
+    const GaussianNll<P> g = gaussian_nll(load(a.recon_x + i), load(a.x + i), logvar, precision);
+    if (a.value) store(a.value + i, g.value);
+    const P d_recon = weight * g.d_recon;
+    if (a.grad_recon_x) store(a.grad_recon_x + i, d_recon);
+    if (a.grad_x) store(a.grad_x + i, -d_recon);
+    if (a.grad_spread) store(a.grad_spread + i, weight * (a.is_variance ? g.d_logvar * precision : g.d_logvar));
+  });
+}
+
+// What becomes of the gradient of spread: written an element at a time, or summed.
+enum class Spread { none, element, tile, sample, row, column };
+
+Spread spread_reduction(const NllTask& task) {
+  const Operand& g = task.grad_spread;
+  const Extent& e = task.extent;
+  if (!g) return Spread::none;
+  const bool batch = g.stride[0] != 0 || e.batch == 1, outer = g.stride[1] != 0 || e.outer == 1;
+  if (g.stride[2] != 0 || e.inner == 1) {
+    if (batch && outer) return Spread::element;
+    if (g.stride[2] != 0) return Spread::column;
+  }
+  if (g.stride[1] != 0) return Spread::row;
+  return g.stride[0] != 0 ? Spread::sample : Spread::tile;
+}
+
+// Runs the task; `totals`, unless null, receives the sum of the values: one, or one a sample with `by_sample`.
+template <class T>
+void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
+  const Extent& e = task.extent;
+  const Tiling tiling(e);
+  const int64_t tiles = tiling.count();
+  const Spread reduction = spread_reduction(task);
+  const bool stream = bytes_of(task.grad_recon_x, e) + bytes_of(task.grad_x, e) +
+                          (reduction == Spread::element ? bytes_of(task.grad_spread, e) : 0) >=
+                      kStreamBytes;
+
+  const int64_t value_slots = totals ? (by_sample ? tiling.max_samples() : 1) : 0;
+  const int64_t spread_slots = reduction == Spread::row      ? tiling.max_rows()
+                               : reduction == Spread::sample ? tiling.max_samples()
+                               : reduction == Spread::tile   ? 1
+                                                             : 0;
+  Doubles values(tiles * value_slots), spreads(tiles * spread_slots);
+  // Sums over columns need a row of accumulators; a few blocks of tiles have one each.
+  const int64_t blocks =
+      reduction == Spread::column ? max_of(1, min_of(16, min_of(tiles, e.batch * e.outer / 8))) : tiles;
+  Doubles columns(reduction == Spread::column ? blocks * e.inner : 0);
+
+  parallel_for(blocks, threads_for(e.count(), threads), [&](int64_t first_block, int64_t last_block) {
+    alignas(kLine) T recon_buffer[kTile], x_buffer[kTile], spread_buffer[kTile], weight_buffer[kTile];
+    alignas(kLine) T value_buffer[kTile], d_recon_buffer[kTile], d_x_buffer[kTile], d_spread_buffer[kTile];
+    for (int64_t block = first_block; block < last_block; ++block)
+      for (int64_t k = tiles * block / blocks; k < tiles * (block + 1) / blocks; ++k) {
+        const Tile t = tiling[k];
+        NllArrays<T> a;
+        a.recon_x = read(task.recon_x, t, recon_buffer);
+        a.x = read(task.x, t, x_buffer);
+        a.is_variance = task.is_variance;
+        a.eps = static_cast<T>(task.eps);
+        a.uniform_spread = task.spread.is_uniform() ||
+                           (t.nb == 1 && t.no == 1 && task.spread.stride[2] == 0);
+        if (a.uniform_spread) {
+          spread_buffer[0] = static_cast<T>(
+              get(task.spread, task.spread.data ? offset_of(task.spread, t, 0, 0) : 0));
+          a.spread = spread_buffer;
+        } else {
+          a.spread = read(task.spread, t, spread_buffer);
+        }
+        const bool one_weight = task.weight.is_uniform() ||
+                                (t.nb == 1 && task.weight.stride[1] == 0 && task.weight.stride[2] == 0);
+        a.uniform_weight = one_weight ? static_cast<T>(get(task.weight, t.b0 * task.weight.stride[0])) : T(1);
+        a.weight = one_weight ? nullptr : read(task.weight, t, weight_buffer);
+
+        const bool wants_value = totals || task.value;
+        a.value = task.value ? place(task.value, t, value_buffer, false) : wants_value ? value_buffer : nullptr;
+        a.grad_recon_x =
+            task.grad_recon_x ? place(task.grad_recon_x, t, d_recon_buffer, stream) : nullptr;
+        a.grad_x = task.grad_x ? place(task.grad_x, t, d_x_buffer, stream) : nullptr;
+        a.grad_spread = reduction == Spread::none      ? nullptr
+                        : reduction == Spread::element ? place(task.grad_spread, t, d_spread_buffer, stream)
+                                                       : d_spread_buffer;
+        const int64_t n = t.count();
+        if (a.weight)
+          a.uniform_spread ? nll_arrays<T, true, true>(a, n) : nll_arrays<T, true, false>(a, n);
+        else
+          a.uniform_spread ? nll_arrays<T, false, true>(a, n) : nll_arrays<T, false, false>(a, n);
+
+        if (task.value) write(task.value, t, a.value, value_buffer, false);
+        if (task.grad_recon_x) write(task.grad_recon_x, t, a.grad_recon_x, d_recon_buffer, stream);
+        if (task.grad_x) write(task.grad_x, t, a.grad_x, d_x_buffer, stream);
+        if (value_slots == 1) {
+          values[k] = sum(a.value, n);
+        } else if (value_slots) {
+          for (int64_t b = 0; b < t.nb; ++b) values[k * value_slots + b] = sum(a.value + b * e.sample(), e.sample());
+        }
+        switch (reduction) {
+          case Spread::none: break;
+          case Spread::element: write(task.grad_spread, t, a.grad_spread, d_spread_buffer, stream); break;
+          case Spread::tile: spreads[k] = sum(a.grad_spread, n); break;
+          case Spread::sample:
+            for (int64_t b = 0; b < t.nb; ++b)
+              spreads[k * spread_slots + b] = sum(a.grad_spread + b * t.no * t.ni, t.no * t.ni);
+            break;
+          case Spread::row:
+            for (int64_t r = 0; r < t.nb * t.no; ++r)
+              spreads[k * spread_slots + r] = sum(a.grad_spread + r * t.ni, t.ni);
+            break;
+          case Spread::column:
+            for (int64_t r = 0; r < t.nb * t.no; ++r) {
+              double* into = columns.at(block * e.inner + t.i0);
+              const T* from = a.grad_spread + r * t.ni;
+              for (int64_t i = 0; i < t.ni; ++i) into[i] += static_cast<double>(from[i]);
+            }
+            break;
+        }
+      }
+  });
+
+  if (totals) {
+    if (by_sample)
+      for (int64_t b = 0; b < e.batch; ++b) totals[b] = 0;
+    else
+      *totals = 0;
+    for (int64_t k = 0; k < tiles; ++k) {
+      const Tile t = tiling[k];
+      if (by_sample)
+        for (int64_t b = 0; b < t.nb; ++b) totals[t.b0 + b] += values[k * value_slots + b];
+      else
+        *totals += values[k];
+    }
+  }
+  const Operand& g = task.grad_spread;
+  if (reduction == Spread::column) {
+    for (int64_t i = 0; i < e.inner; ++i) {
+      double total = 0;
+      for (int64_t block = 0; block < blocks; ++block) total += columns[block * e.inner + i];
+      put(g, i, total);
+    }
+  } else if (spread_slots) {
+    const int64_t size = (e.batch - 1) * g.stride[0] + (e.outer - 1) * g.stride[1] + 1;
+    Doubles sums(size);
+    for (int64_t k = 0; k < tiles; ++k) {
+      const Tile t = tiling[k];
+      const int64_t rows = reduction == Spread::row ? t.no : 1;
+      const int64_t samples = reduction == Spread::tile ? 1 : t.nb;
+      for (int64_t b = 0; b < samples; ++b)
+        for (int64_t o = 0; o < rows; ++o)
+          sums[(t.b0 + b) * g.stride[0] + (t.o0 + o) * g.stride[1]] += spreads[k * spread_slots + b * rows + o];
+    }
+    for (int64_t b = 0; b < (g.stride[0] ? e.batch : 1); ++b)
+      for (int64_t o = 0; o < (g.stride[1] ? e.outer : 1); ++o) {
+        const int64_t at = b * g.stride[0] + o * g.stride[1];
+        put(g, at, sums[at]);
+      }
+  }
+}
+
+bool any_double(const Operand* const* operands, int count) {
+  for (int i = 0; i < count; ++i)
+    if (operands[i]->data && operands[i]->dtype == DType::f64) return true;
+  return false;
+}
+
+void dispatch_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
+  const Operand* const operands[] = {&task.recon_x, &task.x, &task.spread};
+  if (any_double(operands, 3))
+    run_nll<double>(task, totals, by_sample, threads);
+  else
+    run_nll<float>(task, totals, by_sample, threads);
+}
+
+// --- latent ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct LatentArrays {
+  const T *mu, *logvar, *noise, *grad_z, *grad_kl;
+  T *z, *kl, *grad_mu, *grad_logvar;
+  T uniform_grad_kl;
+};
+
+// sigma = e^(logvar/2) and e^logvar - 1 from one exponential: expm1(l) = t (t + 2) with t = expm1(l/2).
+FUSEDVAE_INLINE void spread_of(vf logvar, vf* sigma, vf* expm1_logvar) {
+  const ExpPair half = exp_pair(0.5f * logvar);
+  *sigma = half.exp;
+  // Where t is so large that t + 2 = t, infinity must not come too early; it does not: t stays below 2^64.
+  *expm1_logvar = half.expm1 * (half.expm1 + 2.0f);
+}
+FUSEDVAE_INLINE void spread_of(double logvar, double* sigma, double* expm1_logvar) {
+  *sigma = std::exp(0.5 * logvar);
+  *expm1_logvar = std::expm1(logvar);
+}
+
+template <class T>
+void latent_arrays(const LatentArrays<T>& a, int64_t count) {
+  using P = typename Pack<T>::type;
+  for_packs<T>(count, [&](int64_t i, auto load, auto store) {
+    const P mu = load(a.mu + i), logvar = load(a.logvar + i);
+    P sigma, expm1_logvar;
+    spread_of(logvar, &sigma, &expm1_logvar);
+    const KlStandardNormal<P> kl = kl_standard_normal(mu, logvar, expm1_logvar);
+    if (a.kl) store(a.kl + i, kl.value);
+    const P noise = a.noise ? load(a.noise + i) : P{};
+    const Sample<P> z = sample(mu, sigma, noise);
+    if (a.z) store(a.z + i, z.value);
+    if (a.grad_mu || a.grad_logvar) {
+      P d_mu = {}, d_logvar = {};
+      if (a.grad_z) {
+        const P g = load(a.grad_z + i);
+        d_mu = g;
+        d_logvar = g * z.d_logvar;
+      }
+      if (a.grad_kl) {
+        const P g = load(a.grad_kl + i);
+        d_mu += g * kl.d_mu;
+        d_logvar += g * kl.d_logvar;
+      } else if (!a.grad_z) {
+        d_mu = a.uniform_grad_kl * kl.d_mu;
+        d_logvar = a.uniform_grad_kl * kl.d_logvar;
+      }
+      if (a.grad_mu) store(a.grad_mu + i, d_mu);
+      if (a.grad_logvar) store(a.grad_logvar + i, d_logvar);
+    }
+  });
+}
+
+template <class T>
+void run_latent(const LatentTask& task, double* totals, bool by_sample, int threads) {
+  const Extent& e = task.extent;
+  const Tiling tiling(e);
+  const int64_t tiles = tiling.count();
+  const int64_t slots = totals ? (by_sample ? tiling.max_samples() : 1) : 0;
+  Doubles values(tiles * slots);
+  const uint64_t seed = task.seed ? static_cast<uint64_t>(*task.seed) : 0;
+
+  parallel_for(tiles, threads_for(e.count() * (task.seed ? 4 : 1), threads), [&](int64_t first, int64_t last) {
+    alignas(kLine) T mu_buffer[kTile], logvar_buffer[kTile], noise_buffer[kTile], d_z_buffer[kTile], d_kl_buffer[kTile];
+    alignas(kLine) T z_buffer[kTile], kl_buffer[kTile], d_mu_buffer[kTile], d_logvar_buffer[kTile];
+    alignas(kLine) float scratch[kTile + kNoisePad], made[kTile + kNoisePad];
+    for (int64_t k = first; k < last; ++k) {
+      const Tile t = tiling[k];
+      const int64_t n = t.count();
+      LatentArrays<T> a{};
+      a.mu = read(task.mu, t, mu_buffer);
+      a.logvar = read(task.logvar, t, logvar_buffer);
+      if (task.seed) {
+        const float* run = read_noise(task.index, t, seed, scratch, made);
+        if constexpr (sizeof(T) == sizeof(float)) {
+          a.noise = run;
+        } else {
+          widen_run(run, noise_buffer, n);
+          a.noise = noise_buffer;
+        }
+      } else if (task.noise) {
+        a.noise = read(task.noise, t, noise_buffer);
+      }
+      if (task.grad_z) a.grad_z = read(task.grad_z, t, d_z_buffer);
+      if (task.grad_kl && (task.grad_z || !task.grad_kl.is_uniform()))
+        a.grad_kl = read(task.grad_kl, t, d_kl_buffer);
+      else if (task.grad_kl)
+        a.uniform_grad_kl = static_cast<T>(get(task.grad_kl, 0));
+      if (task.z) a.z = place(task.z, t, z_buffer, false);
+      if (totals) a.kl = kl_buffer;
+      if (task.grad_mu) a.grad_mu = place(task.grad_mu, t, d_mu_buffer, false);
+      if (task.grad_logvar) a.grad_logvar = place(task.grad_logvar, t, d_logvar_buffer, false);
+      latent_arrays(a, n);
+      if (task.z) write(task.z, t, a.z, z_buffer, false);
+      if (task.grad_mu) write(task.grad_mu, t, a.grad_mu, d_mu_buffer, false);
+      if (task.grad_logvar) write(task.grad_logvar, t, a.grad_logvar, d_logvar_buffer, false);
+      if (slots == 1) {
+        values[k] = sum(kl_buffer, n);
+      } else if (slots) {
+        for (int64_t b = 0; b < t.nb; ++b) values[k * slots + b] = sum(kl_buffer + b * e.sample(), e.sample());
+      }
+    }
+  });
+
+  if (!totals) return;
+  for (int64_t b = 0; b < (by_sample ? e.batch : 1); ++b) totals[b] = 0;
+  for (int64_t k = 0; k < tiles; ++k) {
+    const Tile t = tiling[k];
+    for (int64_t b = 0; b < (by_sample ? t.nb : 1); ++b) totals[(by_sample ? t.b0 : 0) + b] += values[k * slots + b];
+  }
+}
+
+void dispatch_latent(const LatentTask& task, double* totals, bool by_sample, int threads) {
+  const Operand* const operands[] = {&task.mu, &task.logvar, &task.noise};
+  if (any_double(operands, 3))
+    run_latent<double>(task, totals, by_sample, threads);
+  else
+    run_latent<float>(task, totals, by_sample, threads);
+}
+
+// --- the table's entries --------------------------------------------------------------------------------------------
+
+void normal(const NormalTask& task, int threads) {
+  const Extent flat{1, 1, task.count};
+  const Tiling tiling(flat);
+  parallel_for(tiling.count(), threads_for(4 * task.count, threads), [&](int64_t first, int64_t last) {
+    alignas(kLine) float buffer[kTile + kNoisePad];
+    for (int64_t k = first; k < last; ++k) {
+      const Tile t = tiling[k];
+      const float* run = noise_run(t.i0, t.ni, task.seed, buffer);
+      with_type(task.out.dtype, [&](auto* type) {
+        narrow_run(run, static_cast<decltype(type)>(task.out.data) + t.i0, t.ni);
+      });
+    }
+  });
+}
+
+void latent(const LatentTask& task, int threads) {
+  if (!task.kl) return dispatch_latent(task, nullptr, false, threads);
+  Doubles totals(task.extent.batch);
+  dispatch_latent(task, totals.at(0), true, threads);
+  for (int64_t b = 0; b < task.extent.batch; ++b) put(task.kl, b * task.kl.stride[0], totals[b]);
+}
+
+void nll(const NllTask& task, int threads) { dispatch_nll(task, nullptr, false, threads); }
+
+void elbo(const ElboTask& task, int threads) {
+  if (task.values == Values::element) {
+    dispatch_nll(task.nll, nullptr, false, threads);
+    return;
+  }
+  const bool by_sample = task.values == Values::sample;
+  const double beta = get(task.beta, 0);
+  const int64_t batch = task.has_nll ? task.nll.extent.batch : task.kl.extent.batch;
+  const int64_t count = by_sample ? batch : 1;
+  Doubles nlls(count), kls(count);
+  if (task.has_nll) {
+    NllTask half = task.nll;
+    half.weight.given = true;
+    half.weight.value = task.scale;
+    dispatch_nll(half, nlls.at(0), by_sample, threads);
+    const double elements = static_cast<double>(by_sample ? half.extent.sample() : half.extent.count());
+    for (int64_t b = 0; b < count; ++b) nlls[b] = task.scale * (nlls[b] + task.constant * elements);
+  }
+  if (task.has_kl) {
+    LatentTask half = task.kl;
+    half.grad_kl.given = true;
+    half.grad_kl.value = task.scale * beta;
+    dispatch_latent(half, kls.at(0), by_sample, threads);
+    for (int64_t b = 0; b < count; ++b) kls[b] *= task.scale;
+  } else if (task.kl_in) {
+    for (int64_t b = 0; b < task.kl_in_count; ++b)
+      kls[by_sample ? b : 0] += get(task.kl_in, b * task.kl_in.stride[0]);
+    if (!by_sample) kls[0] *= task.scale;
+  }
+  for (int64_t b = 0; b < count; ++b) {
+    const bool has_kl = task.has_kl || task.kl_in;
+    // Without a likelihood the objective is the divergence alone.
+    put(task.loss, b * task.loss.stride[0],
+        has_kl ? nlls[b] + beta * kls[b] : nlls[b]);
+    if (task.nll_out) put(task.nll_out, b * task.nll_out.stride[0], nlls[b]);
+    if (task.kl_out) put(task.kl_out, b * task.kl_out.stride[0], kls[b]);
+  }
+}
+
+template <class T, class S>
+void scale_run(S* data, int64_t count, T factor, int threads) {
+  parallel_for(ceil_div(count, kTile), threads_for(count, threads), [&](int64_t first, int64_t last) {
+    for (int64_t i = first * kTile; i < min_of(count, last * kTile); ++i)
+      narrow(static_cast<T>(widen(data[i])) * factor, data + i);
+  });
+}
+
+void scale(const ScaleTask& task, int threads) {
+  const double factor = get(task.factor, 0);
+  if (factor == 1.0) return;
+  with_type(task.tensor.dtype, [&](auto* type) {
+    auto* data = static_cast<decltype(type)>(task.tensor.data);
+    if (task.tensor.dtype == DType::f64)
+      scale_run<double>(data, task.count, factor, threads);
+    else
+      scale_run<float>(data, task.count, static_cast<float>(factor), threads);
+  });
+}
+
+}  // namespace
+
+#define FUSEDVAE_NAME_(isa) #isa
+#define FUSEDVAE_NAME(isa) FUSEDVAE_NAME_(isa)
+extern const Kernels table;
+const Kernels table = {FUSEDVAE_NAME(FUSEDVAE_ISA), normal, latent, nll, elbo, scale};
+
+}  // namespace FUSEDVAE_NAMESPACE
+}  // namespace fusedvae

@@ -1,0 +1,226 @@
+// Arithmetic on vectors of the instruction set this file is compiled for: GCC's vector types, and the elementary
+// functions as branch-free polynomials. Accurate to about an ulp; NaN and infinity come out as from libm.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "math/target.h"
+
+namespace fusedvae {
+namespace FUSEDVAE_NAMESPACE {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint64_t vq __attribute__((vector_size(kLanes * 4)));  // half as many lanes, of 64 bits
+typedef int32_t vi_half __attribute__((vector_size(kLanes * 2)));
+
+// The vector that a number type is processed in. float64 is here for exactness, not speed: one at a time.
+template <class T>
+struct Pack {
+  typedef T type;
+  static constexpr int lanes = 1;
+};
+template <>
+struct Pack<float> {
+  typedef vf type;
+  static constexpr int lanes = kLanes;
+};
+
+template <class V, class T>
+FUSEDVAE_INLINE V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+FUSEDVAE_INLINE void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class V, class T>
+FUSEDVAE_INLINE V load_part(const T* p, int64_t count) {
+  V v = {};
+  __builtin_memcpy(&v, p, static_cast<size_t>(count) * sizeof(T));
+  return v;
+}
+template <class V, class T>
+FUSEDVAE_INLINE void store_part(T* p, V v, int64_t count) {
+  __builtin_memcpy(p, &v, static_cast<size_t>(count) * sizeof(T));
+}
+
+FUSEDVAE_INLINE vf splat(vf, float value) { return vf{} + value; }
+FUSEDVAE_INLINE double splat(double, double value) { return value; }
+
+FUSEDVAE_INLINE vf bits_to_float(vi v) { return reinterpret_cast<vf>(v); }
+FUSEDVAE_INLINE vi float_to_bits(vf v) { return reinterpret_cast<vi>(v); }
+FUSEDVAE_INLINE vi to_int(vf v) { return __builtin_convertvector(v, vi); }
+FUSEDVAE_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+
+FUSEDVAE_INLINE float sum_lanes(vf v) {
+  float lanes[kLanes], total = 0;
+  store(lanes, v);
+  for (int step = kLanes / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  total = lanes[0];
+  return total;
+}
+FUSEDVAE_INLINE double sum_lanes(double v) { return v; }
+
+FUSEDVAE_INLINE vf root(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(v);
+#elif defined(__x86_64__)
+  return _mm_sqrt_ps(v);
+#elif defined(__aarch64__)
+  return vsqrtq_f32(v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// e^x and e^x - 1 of one range reduction, x = n ln 2 + r: each accurate to about an ulp, near 0 and far from it.
+struct ExpPair {
+  vf exp, expm1;
+};
+
+FUSEDVAE_INLINE ExpPair exp_pair(vf x) {
+  // Past these bounds the results are 0, -1 and infinity; NaN fails both comparisons and stays.
+  x = x < -104.0f ? splat(x, -104.0f) : x;
+  x = x > 89.0f ? splat(x, 89.0f) : x;
+  const vf shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const vf n = shifted - 12582912.0f;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = r * 1.98412698e-4f + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r;  // e^r - 1
+  // 2^n in two steps, so that subnormal results and those next to the largest float come out.
+  const vi k = float_to_bits(shifted) - 0x4B400000;
+  const vi k1 = k >> 1, k2 = k - k1;
+  const vf s1 = bits_to_float((k1 + 127) << 23), s2 = bits_to_float((k2 + 127) << 23);
+  const vf e = (p * s1 + s1) * s2;
+  const vf far = e - 1.0f;
+  const vf near = (p * s1) * s2 + (s1 * s2 - 1.0f);
+  return {e, x > 16.0f ? far : near};
+}
+
+FUSEDVAE_INLINE vf exponential(vf x) { return exp_pair(x).exp; }
+FUSEDVAE_INLINE double exponential(double x) { return std::exp(x); }
+
+// ln x for normal x > 0, by Cephes' polynomial around 1.
+FUSEDVAE_INLINE vf log_normal(vf x) {
+  const vi bits = float_to_bits(x);
+  const vi k = (bits - 0x3F3504F3) >> 23;  // x = m 2^k with m in [sqrt 1/2, sqrt 2)
+  const vf f = bits_to_float(bits - (k << 23)) - 1.0f;
+  const vf e = to_float(k);
+  const vf z = f * f;
+  vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  p = p * f * z - e * 2.12194440e-4f;
+  p = p - 0.5f * z;
+  return (f + p) + e * 0.693359375f;
+}
+
+// ln u for u in [2^-32, 1].
+FUSEDVAE_INLINE vf log_unit(vf u) { return log_normal(u); }
+
+FUSEDVAE_INLINE vf logarithm(vf x) {
+  const vi tiny = x < 0x1p-126f;
+  const vf scaled = tiny ? x * 0x1p23f : x;
+  vf y = log_normal(scaled) - (tiny ? splat(x, 23 * 0.69314718056f) : splat(x, 0.0f));
+  y = x == 0.0f ? splat(x, -INFINITY) : y;
+  y = x < 0.0f ? splat(x, NAN) : y;
+  y = x == INFINITY ? x : y;
+  return x == x ? y : x;
+}
+FUSEDVAE_INLINE double logarithm(double x) { return std::log(x); }
+
+// sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is ever rounded.
+FUSEDVAE_INLINE void sincos_turns(vf u, vf* sine, vf* cosine) {
+  const vi quarter = to_int(u * 4.0f + 0.5f);
+  const vf a = (u - to_float(quarter) * 0.25f) * 6.28318531f;  // within +-pi/4
+  const vf z = a * a;
+  vf s = z * -1.9515295891e-4f + 8.3321608736e-3f;
+  s = s * z - 1.6666654611e-1f;
+  s = s * z * a + a;
+  vf c = z * 2.443315711809948e-5f - 1.388731625493765e-3f;
+  c = c * z + 4.166664568298827e-2f;
+  c = c * z * z - 0.5f * z + 1.0f;
+  const vi odd = (quarter << 31) >> 31;
+  const vi s_bits = float_to_bits(s), c_bits = float_to_bits(c);
+  const vi swap = (s_bits ^ c_bits) & odd;
+  const vi negate_sine = (quarter << 30) & INT32_MIN;          // quarters 2 and 3
+  const vi negate_cosine = ((quarter + 1) << 30) & INT32_MIN;  // quarters 1 and 2
+  *sine = bits_to_float((s_bits ^ swap) ^ negate_sine);
+  *cosine = bits_to_float((c_bits ^ swap) ^ negate_cosine);
+}
+
+// The full product of each 64-bit lane's low half and m.
+FUSEDVAE_INLINE vq mul32(vq a, uint32_t m) {
+  const vq b = vq{} + static_cast<uint64_t>(m);
+#if defined(__AVX512F__)
+  return reinterpret_cast<vq>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vq>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__x86_64__)
+  return reinterpret_cast<vq>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<vq>(vmull_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)), vdup_n_u32(m)));
+#else
+  return (a & 0xFFFFFFFFu) * b;
+#endif
+}
+
+// The low halves of two vectors of 64-bit lanes, shifted right by one: kLanes integers below 2^31.
+FUSEDVAE_INLINE vi half_words(vq first, vq second) {
+  const vi_half a = __builtin_convertvector((first & 0xFFFFFFFFu) >> 1, vi_half);
+  const vi_half b = __builtin_convertvector((second & 0xFFFFFFFFu) >> 1, vi_half);
+  vi v;
+  __builtin_memcpy(&v, &a, sizeof a);
+  __builtin_memcpy(reinterpret_cast<char*>(&v) + sizeof a, &b, sizeof b);
+  return v;
+}
+
+// Lanes of a and b by turns: a0 b0 a1 b1 ..., in two vectors.
+FUSEDVAE_INLINE void interleave(vf a, vf b, vf* low, vf* high) {
+#if defined(__AVX512F__)
+  *low = __builtin_shuffle(a, b, vi{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+  *high = __builtin_shuffle(a, b, vi{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+#elif defined(__AVX2__)
+  *low = __builtin_shuffle(a, b, vi{0, 8, 1, 9, 2, 10, 3, 11});
+  *high = __builtin_shuffle(a, b, vi{4, 12, 5, 13, 6, 14, 7, 15});
+#else
+  *low = __builtin_shuffle(a, b, vi{0, 4, 1, 5});
+  *high = __builtin_shuffle(a, b, vi{2, 6, 3, 7});
+#endif
+}
+
+}  // namespace FUSEDVAE_NAMESPACE
+}  // namespace fusedvae

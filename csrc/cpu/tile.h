@@ -1,0 +1,253 @@
+// Tiles: the unit of work, of float accumulation and of conversion. A tile's operands sit in the L1 cache as plain
+// arrays of the working type, so that the formula loops see neither strides nor dtypes.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "cpu/convert.h"
+#include "math/philox.h"
+#include "operand.h"
+
+namespace fusedvae {
+namespace FUSEDVAE_NAMESPACE {
+
+constexpr int64_t kTile = 1024;
+constexpr int64_t kLine = 64;
+
+static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scratch memory; not std::vector, whose code the linker would share between instruction sets.
+class Doubles {
+ public:
+  explicit Doubles(int64_t count)
+      : data_(static_cast<double*>(std::calloc(static_cast<size_t>(max_of(count, 1)), sizeof(double)))) {
+    if (!data_) std::abort();
+  }
+  ~Doubles() { std::free(data_); }
+  Doubles(const Doubles&) = delete;
+  Doubles& operator=(const Doubles&) = delete;
+  double& operator[](int64_t i) { return data_[i]; }
+  double* at(int64_t i) { return data_ + i; }
+
+ private:
+  double* data_;
+};
+
+// A block of elements [b0, b0 + nb) x [o0, o0 + no) x [i0, i0 + ni), in row-major order of (b, o, i).
+struct Tile {
+  int64_t b0, nb, o0, no, i0, ni;
+  int64_t count() const { return nb * no * ni; }
+};
+
+// Cuts an extent into tiles of at most kTile elements, each within a sample or made of whole samples. The cut depends
+// on the extent alone, never on threads, and with it every rounding.
+class Tiling {
+ public:
+  explicit Tiling(const Extent& e) : e_(e) {
+    const int64_t sample = max_of(e.sample(), 1);
+    samples_ = max_of(1, kTile / sample);
+    rows_ = samples_ > 1 ? e.outer : max_of(1, min_of(e.outer, kTile / max_of(e.inner, 1)));
+    columns_ = min_of(max_of(e.inner, 1), kTile);
+    row_groups_ = ceil_div(e.outer, max_of(rows_, 1));
+    column_groups_ = ceil_div(max_of(e.inner, 1), columns_);
+    count_ = e.count() == 0 ? 0 : ceil_div(e.batch, samples_) * row_groups_ * column_groups_;
+  }
+  int64_t count() const { return count_; }
+  // Tiles of one sample; 1 where tiles hold whole samples.
+  int64_t per_sample() const { return row_groups_ * column_groups_; }
+  int64_t max_samples() const { return samples_; }
+  int64_t max_rows() const { return samples_ * rows_; }
+  Tile operator[](int64_t k) const {
+    Tile t;
+    const int64_t column = k % column_groups_, row = k / column_groups_ % row_groups_;
+    t.b0 = k / (column_groups_ * row_groups_) * samples_;
+    t.nb = min_of(samples_, e_.batch - t.b0);
+    t.o0 = row * rows_;
+    t.no = min_of(rows_, e_.outer - t.o0);
+    t.i0 = column * columns_;
+    t.ni = min_of(columns_, e_.inner - t.i0);
+    return t;
+  }
+
+ private:
+  Extent e_;
+  int64_t samples_, rows_, columns_, row_groups_, column_groups_, count_;
+};
+
+static inline int64_t offset_of(const Operand& op, const Tile& t, int64_t b, int64_t o) {
+  return (t.b0 + b) * op.stride[0] + (t.o0 + o) * op.stride[1] + t.i0 * op.stride[2];
+}
+
+// Whether the tile's elements lie in one gapless run.
+static inline bool is_run(const Operand& op, const Tile& t) {
+  return op.stride[2] == 1 && (t.no == 1 || op.stride[1] == t.ni) &&
+         (t.nb == 1 || (t.no == 1 ? op.stride[0] == t.ni : op.stride[0] == t.no * t.ni));
+}
+
+// A tile's operand as an array; `buffer` holds it if it is not one already.
+template <class T>
+inline const T* read(const Operand& op, const Tile& t, T* buffer) {
+  if (op.is_uniform()) {
+    const T value = static_cast<T>(get(op, 0));
+    const int64_t n = t.count();
+    for (int64_t i = 0; i < n; ++i) buffer[i] = value;
+    return buffer;
+  }
+  const bool run = is_run(op, t);
+  if (run && op.dtype == dtype_of<T>()) return static_cast<const T*>(op.data) + offset_of(op, t, 0, 0);
+  with_type(op.dtype, [&](auto* type) {
+    const auto* data = static_cast<decltype(type)>(op.data);
+    if (run) {
+      widen_run(data + offset_of(op, t, 0, 0), buffer, t.count());
+      return;
+    }
+    T* out = buffer;
+    for (int64_t b = 0; b < t.nb; ++b)
+      for (int64_t o = 0; o < t.no; ++o, out += t.ni) {
+        const auto* in = data + offset_of(op, t, b, o);
+        if (op.stride[2] == 1) {
+          widen_run(in, out, t.ni);
+        } else {
+          const T value = static_cast<T>(widen(*in));
+          for (int64_t i = 0; i < t.ni; ++i) out[i] = value;
+        }
+      }
+  });
+  return buffer;
+}
+
+// Where to compute a tile's output: in place if it is a run of the working type, else in `buffer`; `write` then
+// brings it there. With `stream`, always by way of the buffer and past the caches.
+template <class T>
+inline T* place(const Operand& op, const Tile& t, T* buffer, bool stream) {
+  if (!stream && op.dtype == dtype_of<T>() && is_run(op, t)) return static_cast<T*>(op.data) + offset_of(op, t, 0, 0);
+  return buffer;
+}
+
+inline void stream_run(const float* in, float* out, int64_t count) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  int64_t i = 0;
+  for (; i < count && (reinterpret_cast<uintptr_t>(out + i) & (sizeof(vf) - 1)); ++i) out[i] = in[i];
+  for (; i + kLanes <= count; i += kLanes) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(out + i, load<vf>(in + i));
+#else
+    _mm256_stream_ps(out + i, load<vf>(in + i));
+#endif
+  }
+  for (; i < count; ++i) out[i] = in[i];
+#else
+  __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
+#endif
+}
+inline void stream_run(const double* in, double* out, int64_t count) {
+  __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(double));
+}
+
+template <class T>
+inline void write(const Operand& op, const Tile& t, const T* from, const T* buffer, bool stream) {
+  if (from != buffer) return;
+  const bool run = is_run(op, t);
+  if (run && stream && op.dtype == dtype_of<T>()) {
+    stream_run(from, static_cast<T*>(op.data) + offset_of(op, t, 0, 0), t.count());
+    return;
+  }
+  with_type(op.dtype, [&](auto* type) {
+    auto* data = static_cast<decltype(type)>(op.data);
+    if (run) {
+      narrow_run(from, data + offset_of(op, t, 0, 0), t.count());
+      return;
+    }
+    for (int64_t b = 0; b < t.nb; ++b)
+      for (int64_t o = 0; o < t.no; ++o, from += t.ni) narrow_run(from, data + offset_of(op, t, b, o), t.ni);
+  });
+}
+
+// The sum of an array, in float (or double) and in an order that depends on its length alone.
+template <class T>
+inline double sum(const T* v, int64_t count) {
+  using P = typename Pack<T>::type;
+  constexpr int64_t w = Pack<T>::lanes;
+  P s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  int64_t i = 0;
+  for (; i + 4 * w <= count; i += 4 * w) {
+    s0 += load<P>(v + i);
+    s1 += load<P>(v + i + w);
+    s2 += load<P>(v + i + 2 * w);
+    s3 += load<P>(v + i + 3 * w);
+  }
+  for (; i + w <= count; i += w) s0 += load<P>(v + i);
+  if (i < count) s1 += load_part<P>(v + i, count - i);
+  return static_cast<double>(sum_lanes((s0 + s1) + (s2 + s3)));
+}
+
+// --- noise --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kNoisePad = 8 * kLanes;
+
+// Normals of the counters first, first + 1, ...: kLanes counters, four normals each.
+FUSEDVAE_INLINE void normals(uint64_t first, uint64_t seed, float* out) {
+  constexpr int half = kLanes / 2;
+  vq low, high;
+  for (int i = 0; i < half; ++i) low[i] = static_cast<uint64_t>(i);
+  low += first;
+  high = low + static_cast<uint64_t>(half);
+  const vq zero = {};
+  const PhiloxWords<vq> a = philox4x32(low, low >> 32, zero, zero, seed);
+  const PhiloxWords<vq> b = philox4x32(high, high >> 32, zero, zero, seed);
+  const auto uniform = [](vq x, vq y) { return unit_interval(to_float(half_words(x, y))); };
+  const NormalPair<vf> p = box_muller(uniform(a.w0, b.w0), uniform(a.w1, b.w1));
+  const NormalPair<vf> q = box_muller(uniform(a.w2, b.w2), uniform(a.w3, b.w3));
+  vf even_low, even_high, odd_low, odd_high, v0, v1, v2, v3;
+  interleave(p.cosine, q.cosine, &even_low, &even_high);
+  interleave(p.sine, q.sine, &odd_low, &odd_high);
+  interleave(even_low, odd_low, &v0, &v1);
+  interleave(even_high, odd_high, &v2, &v3);
+  store(out, v0);
+  store(out + kLanes, v1);
+  store(out + 2 * kLanes, v2);
+  store(out + 3 * kLanes, v3);
+}
+
+// The stream's elements [start, start + count), somewhere in a buffer of count + kNoisePad floats.
+inline const float* noise_run(int64_t start, int64_t count, uint64_t seed, float* buffer) {
+  const int64_t skip = start & 3;
+  uint64_t counter = static_cast<uint64_t>(start) >> 2;
+  for (int64_t i = 0; i < skip + count; i += 4 * kLanes, counter += kLanes) normals(counter, seed, buffer + i);
+  return buffer + skip;
+}
+
+// A tile's noise. Positions that run along the rows, or (channels_last) along the columns, are made in runs; anything
+// else an element at a time.
+inline const float* read_noise(const IndexStrides& s, const Tile& t, uint64_t seed, float* scratch, float* buffer) {
+  const int64_t start = t.b0 * s.batch + t.o0 * s.outer + t.i0 * s.inner;
+  const bool rows_run = t.ni == 1 || s.inner == 1;
+  if (rows_run && (t.no == 1 || s.outer == t.ni) && (t.nb == 1 || s.batch == t.no * t.ni))
+    return noise_run(start, t.count(), seed, buffer);
+  for (int64_t b = 0; b < t.nb; ++b) {
+    float* out = buffer + b * t.no * t.ni;
+    const int64_t origin = start + b * s.batch;
+    if (!rows_run && s.outer == 1) {
+      for (int64_t i = 0; i < t.ni; ++i) {
+        const float* run = noise_run(origin + i * s.inner, t.no, seed, scratch);
+        for (int64_t o = 0; o < t.no; ++o) out[o * t.ni + i] = run[o];
+      }
+      continue;
+    }
+    for (int64_t o = 0; o < t.no; ++o)
+      if (rows_run) {
+        const float* run = noise_run(origin + o * s.outer, t.ni, seed, scratch);
+        for (int64_t i = 0; i < t.ni; ++i) out[o * t.ni + i] = run[i];
+      } else {
+        for (int64_t i = 0; i < t.ni; ++i)
+          out[o * t.ni + i] = *noise_run(origin + o * s.outer + i * s.inner, 1, seed, scratch);
+      }
+  }
+  return buffer;
+}
+
+}  // namespace FUSEDVAE_NAMESPACE
+}  // namespace fusedvae

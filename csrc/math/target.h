@@ -1,0 +1,16 @@
+// What the formula headers need to know of the compiler that reads them.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FUSEDVAE_INLINE __host__ __device__ __forceinline__
+#else
+#define FUSEDVAE_INLINE inline __attribute__((always_inline))
+#endif
+
+// The CPU kernels are compiled once an instruction set. Each copy lives in a namespace of its own, so that the linker
+// can never put the AVX-512 version of an inline function where a machine without AVX-512 will call it.
+#if defined(FUSEDVAE_ISA)
+#define FUSEDVAE_NAMESPACE FUSEDVAE_ISA
+#else
+#define FUSEDVAE_NAMESPACE scalar
+#endif

@@ -1,0 +1,25 @@
+"""Fused kernels for variational autoencoders in PyTorch.
+
+`ELBOLoss` and `VAE` are the modules, `functional` what they are made of, `random` the noise; `use_backend` and
+`backends` choose and list what computes.
+"""
+
+from . import functional, random
+from .backend import BackendInfo, backends, use_backend
+from .functional import ELBOTerms, Latent
+from .losses import ELBOLoss
+from .vae import VAE
+from .version import __version__
+
+__all__ = [
+    "VAE",
+    "BackendInfo",
+    "ELBOLoss",
+    "ELBOTerms",
+    "Latent",
+    "__version__",
+    "backends",
+    "functional",
+    "random",
+    "use_backend",
+]

@@ -1,0 +1,159 @@
+"""Pictures of a trained model, drawn with matplotlib, each one PNG file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..vae import VAE
+from . import checkpoint
+from .data import Samples
+from .errors import require
+from .trainer import Trainer
+
+RECONSTRUCTIONS = "reconstructions.png"
+PRIOR_SAMPLES = "samples.png"
+TRAVERSAL = "traversal.png"
+SCATTER = "scatter.png"
+CURVE = "curve.png"
+PICTURES = (RECONSTRUCTIONS, PRIOR_SAMPLES, TRAVERSAL, SCATTER, CURVE)
+
+_GAP_SHADE = 0.35
+
+
+def draw(trainer: Trainer, directory: Path) -> None:
+    """Draw every picture of ``PICTURES`` into ``directory``."""
+    model, settings = trainer.model.eval(), trainer.settings
+    few = trainer.heldout_samples.subset(slice(40))
+    with torch.no_grad(), settings.autocast():
+        x = few.batch(slice(None), device=trainer.device, dtype=settings.data_dtype)
+        pairs = torch.stack([x, model.reconstruct(x).to(x.dtype)])
+        samples = model.generate(100, generator=torch.Generator(trainer.device).manual_seed(settings.seed))
+        walks, variables = _traversal(model, x)
+        embedded = _embedding(trainer, trainer.train_samples.subset(slice(5000)))
+    _save_tiles(
+        directory / RECONSTRUCTIONS,
+        _one_above_the_other(pairs),
+        columns=10,
+        title="held-out samples, each above its reconstruction",
+    )
+    _save_tiles(directory / PRIOR_SAMPLES, samples, columns=10, title="samples of the prior, decoded")
+    _save_tiles(
+        directory / TRAVERSAL,
+        walks,
+        columns=len(walks) // len(variables),
+        title="rows: one latent variable from -3 to 3 (most informative first: "
+        f"{', '.join(str(variable) for variable in variables)})",
+    )
+    _save_scatter(directory / SCATTER, embedded, trainer.train_samples.labels)
+    _save_curve(directory / CURVE, trainer.history)
+
+
+def _traversal(model: VAE, x: Tensor, *, rows: int = 10, columns: int = 11) -> tuple[Tensor, list[int]]:
+    """Decode the first of ``x`` with one latent variable at a time moved through its prior.
+
+    The variables are those of the largest KL over ``x``: the ones that the model uses.
+    """
+    mu, logvar = (parameter.float() for parameter in model.encode(x))
+    kl = (mu.square() + torch.expm1(logvar) - logvar).mean(0)
+    variables = kl.argsort(descending=True)[:rows]
+    z = mu[0].repeat(len(variables), columns, 1)
+    for row, variable in enumerate(variables):
+        z[row, :, variable] = torch.linspace(-3, 3, columns, device=z.device)
+    decoded = model.decode(z.flatten(0, 1).to(next(model.parameters()).dtype)).mu
+    return decoded, variables.tolist()
+
+
+def _embedding(trainer: Trainer, samples: Samples) -> Tensor:
+    """Posterior means, in the plane of their two largest principal components if there are more than two."""
+    parts = []
+    for start in range(0, len(samples), trainer.settings.batch):
+        indices = slice(start, start + trainer.settings.batch)
+        x = samples.batch(indices, device=trainer.device, dtype=trainer.settings.data_dtype)
+        parts.append(trainer.model.embed(x).double().cpu())
+    points = torch.cat(parts)
+    if points.shape[1] == 1:
+        return torch.cat([points, torch.zeros_like(points)], dim=1)
+    if points.shape[1] == 2:
+        return points
+    centred = points - points.mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh
+    return centred @ axes[:2].T
+
+
+def _one_above_the_other(pairs: Tensor) -> Tensor:
+    """``(2, n, *shape)`` to n images of twice the height, with a line between the two."""
+    above, below = (_as_images(samples) for samples in pairs)
+    return torch.cat([above, torch.full_like(above[:, :, :1], _GAP_SHADE), below], dim=2)
+
+
+def _as_images(samples: Tensor) -> Tensor:
+    """``(n, channels, height, width)``; a vector becomes a strip, one column a value."""
+    if samples.ndim == 2:
+        strip = max(1, samples.shape[1] // 16)
+        return samples[:, None, None, :].expand(-1, 1, strip, -1)
+    return samples
+
+
+def _tiles(samples: Tensor, columns: int) -> Tensor:
+    """Lay images out in a grid with gaps between them: ``(height, width, 3)`` in [0, 1]."""
+    images = _as_images(samples).float().cpu().clamp(0, 1)
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    rows = math.ceil(len(images) / columns)
+    gap = max(1, images.shape[-1] // 16)
+    images = torch.nn.functional.pad(images, (gap, gap, gap, gap), value=_GAP_SHADE)
+    missing = rows * columns - len(images)
+    images = torch.cat([images, torch.full((missing, *images.shape[1:]), _GAP_SHADE)])
+    _, channels, height, width = images.shape
+    grid = images.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    return grid.reshape(rows * height, columns * width, channels)
+
+
+def _new_figure(width: float, height: float) -> Any:
+    return require("matplotlib.figure").Figure((width, height), dpi=100, layout="constrained")
+
+
+def _save(path: Path, figure: Any) -> None:
+    checkpoint.write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _save_tiles(path: Path, samples: Tensor, *, columns: int, title: str) -> None:
+    grid = _tiles(samples, columns).numpy()
+    height, width = grid.shape[:2]
+    figure = _new_figure(8, min(max(8 * height / width, 1.5), 16) + 0.4)
+    axes = figure.add_subplot()
+    axes.imshow(grid, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10)
+    _save(path, figure)
+
+
+def _save_scatter(path: Path, points: Tensor, labels: Tensor | None) -> None:
+    figure = _new_figure(7, 6)
+    axes = figure.add_subplot()
+    if labels is None:
+        axes.scatter(*points.T.numpy(), s=6)
+    else:
+        labels = labels[: len(points)]
+        for label in labels.unique().tolist():
+            axes.scatter(*points[labels == label].T.numpy(), s=6, label=str(label))
+        axes.legend(markerscale=2, fontsize=8)
+    axes.set_title("posterior means of training samples (principal components)", fontsize=10)
+    _save(path, figure)
+
+
+def _save_curve(path: Path, history: list[dict[str, float]]) -> None:
+    figure = _new_figure(11, 3.6)
+    epochs = [row["epoch"] for row in history]
+    marker = "." if len(epochs) < 3 else None
+    for axes, term in zip(figure.subplots(1, 3), ("loss", "nll", "kl"), strict=True):
+        for part in ("train", "heldout"):
+            axes.plot(epochs, [row[f"{part}_{term}"] for row in history], marker=marker, label=part)
+        axes.set_xlabel("epoch")
+        axes.set_title(f"{term} a sample", fontsize=10)
+        axes.legend(fontsize=8)
+    _save(path, figure)

@@ -1,0 +1,122 @@
+"""How long a training step takes with the fused kernels and with plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..backend import resolve, use_backend
+from ..losses import ELBOLoss
+from ..vae import VAE
+from .settings import Settings
+
+SECONDS = 1.5
+"""Time to spend on each comparison."""
+ROUNDS = (5, 200)
+"""At least and at most so many runs of each side."""
+
+
+class Comparison(NamedTuple):
+    """Median seconds of the same work done in two ways."""
+
+    fused: float
+    reference: float
+
+    def __str__(self) -> str:
+        return (
+            f"{1e3 * self.fused:.3g} ms fused, {1e3 * self.reference:.3g} ms reference "
+            f"({self.reference / self.fused:.2f}x)"
+        )
+
+
+class StepTimes(NamedTuple):
+    """A whole training step, and the part of it that is not the networks'."""
+
+    step: Comparison
+    objective: Comparison
+    """Sampling, KL and NLL, forward and backward, on given outputs of the networks."""
+
+
+def step_times(model: VAE, x: Tensor, settings: Settings) -> StepTimes | None:
+    """Time steps on the batch ``x`` with a copy of ``model``; None where the fused kernels are not in use.
+
+    The reference is what people write: plain PyTorch with noise from ``torch.randn``.
+    """
+    if resolve(x.device.type) == "reference":
+        return None
+    model, objective = copy.deepcopy(model).train(), ELBOLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+
+    def fused_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with settings.autocast():
+            loss = model.loss(x)
+        loss.backward()
+        optimizer.step()
+
+    def reference_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with use_backend("reference"), settings.autocast():
+            mu, logvar = model.encode(x)
+            z = functional.reparameterize(mu, logvar, noise=torch.randn_like(mu))
+            recon_x, recon_logvar = model.decode(z)
+            loss = objective(recon_x, x, mu, logvar, recon_logvar)
+        loss.backward()
+        optimizer.step()
+
+    with torch.no_grad(), settings.autocast():
+        out = model(x)
+
+    operands = (out.mu, out.logvar, out.recon_x, out.recon_logvar)
+    leaves = [operand.detach().requires_grad_() for operand in operands]
+    mu, logvar, recon_x, recon_logvar = leaves
+    ones = [torch.ones((), device=x.device), torch.ones_like(out.z)]
+
+    def fused_objective() -> None:
+        z, kl = functional.latent(mu, logvar)
+        loss = objective(recon_x, x, None, None, recon_logvar, kl=kl)
+        torch.autograd.grad([loss, z], leaves, [ones[0].to(loss.dtype), ones[1]])
+
+    def reference_objective() -> None:
+        with use_backend("reference"):
+            z = functional.reparameterize(mu, logvar, noise=torch.randn_like(mu))
+            loss = objective(recon_x, x, mu, logvar, recon_logvar)
+        torch.autograd.grad([loss, z], leaves, [ones[0].to(loss.dtype), ones[1]])
+
+    return StepTimes(
+        _compare(fused_step, reference_step, x.device),
+        _compare(fused_objective, reference_objective, x.device),
+    )
+
+
+def _compare(fused: Callable[[], None], reference: Callable[[], None], device: torch.device) -> Comparison:
+    """Medians of alternating runs: what else the machine does falls on both alike."""
+
+    def seconds(work: Callable[[], None]) -> float:
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        return time.perf_counter() - started
+
+    for work in (fused, reference, fused, reference):
+        seconds(work)
+    measured: tuple[list[float], list[float]] = ([], [])
+    at_least, at_most = ROUNDS
+    end = time.perf_counter() + SECONDS
+    while len(measured[0]) < at_least or (len(measured[0]) < at_most and time.perf_counter() < end):
+        measured[0].append(seconds(fused))
+        measured[1].append(seconds(reference))
+    return Comparison(statistics.median(measured[0]), statistics.median(measured[1]))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,367 @@
+"""Train a VAE on digits, on an array, or on a folder of images.
+
+Writes to the run's directory a checkpoint (checkpoint.pt), the metrics of each epoch (metrics.csv), and
+pictures: held-out samples beside their reconstructions, samples of the prior, a walk along each latent
+variable, the latent space, and the training curve. Ctrl-C leaves a checkpoint, and --resume goes on from it
+as if nothing had happened. All losses are in nats a sample: loss = NLL + beta * KL is, for beta 1, the
+negative evidence lower bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backend import NAMES, resolve, use_backend
+from . import checkpoint, pictures
+from .data import DIGITS, Samples, load
+from .errors import CommandError, require
+from .settings import ARCHITECTURES, DTYPES, LEARNED, PER_PIXEL, Settings
+from .timing import step_times
+from .trainer import METRICS, Interruption, Row, Trainer
+
+RUNS = Path("runs")
+"""Where runs go that --out does not place."""
+
+RUN_FILES = (checkpoint.CHECKPOINT, METRICS, *pictures.PICTURES)
+
+CHANGEABLE = ("data", "array", "image_size", "epochs", "device", "threads", "backend")
+"""Options that may be given again with --resume. The data may have moved, but not changed."""
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _number(low: float, high: float = math.inf, *, exclusive: bool = False) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = low < value < high if exclusive else low <= value <= high
+        if not (inside and math.isfinite(value)):
+            wanted = f"above {low:g}" if exclusive else f"of at least {low:g}" if low > -math.inf else ""
+            wanted += f" and below {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"expected a number {wanted}".rstrip() + f", got {text!r}")
+        return value
+
+    return parse
+
+
+def _recon_logvar(text: str) -> str | float:
+    if text in (PER_PIXEL, LEARNED):
+        return text
+    try:
+        return _number(-math.inf)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected '{PER_PIXEL}', '{LEARNED}' or a number, got {text!r}"
+        ) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = {field.name: field.default for field in fields(Settings)}
+
+    def option(group: Any, name: str, help: str, **kind: Any) -> None:
+        # Absent options stay absent from the namespace: --resume must know what was asked for.
+        default = defaults[name.lstrip("-").replace("-", "_")]
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(name, help=help + shown, default=argparse.SUPPRESS, **kind)
+
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory of the run (default: a new one under runs/)"
+    )
+    run.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run that is in --out, which is otherwise refused",
+    )
+    run.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with the run in DIR, with its own settings"
+    )
+    run.add_argument("--quiet", action="store_true", help="no progress bar, no line an epoch")
+
+    data = parser.add_argument_group("data")
+    option(data, "--data", f"'{DIGITS}', an .npy or .npz file, or a folder of images", metavar="SOURCE")
+    option(data, "--array", "which array of an .npz file that holds several", metavar="NAME")
+    option(
+        data,
+        "--image-size",
+        "resize and crop a folder's images to this side",
+        type=_integer(1),
+        metavar="PIXELS",
+    )
+    option(
+        data,
+        "--heldout",
+        "part of the samples not trained on; the same ones for every seed",
+        type=_number(0, 1, exclusive=True),
+        metavar="FRACTION",
+    )
+
+    model = parser.add_argument_group("model")
+    option(model, "--arch", "networks; auto: conv for images, mlp for vectors", choices=ARCHITECTURES)
+    option(model, "--latent", "number of latent variables", type=_integer(1), metavar="N")
+    option(
+        model,
+        "--width",
+        "channels at full resolution (conv, default 32) or units of the first layer (mlp, default 512)",
+        type=_integer(1),
+        metavar="N",
+    )
+    option(
+        model,
+        "--recon-logvar",
+        f"log-variance of the likelihood: '{PER_PIXEL}', from the decoder; '{LEARNED}', one learned number; "
+        "or a number that stays",
+        type=_recon_logvar,
+        metavar="WHAT",
+    )
+    option(
+        model,
+        "--logvar-floor",
+        f"lower bound of a {PER_PIXEL} log-variance: lower gives a better bound, higher better samples",
+        type=_number(-math.inf),
+        metavar="X",
+    )
+
+    training = parser.add_argument_group("training")
+    option(training, "--beta", "weight of the KL", type=_number(0), metavar="X")
+    option(
+        training,
+        "--warmup",
+        "epochs over which beta grows from 0 to its value",
+        type=_number(0),
+        metavar="EPOCHS",
+    )
+    option(training, "--epochs", "times to go through the data", type=_integer(1), metavar="N")
+    option(training, "--batch", "samples a step", type=_integer(1), metavar="N")
+    option(training, "--lr", "learning rate of AdamW", type=_number(0, exclusive=True), metavar="X")
+    option(
+        training,
+        "--seed",
+        "of the initial weights, the order of the data and the noise",
+        type=_integer(0, 2**32 - 1),
+        metavar="N",
+    )
+
+    machine = parser.add_argument_group("machine")
+    option(
+        machine,
+        "--dtype",
+        "bfloat16 is mixed precision: networks under torch.autocast, parameters in float32",
+        choices=DTYPES,
+    )
+    option(machine, "--device", "cpu, cuda, cuda:1, ...; auto: cuda where there is one", metavar="NAME")
+    option(machine, "--threads", "CPU threads; with --resume, those of before", type=_integer(1), metavar="N")
+    option(machine, "--backend", "what computes sampling and loss", choices=("auto", *NAMES))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if not arguments.quiet:
+        require("tqdm")
+    require("matplotlib.figure")
+    given = {
+        field.name: getattr(arguments, field.name)
+        for field in fields(Settings)
+        if hasattr(arguments, field.name)
+    }
+    state = None
+    if arguments.resume is None:
+        settings = Settings(**given)
+    else:
+        state = checkpoint.load(arguments.resume)
+        settings = _continued(state, given, arguments)
+    settings = _on_this_machine(settings)
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    with _chosen_backend(settings):
+        samples = load(settings.data, array=settings.array, image_size=settings.image_size)
+        trainer = Trainer(settings, samples)
+        if state is None:
+            directory = _new_directory(arguments, settings)
+        else:
+            trainer.restore(state)
+            directory = arguments.resume
+        return _train(trainer, directory, quiet=arguments.quiet)
+
+
+def _option_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _continued(state: dict, given: dict[str, Any], arguments: argparse.Namespace) -> Settings:
+    """The settings of the checkpointed run with those replaced that may be."""
+    if arguments.out is not None or arguments.overwrite:
+        raise CommandError(
+            "--resume goes on in the run's own directory: it takes neither --out nor --overwrite"
+        )
+    settings = Settings(**state["settings"])
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != getattr(settings, name):
+            raise CommandError(
+                f"{_option_name(name)} {value} differs from the run's own {getattr(settings, name)}: with "
+                f"--resume only {', '.join(map(_option_name, CHANGEABLE))} can change"
+            )
+    done = state["epoch"] + (state["step"] > 0)
+    if given.get("epochs", done) < done:
+        raise CommandError(f"--epochs {given['epochs']}: the run is in epoch {done} already")
+    return dataclasses.replace(settings, **given)
+
+
+def _on_this_machine(settings: Settings) -> Settings:
+    """Settings with what "auto" stands for here: a run that goes on elsewhere goes on alike."""
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    data = settings.data if settings.data == DIGITS else str(Path(settings.data).absolute())
+    return dataclasses.replace(
+        settings, device=name, data=data, threads=settings.threads or torch.get_num_threads()
+    )
+
+
+def _chosen_backend(settings: Settings) -> use_backend:
+    try:
+        chosen = use_backend(settings.backend)
+    except RuntimeError as error:
+        raise CommandError(f"--backend {settings.backend}: {error}") from error
+    try:
+        resolve(torch.device(settings.device).type)
+    except RuntimeError as error:
+        chosen.__exit__(None, None, None)
+        raise CommandError(f"--backend {settings.backend}: {error}") from error
+    return chosen
+
+
+def _new_directory(arguments: argparse.Namespace, settings: Settings) -> Path:
+    """Make the run's directory. Comes after everything that bad input can stop, so that an earlier run's
+    files are removed, where that was asked for, only when there is something to put in their place."""
+    if arguments.out is None:
+        if arguments.overwrite:
+            raise CommandError("--overwrite needs --out, the run to replace")
+        number = 1
+        while True:
+            directory = RUNS / f"{Path(settings.data).stem}-{number:03d}"
+            try:
+                directory.mkdir(parents=True)
+                return directory
+            except FileExistsError:
+                number += 1
+            except OSError as error:
+                raise CommandError(f"cannot make {directory}: {error}") from error
+    directory = arguments.out
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        found = [name for name in RUN_FILES if (directory / name).exists()]
+        if found and not arguments.overwrite:
+            raise CommandError(
+                f"{directory} holds a run ({', '.join(found)}): --resume {directory} goes on with it, "
+                "--overwrite replaces it, another --out leaves it alone"
+            )
+        for name in found:
+            (directory / name).unlink()
+    except OSError as error:
+        raise CommandError(f"cannot use {directory}: {error}") from error
+    return directory
+
+
+def _train(trainer: Trainer, directory: Path, *, quiet: bool) -> int:
+    settings = trainer.settings
+    _print_summary(trainer, directory)
+    bar = None
+    if not quiet:
+        total = settings.epochs * trainer.steps_per_epoch
+        done = trainer.epoch * trainer.steps_per_epoch + trainer.step
+        bar = require("tqdm").tqdm(total=total, initial=done, unit="step", disable=None, leave=False)
+
+    def after_step() -> None:
+        if bar is not None:
+            bar.update()
+
+    def after_epoch(row: Row) -> None:
+        if bar is not None:
+            bar.write(_epoch_line(row, settings.epochs), file=sys.stdout)
+
+    trainer.save(directory)  # from here on --resume works
+    with Interruption() as interruption:
+        try:
+            finished = trainer.run(
+                directory, interruption=interruption, after_step=after_step, after_epoch=after_epoch
+            )
+        finally:
+            if bar is not None:
+                bar.close()
+    if not finished:
+        print(
+            f"interrupted in epoch {trainer.epoch + 1}, after {trainer.step} of {trainer.steps_per_epoch} "
+            f"steps; to go on: fusedvae train --resume {directory}"
+        )
+        return 143 if interruption.signal == signal.SIGTERM else 130
+    print(f"drawing pictures in {directory}", flush=True)
+    pictures.draw(trainer, directory)
+    _print_end(trainer)
+    return 0
+
+
+def _print_summary(trainer: Trainer, directory: Path) -> None:
+    settings = trainer.settings
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        f"{len(trainer.train_samples)} samples of {'x'.join(map(str, trainer.shape))} to train on, "
+        f"{len(trainer.heldout_samples)} held out; {parameters:,} parameters; "
+        f"{settings.device}, {settings.threads} threads, {settings.dtype}, "
+        f"{resolve(trainer.device.type)} backend; writing to {directory}",
+        flush=True,
+    )
+
+
+def _epoch_line(row: Row, epochs: int) -> str:
+    def terms(part: str) -> str:
+        return f"{row[f'{part}_loss']:8.2f} (NLL {row[f'{part}_nll']:8.2f}, KL {row[f'{part}_kl']:6.2f})"
+
+    count = f"{row['epoch']:{len(str(epochs))}d}/{epochs}"
+    return f"epoch {count}  train {terms('train')}  held-out {terms('heldout')}"
+
+
+def _print_end(trainer: Trainer) -> None:
+    last = trainer.history[-1]
+    print(
+        f"held-out samples after epoch {last['epoch']}: loss {last['heldout_loss']:.2f}, "
+        f"NLL {last['heldout_nll']:.2f}, KL {last['heldout_kl']:.2f} nats a sample"
+    )
+    batch = _first_batch(trainer.train_samples, trainer)
+    times = step_times(trainer.model, batch, trainer.settings)
+    if times is None:
+        print("a step takes what the reference takes: no fused kernels are in use (see fusedvae info)")
+        return
+    print(f"a training step of {len(batch)} samples: {times.step}")
+    print(f"of it sampling, KL and NLL, forward and backward: {times.objective}")
+
+
+def _first_batch(samples: Samples, trainer: Trainer) -> torch.Tensor:
+    settings = trainer.settings
+    return samples.batch(slice(settings.batch), device=trainer.device, dtype=settings.data_dtype)

@@ -1,0 +1,237 @@
+"""The training loop, stoppable after any step and continued as if it had never stopped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..vae import VAE
+from . import checkpoint
+from .data import Samples, split
+from .errors import CommandError
+from .settings import Settings
+
+METRICS = "metrics.csv"
+COLUMNS = (
+    "epoch",
+    "beta",
+    "train_loss",
+    "train_nll",
+    "train_kl",
+    "heldout_loss",
+    "heldout_nll",
+    "heldout_kl",
+)
+"""Of metrics.csv, values a sample. There is no wall-clock time among them: the files of two runs of the same
+settings can be compared byte for byte."""
+
+CHECKPOINT_SECONDS = 10.0
+"""Checkpoints are written this often, or less if they take more than a twentieth of the time."""
+
+Row = dict[str, float]
+
+
+class Interruption:
+    """While active, turns a first SIGINT or SIGTERM into a request that the loop sees between two steps.
+
+    The second one raises KeyboardInterrupt at once: the last checkpoint stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+class Trainer:
+    """A model, its optimizer, its data and how far it has come.
+
+    Everything that the next step depends on is in :meth:`state`: the parameters, the optimizer's moments, the
+    random number generators, and the position. The order of the data is a function of the seed and the epoch.
+    """
+
+    def __init__(self, settings: Settings, samples: Samples) -> None:
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.fingerprint = samples.fingerprint()
+        self.shape = samples.shape
+        self.train_samples, self.heldout_samples = split(samples, settings.heldout)
+        torch.manual_seed(settings.seed)
+        self.model: VAE = settings.build_model(samples.shape).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True
+        )
+        self.epoch, self.step = 0, 0
+        self.sums = self._no_sums()
+        self.history: list[Row] = []
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.train_samples) // self.settings.batch)
+
+    def state(self) -> dict[str, object]:
+        """All that :meth:`restore` needs, as tensors and plain values."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "settings": asdict(self.settings),
+            "shape": self.shape,
+            "fingerprint": self.fingerprint,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": rng,
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "history": self.history,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from a :meth:`state` that was made with the same settings and data."""
+        if state["fingerprint"] != self.fingerprint:
+            raise CommandError(
+                f"{self.settings.data} is not the data that this run was trained on: its contents differ"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.sums = state["sums"].to(self.device)
+        self.history = state["history"]
+
+    def save(self, directory: Path) -> None:
+        """Write the checkpoint, then the metrics, which are a part of it in a form for people."""
+        self._check_finite()
+        checkpoint.save(directory, self.state())
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, COLUMNS)
+        writer.writeheader()
+        writer.writerows(self.history)
+        checkpoint.write_atomically(
+            directory / METRICS, lambda file: file.write(table.getvalue().encode("ascii"))
+        )
+
+    def run(
+        self,
+        directory: Path,
+        *,
+        interruption: Interruption,
+        after_step: Callable[[], object] = lambda: None,
+        after_epoch: Callable[[Row], object] = lambda row: None,
+    ) -> bool:
+        """Train to the end, with checkpoints in ``directory``; False if interrupted before it."""
+        saved, cost = time.monotonic(), 0.0
+        order = None
+        while self.epoch < self.settings.epochs:
+            if order is None:
+                order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(
+                    len(self.train_samples)
+                )
+            if self.step < self.steps_per_epoch:
+                batch = order[self.step * self.settings.batch : (self.step + 1) * self.settings.batch]
+                self.sums += self._train_step(self._batch(self.train_samples, batch))
+                self.step += 1
+                after_step()
+            else:
+                self._finish_epoch()
+                order = None
+                after_epoch(self.history[-1])
+            if interruption.signal is not None:
+                self.save(directory)
+                return False
+            if time.monotonic() - saved > max(CHECKPOINT_SECONDS, 20 * cost):
+                started = time.monotonic()
+                self.save(directory)
+                saved = time.monotonic()
+                cost = saved - started
+        self.save(directory)
+        return True
+
+    def evaluate(self, samples: Samples) -> Tensor:
+        """(loss, NLL, KL) a sample, in evaluation mode, with noise that is the same at every call."""
+        generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+        sums = self._no_sums()
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(0, len(samples), self.settings.batch):
+                x = self._batch(samples, slice(start, start + self.settings.batch))
+                with self.settings.autocast():
+                    terms = self.model.loss(
+                        x, beta=self.settings.beta, full=True, return_terms=True, generator=generator
+                    )
+                sums += torch.stack(terms).double() * len(x)
+        return sums / len(samples)
+
+    def _train_step(self, x: Tensor) -> Tensor:
+        """One step of the optimizer; returns (loss, NLL, KL) summed over the batch, without waiting for
+        them."""
+        self.model.train()
+        done = self.epoch * self.steps_per_epoch + self.step
+        with self.settings.autocast():
+            beta = self.settings.beta_at(done, self.steps_per_epoch)
+            terms = self.model.loss(x, beta=beta, full=True, return_terms=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms.loss.backward()
+        self.optimizer.step()
+        return torch.stack([term.detach() for term in terms]).double() * len(x)
+
+    def _finish_epoch(self) -> None:
+        self._check_finite()
+        train = (self.sums / len(self.train_samples)).tolist()
+        heldout = self.evaluate(self.heldout_samples).tolist()
+        last_step = (self.epoch + 1) * self.steps_per_epoch - 1
+        beta = self.settings.beta_at(last_step, self.steps_per_epoch)
+        self.history.append(dict(zip(COLUMNS, (self.epoch + 1, beta, *train, *heldout), strict=True)))
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums = self._no_sums()
+
+    def _check_finite(self) -> None:
+        if not torch.isfinite(self.sums).all():
+            raise CommandError(
+                f"the loss is not finite any more in epoch {self.epoch + 1}: try a lower --lr or a higher "
+                "--logvar-floor (the checkpoint on the disk is from before)"
+            )
+
+    def _batch(self, samples: Samples, indices: np.ndarray | slice) -> Tensor:
+        return samples.batch(indices, device=self.device, dtype=self.settings.data_dtype)
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(3, dtype=torch.float64, device=self.device)
+
+
+def load_model(directory: str | Path) -> VAE:
+    """The model of the run in ``directory``, on the CPU, in evaluation mode."""
+    state = checkpoint.load(Path(directory))
+    model = Settings(**state["settings"]).build_model(tuple(state["shape"]))
+    model.load_state_dict(state["model"])
+    return model.eval()

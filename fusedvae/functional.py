@@ -1,0 +1,463 @@
+"""The operations as functions: what the modules are made of.
+
+Every function checks its arguments before anything runs (TypeError and ValueError name the argument, what came and
+what was expected), then runs on the backend chosen by ``backend=``, else by `fusedvae.use_backend`.
+
+Common to all:
+
+* a batch is dimension 0; the shapes are otherwise free. Any strides are taken; contiguous and channels_last
+  tensors, halves of packed tensors and broadcast operands without a copy, others with one.
+* dtypes float64, float32, bfloat16 and float16, mixed as in PyTorch's arithmetic (targets may also be integers).
+  Work is done in float32, or float64 if an operand is; values have the promoted dtype of the operands, or float32
+  under autocast, as for PyTorch's own losses. Each gradient has its operand's dtype.
+* a mean and a log-variance may come packed in one tensor, halves along dimension 1: pass it in the mean's place and
+  None in the log-variance's.
+* reductions: "batchmean" (sum over everything, divided by the batch size), "sum", "none" (one value a sample).
+
+Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), appendix B.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import elbo_formula
+from .backend import reference, resolve
+from .ops import unpack
+
+_ops = torch.ops.fusedvae
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_REDUCTIONS = {"batchmean": "batchmean", "sum": "sum", "none": "sample"}
+
+
+class Latent(NamedTuple):
+    """What `latent` returns."""
+
+    z: Tensor
+    """The sample, of mu's shape."""
+    kl: Tensor
+    """KL(q || N(0, I)), shape (batch,)."""
+
+
+class ELBOTerms(NamedTuple):
+    """The loss and its two terms, reduced alike, each differentiable on its own: loss = nll + beta * kl."""
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def _check_tensor(name: str, value: object, *, integers: bool = False) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATS and not (
+        integers and not value.dtype.is_complex and not value.dtype.is_floating_point
+    ):
+        kinds = "a float" + (" or integer" if integers else "")
+        raise TypeError(f"{name}: expected {kinds} tensor, got {value.dtype}")
+
+
+def _check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected on {other.device}, where {other_name} is; got it on {value.device}")
+
+
+def _check_batched(name: str, value: Tensor) -> None:
+    if value.dim() == 0:
+        raise ValueError(f"{name}: expected a batch dimension, got a 0-dim tensor")
+
+
+def _check_packed(name: str, value: Tensor, expected: torch.Size | None = None) -> None:
+    if value.dim() < 2 or value.shape[1] % 2:
+        raise ValueError(
+            f"{name}: packed (no log-variance given), expected an even size along dimension 1, "
+            f"got shape {tuple(value.shape)}"
+        )
+    if expected is not None and (value.shape[0], value.shape[1] // 2, *value.shape[2:]) != tuple(expected):
+        raise ValueError(
+            f"{name}: packed (no log-variance given), expected the shape of x {tuple(expected)} with twice the size "
+            f"along dimension 1, got {tuple(value.shape)}"
+        )
+
+
+def _check_latents(mu: object, logvar: object) -> None:
+    _check_tensor("mu", mu)
+    _check_batched("mu", mu)  # type: ignore[arg-type]
+    if logvar is None:
+        _check_packed("mu", mu)  # type: ignore[arg-type]
+        return
+    _check_tensor("logvar", logvar)
+    assert isinstance(mu, Tensor) and isinstance(logvar, Tensor)
+    if mu.shape != logvar.shape:
+        raise ValueError(f"logvar: expected the shape of mu {tuple(mu.shape)}, got {tuple(logvar.shape)}")
+    _check_same_device("logvar", logvar, "mu", mu)
+
+
+def _check_reconstruction(recon_x: object, x: object, recon_logvar: object) -> None:
+    _check_tensor("recon_x", recon_x)
+    _check_tensor("x", x, integers=True)
+    assert isinstance(recon_x, Tensor) and isinstance(x, Tensor)
+    _check_batched("x", x)
+    _check_same_device("x", x, "recon_x", recon_x)
+    if recon_logvar is None:
+        _check_packed("recon_x", recon_x, x.shape)
+        return
+    if recon_x.shape != x.shape:
+        raise ValueError(f"x: expected the shape of recon_x {tuple(recon_x.shape)}, got {tuple(x.shape)}")
+    if isinstance(recon_logvar, Tensor):
+        _check_tensor("recon_logvar", recon_logvar)
+        _check_same_device("recon_logvar", recon_logvar, "recon_x", recon_x)
+        _check_broadcast("recon_logvar", recon_logvar, recon_x.shape)
+    elif not isinstance(recon_logvar, numbers.Real):
+        raise TypeError(f"recon_logvar: expected a tensor, a number or None, got {type(recon_logvar).__name__}")
+
+
+def _check_broadcast(name: str, value: Tensor, shape: torch.Size) -> None:
+    trailing = shape[len(shape) - value.dim() :] if value.dim() <= len(shape) else None
+    if trailing is None or any(s not in (1, t) for s, t in zip(value.shape, trailing, strict=True)):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def _checked_reduction(reduction: object) -> str:
+    if reduction == "mean":
+        raise ValueError(
+            "reduction: 'mean' over elements is refused, because the likelihood and the KL have different element "
+            "counts and their balance would change; expected 'batchmean', 'sum' or 'none'"
+        )
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none', got {reduction!r}")
+    return _REDUCTIONS[reduction]
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: expected a number or a 0-dim float tensor, got shape {tuple(value.shape)}, {value.dtype}"
+            )
+    elif not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {type(value).__name__}")
+
+
+def _check_generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------
+
+
+def _value_dtype(device_type: str, *operands: Tensor | float | None) -> torch.dtype:
+    """The dtype of a loss over these operands."""
+    dtypes = [t.dtype for t in operands if isinstance(t, Tensor) and t.dtype.is_floating_point]
+    promoted = dtypes[0]
+    for dtype in dtypes[1:]:
+        if dtype is not promoted:
+            promoted = torch.promote_types(promoted, dtype)
+    if promoted is not torch.float32 and promoted is not torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.float32
+    return promoted
+
+
+def _number_pair(value: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float | None]:
+    """An operand that may be a tensor or a number, as the operators take it."""
+    if isinstance(value, Tensor):
+        return (value if value.device == device else value.to(device)), None
+    return None, None if value is None else float(value)
+
+
+def _needs_grad(*operands: Tensor | float | None) -> list[bool]:
+    enabled = torch.is_grad_enabled()
+    return [enabled and isinstance(t, Tensor) and t.requires_grad for t in operands]
+
+
+# --- the latent -------------------------------------------------------------------------------------------------
+
+
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sample z = mu + exp(logvar / 2) * eps, eps ~ N(0, 1), differentiable in mu and logvar.
+
+    Args:
+        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape.
+        generator: where the noise's seed comes from; the device's default generator without it.
+        noise: eps itself, mu's shape, instead of fresh noise.
+        backend: overrides the process's choice for this call.
+
+    Returns:
+        z, of mu's shape (half a packed one's) and the promoted dtype of mu and logvar.
+    """
+    _check_latents(mu, logvar)
+    _check_generator(generator)
+    if noise is not None:
+        _check_tensor("noise", noise)
+        expected = mu.shape if logvar is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
+        if tuple(noise.shape) != tuple(expected):
+            raise ValueError(f"noise: expected shape {tuple(expected)}, got {tuple(noise.shape)}")
+        _check_same_device("noise", noise, "mu", mu)
+        if generator is not None:
+            raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
+    name = resolve(mu.device.type, backend)
+    seed = _ops.draw_seed(mu.device, generator) if noise is None else None
+    if name == "reference":
+        return _reference_sample(mu, logvar, seed, noise)
+    return _ops.reparameterize(mu, logvar, seed, noise, name)
+
+
+def latent(
+    mu: Tensor,
+    logvar: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Latent:
+    """Sample the latent and take its KL to the prior, in one pass over mu and logvar.
+
+    z = mu + exp(logvar / 2) * eps; kl = sum((mu^2 + expm1(logvar) - logvar) / 2), a value a sample.
+
+    Args:
+        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape.
+        generator: where the noise's seed comes from; the device's default generator without it.
+        backend: overrides the process's choice for this call.
+
+    Returns:
+        `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,).
+    """
+    _check_latents(mu, logvar)
+    _check_generator(generator)
+    name = resolve(mu.device.type, backend)
+    seed = _ops.draw_seed(mu.device, generator)
+    kl_dtype = _value_dtype(mu.device.type, mu, logvar)
+    if name == "reference":
+        kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), "sample").to(kl_dtype)
+        return Latent(_reference_sample(mu, logvar, seed, None), kl)
+    return Latent(*_ops.latent(mu, logvar, seed, kl_dtype, name))
+
+
+def _reference_sample(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None) -> Tensor:
+    mean, log_variance = unpack(mu, logvar)
+    if noise is None:
+        assert seed is not None
+        noise = reference.normal(tuple(mean.shape), seed, reference.working_dtype(mean, log_variance))
+    z = reference.sample(mean, log_variance, noise)
+    return z.to(torch.promote_types(mean.dtype, log_variance.dtype))
+
+
+def kl_standard_normal(
+    mu: Tensor, logvar: Tensor | None = None, *, reduction: str = "batchmean", backend: str | None = None
+) -> Tensor:
+    """KL(N(mu, diag e^logvar) || N(0, I)) = sum((mu^2 + expm1(logvar) - logvar) / 2).
+
+    Args:
+        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape.
+        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        backend: overrides the process's choice for this call.
+    """
+    _check_latents(mu, logvar)
+    return _elbo(None, None, 0.0, mu, logvar, None, 1.0, _checked_reduction(reduction), backend=backend)[0]
+
+
+# --- the likelihood ---------------------------------------------------------------------------------------------
+
+
+def gaussian_nll(
+    recon_x: Tensor,
+    x: Tensor,
+    recon_logvar: Tensor | float | None = 0.0,
+    *,
+    full: bool = False,
+    reduction: str = "batchmean",
+    backend: str | None = None,
+) -> Tensor:
+    """-log N(x; recon_x, diag e^recon_logvar) = sum((l + (recon_x - x)^2 e^-l [+ log 2 pi]) / 2), l = recon_logvar.
+
+    Args:
+        recon_x: decoder mean, shape (batch, ...); or mean and log-variance packed, with ``recon_logvar=None``.
+        x: data, the shape of the mean; may be of integers.
+        recon_logvar: decoder log-variance: a tensor that broadcasts to x's shape, or a number.
+        full: add the constant log(2 pi) / 2 an element.
+        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        backend: overrides the process's choice for this call.
+    """
+    _check_reconstruction(recon_x, x, recon_logvar)
+    how = _checked_reduction(reduction)
+    return _elbo(recon_x, x, recon_logvar, None, None, None, 0.0, how, full=bool(full), backend=backend)[0]
+
+
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`torch.nn.functional.gaussian_nll_loss`, its signature and its results, in one pass.
+
+    (log v + (input - target)^2 / v [+ log 2 pi]) / 2 with v = max(var, eps); the clamp is invisible to autograd.
+
+    Args:
+        input: mean of the Gaussian.
+        target: sample of it, broadcastable against input.
+        var: variance: input's shape, or that with its last dimension missing or one dimension of size 1, or a float.
+        full: add the constant log(2 pi) / 2 an element.
+        eps: lower bound of the variance.
+        reduction: "mean" (over elements), "sum" or "none" (one value an element).
+        backend: overrides the process's choice for this call.
+
+    Raises:
+        ValueError: a negative variance (not looked for in compiled code, where torch's own check would break the
+            graph), a variance of another shape, or an unknown reduction.
+    """
+    _check_tensor("input", input)
+    _check_tensor("target", target, integers=True)
+    _check_same_device("target", target, "input", input)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    spread: Tensor | float
+    if isinstance(var, Tensor):
+        _check_tensor("var", var)
+        _check_same_device("var", var, "input", input)
+        if not torch.compiler.is_compiling() and torch.any(var < 0):
+            raise ValueError("var: has negative entries")
+        spread = var
+        if var.shape != input.shape:
+            if var.shape == input.shape[:-1]:
+                spread = var.unsqueeze(-1)
+            elif var.dim() != input.dim() or sum(s for s, v in zip(input.shape, var.shape, strict=True) if s != v) == 0:
+                raise ValueError(f"var: expected a shape that fits {tuple(input.shape)}, got {tuple(var.shape)}")
+            else:
+                _check_broadcast("var", var, input.shape)
+    elif isinstance(var, numbers.Real):
+        if var < 0:
+            raise ValueError(f"var: expected at least 0, got {var}")
+        spread = float(var)
+    else:
+        raise TypeError(f"var: expected a tensor or a number, got {type(var).__name__}")
+    if input.shape != target.shape:
+        input, target = torch.broadcast_tensors(input, target)
+    if input.dim() == 0:
+        input, target = input.view(1), target.view(1)
+        spread = spread.view(1) if isinstance(spread, Tensor) else spread
+        how = "sum" if reduction == "none" else reduction
+    else:
+        how = "element" if reduction == "none" else reduction
+    return _elbo(
+        input, target, spread, None, None, None, 0.0, how, full=full, variance_floor=float(eps), backend=backend
+    )[0]
+
+
+# --- the bound --------------------------------------------------------------------------------------------------
+
+
+def elbo_loss(
+    recon_x: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None = None,
+    recon_logvar: Tensor | float | None = 0.0,
+    *,
+    kl: Tensor | None = None,
+    beta: float | Tensor = 1.0,
+    full: bool = False,
+    reduction: str = "batchmean",
+    return_terms: bool = False,
+    backend: str | None = None,
+) -> Tensor | ELBOTerms:
+    """The negative evidence lower bound, NLL(x; recon_x, recon_logvar) + beta * KL(q || N(0, I)).
+
+    Terms as in `gaussian_nll` and `kl_standard_normal`, each summed over everything but the batch.
+
+    Args:
+        recon_x: decoder mean, shape (batch, ...); or mean and log-variance packed, with ``recon_logvar=None``.
+        x: data, the shape of the mean; may be of integers.
+        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape.
+        recon_logvar: decoder log-variance: a tensor that broadcasts to x's shape, or a number.
+        kl: the per-sample KL that `latent` returned, instead of ``mu`` and ``logvar`` (both None then).
+        beta: weight of the KL: a number, or a 0-dim tensor, whose value may change under a captured or compiled
+            program, and which may need a gradient.
+        full: add the constant log(2 pi) / 2 an element of x.
+        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
+        backend: overrides the process's choice for this call.
+    """
+    _check_reconstruction(recon_x, x, recon_logvar)
+    if kl is None:
+        _check_latents(mu, logvar)
+        assert mu is not None
+        batch, witness, device = mu.shape[0], "mu", mu.device
+    else:
+        _check_tensor("kl", kl)
+        if mu is not None or logvar is not None:
+            raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
+        if kl.dim() != 1:
+            raise ValueError(f"kl: expected one value a sample, shape ({x.shape[0]},), got {tuple(kl.shape)}")
+        batch, witness, device = kl.shape[0], "kl", kl.device
+    if batch != x.shape[0]:
+        raise ValueError(f"{witness}: expected the batch size of x, {x.shape[0]}, got {batch}")
+    if device != x.device:
+        raise ValueError(f"{witness}: expected on {x.device}, where x is; got it on {device}")
+    _check_number("beta", beta)
+    how = _checked_reduction(reduction)
+    values = _elbo(
+        recon_x, x, recon_logvar, mu, logvar, kl, beta, how, full=bool(full), terms=bool(return_terms), backend=backend
+    )
+    return ELBOTerms(*values) if return_terms else values[0]
+
+
+def _elbo(
+    recon_x: Tensor | None,
+    x: Tensor | None,
+    spread: Tensor | float | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    beta: float | Tensor,
+    reduction: str,
+    *,
+    full: bool = False,
+    variance_floor: float | None = None,
+    terms: bool = False,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Every value is this one: an objective with both halves or either, over checked operands."""
+    witness = mu if recon_x is None else recon_x
+    assert witness is not None
+    device = witness.device
+    name = resolve(device.type, backend)
+    dtype = _value_dtype(device.type, recon_x, x, spread, mu, logvar, kl)
+    is_variance, eps = variance_floor is not None, variance_floor or 0.0
+    if x is not None and x.dtype not in _FLOATS and x.dtype is not torch.uint8:
+        x = x.to(torch.float32)
+    if name == "reference":
+        values = elbo_formula(recon_x, x, spread, mu, logvar, kl, beta, is_variance, eps, full, reduction)
+        return [value.to(dtype) for value in values]
+    spread_tensor, spread_value = _number_pair(spread, device)
+    beta_tensor, beta_value = _number_pair(beta, device)
+    learned_beta = beta_tensor is not None and beta_tensor.requires_grad
+    needed = _needs_grad(recon_x, x, spread, mu, logvar)
+    out = _ops.elbo(
+        recon_x, x, spread_tensor, spread_value, mu, logvar, kl, beta_tensor, beta_value or 0.0,
+        is_variance, eps, full, reduction, dtype, terms or learned_beta, needed, name,
+    )  # fmt: skip
+    return out[: 3 if terms else 1]

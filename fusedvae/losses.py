@@ -1,0 +1,87 @@
+"""The loss as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import functional
+from .functional import ELBOTerms
+
+
+class ELBOLoss(nn.Module):
+    """The negative evidence lower bound of a Gaussian VAE: NLL(x) + beta * KL(q || N(0, I)).
+
+    A module over `fusedvae.functional.elbo_loss`, which has the formulas and takes the same operands.
+
+    Args:
+        beta: weight of the KL; a float or a 0-dim tensor. Assign ``loss.beta = ...`` to anneal it; a tensor changed
+            in place anneals inside compiled and captured programs too.
+        reduction: "batchmean" (default), "sum", or "none" (one value a sample).
+        full: add the constant log(2 pi) / 2 an element of x.
+        return_terms: return `ELBOTerms` (loss, nll, kl) instead of the loss.
+        backend: overrides the process's choice.
+
+    Example:
+        >>> criterion = fusedvae.ELBOLoss(beta=0.5)
+        >>> loss = criterion(recon_x, x, mu, logvar)
+        >>> loss.backward()
+
+    Raises:
+        ValueError, TypeError: for a reduction, beta or operand that cannot be, naming it.
+    """
+
+    beta: float | Tensor
+
+    def __init__(
+        self,
+        beta: float | Tensor = 1.0,
+        reduction: str = "batchmean",
+        *,
+        full: bool = False,
+        return_terms: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        functional._check_number("beta", beta)
+        functional._checked_reduction(reduction)
+        if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
+            # Follows the module to its device, but is a setting, not something learned.
+            self.register_buffer("beta", beta, persistent=False)
+        else:
+            self.beta = beta
+        self.reduction = reduction
+        self.full = full
+        self.return_terms = return_terms
+        self.backend = backend
+
+    def forward(
+        self,
+        recon_x: Tensor,
+        x: Tensor,
+        mu: Tensor | None,
+        logvar: Tensor | None = None,
+        recon_logvar: Tensor | float | None = 0.0,
+        *,
+        kl: Tensor | None = None,
+        return_terms: bool | None = None,
+    ) -> Tensor | ELBOTerms:
+        """The loss of a batch; operands as in `fusedvae.functional.elbo_loss`."""
+        return functional.elbo_loss(
+            recon_x,
+            x,
+            mu,
+            logvar,
+            recon_logvar,
+            kl=kl,
+            beta=self.beta,
+            full=self.full,
+            reduction=self.reduction,
+            return_terms=self.return_terms if return_terms is None else return_terms,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        beta = self.beta if isinstance(self.beta, (int, float)) else "tensor"
+        return f"beta={beta}, reduction={self.reduction!r}"
+
+
