@@ -137,13 +137,16 @@ void nll_backward(const py::tuple& nll, Operand weight, int threads) {
   kernels().nll(task, threads);
 }
 
-void scale(Operand tensor, int64_t count, Operand factor, int threads) {
-  ScaleTask task;
-  task.tensor = tensor;
-  task.count = count;
-  task.factor = factor;
-  py::gil_scoped_release release;
-  kernels().scale(task, threads);
+void scale(const py::list& tensors, Operand factor, int threads) {
+  for (const py::handle item : tensors) {
+    const auto pair = item.cast<py::tuple>();
+    ScaleTask task;
+    task.tensor = pair[0].cast<Operand>();
+    task.count = pair[1].cast<int64_t>();
+    task.factor = factor;
+    py::gil_scoped_release release;
+    kernels().scale(task, threads);
+  }
 }
 
 }  // namespace

@@ -13,27 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, ops
 from .backend import reference
-from .ops import _library, unpack
+from .ops import unpack
 
-_ops = torch.ops.fusedvae
 _Grads = tuple[Tensor | None, ...]
-
-
-def _register(name: str, function: type[torch.autograd.Function]) -> None:
-    """Make ``function`` the autograd formula of the operator: a drop to it where a gradient is wanted, else past it."""
-    operator = getattr(_ops, name).default
-    returns_list = len(operator._schema.returns) == 1 and "List" in str(operator._schema.returns[0].type)
-
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            out = function.apply(*args)
-            return list(out) if returns_list else out
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-
-    _library.impl(name, kernel, "Autograd")
 
 
 def _second_order(formula: Callable[..., Any], inputs: list[Tensor | None], grads: list[Tensor | None]) -> _Grads:
@@ -55,7 +39,7 @@ def _second_order(formula: Callable[..., Any], inputs: list[Tensor | None], grad
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether these are real tensors, not the stand-ins of a tracer, whose memory no kernel may touch."""
-    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return ops.PLAIN_TYPES.issuperset(map(type, tensors))
 
 
 def _scaled(grads: list[Tensor], factor: Tensor, backend_name: str) -> list[Tensor]:
@@ -83,8 +67,7 @@ class _Latent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, name: str) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            z, kl = _ops.latent.default(mu, logvar, seed, kl_dtype, name)
+        z, kl = ops.latent.below_autograd(mu, logvar, seed, kl_dtype, name)
         ctx.save_for_backward(mu, logvar, seed)
         ctx.name = name
         ctx.set_materialize_grads(False)
@@ -104,8 +87,7 @@ class _Reparameterize(torch.autograd.Function):
     def forward(
         ctx: Any, mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, name: str
     ) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            z = _ops.reparameterize.default(mu, logvar, seed, noise, name)
+        z = ops.reparameterize.below_autograd(mu, logvar, seed, noise, name)
         ctx.save_for_backward(mu, logvar, seed, noise)
         ctx.name = name
         return z
@@ -137,7 +119,7 @@ def _latent_gradients(
     if torch.is_grad_enabled():
         mean, _ = unpack(mu, logvar)
         if noise is None and seed is not None:
-            noise = _ops.normal.default(list(mean.shape), seed, reference.working_dtype(mu, logvar), name)
+            noise = ops.normal(list(mean.shape), seed, reference.working_dtype(mu, logvar), name)
 
         def formula(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, ...]:
             m, l = unpack(mu, logvar)
@@ -145,7 +127,7 @@ def _latent_gradients(
             return z, reference.reduce(reference.kl_standard_normal(m, l), "sample")
 
         return _second_order(formula, [mu, logvar], [grad_z, grad_kl])
-    grads = _ops.latent_backward.default(mu, logvar, seed, noise, grad_z, grad_kl, name)
+    grads = ops.latent_backward(mu, logvar, seed, noise, grad_z, grad_kl, name)
     return grads[0], None if logvar is None else grads[1]
 
 
@@ -183,11 +165,10 @@ class _Elbo(torch.autograd.Function):
             t is not None and need and t.dtype == torch.float16 for t, need in zip(operands, needed, strict=True)
         )
         made = [False] * 5 if deferred else list(needed)
-        with torch._C._AutoDispatchBelowAutograd():
-            out = _ops.elbo.default(
-                recon_x, x, spread, spread_value, mu, logvar, kl_in, beta, beta_value,
-                is_variance, eps, full, reduction, dtype, terms, made, name,
-            )  # fmt: skip
+        out = ops.elbo.below_autograd(
+            recon_x, x, spread, spread_value, mu, logvar, kl_in, beta, beta_value,
+            is_variance, eps, full, reduction, dtype, terms, made, name,
+        )  # fmt: skip
         values, grads = out[: 3 if terms else 1], out[3 if terms else 1 :]
         ctx.save_for_backward(*operands, kl_in, beta, values[-1] if terms else None, *grads)
         ctx.options = (spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name)
@@ -198,61 +179,68 @@ class _Elbo(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name = ctx.options
-        recon_x, x, spread, mu, logvar, kl_in, beta, kl, *grads = ctx.saved_tensors
-        g_loss, g_nll, g_kl = (*incoming[:3],) if terms else (incoming[0], None, None)
-        trailing = (None,) * 9  # beta_value and the options
+        recon_x, x, spread, mu, logvar, kl_in, beta, kl, *buffers = ctx.saved_tensors
+        g_loss, g_nll, g_kl = incoming[:3] if terms else (incoming[0], None, None)
         if g_loss is None and g_nll is None and g_kl is None:
             return (None,) * 17
+
+        def in_schema_order(grads: Any) -> tuple:
+            """From gradients of recon_x, x, spread, mu, logvar, kl_in, beta."""
+            return (*grads[:3], None, *grads[3:], *(None,) * 9)
 
         if torch.is_grad_enabled():
 
             def formula(*t: Tensor | None) -> tuple[Tensor, ...]:
                 recon_x, x, spread, mu, logvar, kl_in, beta = t
-                weight = beta_value if beta is None else beta
                 return elbo_formula(
-                    recon_x, x, spread if spread is not None else spread_value, mu, logvar, kl_in, weight,
-                    is_variance, eps, full, reduction,
+                    recon_x, x, spread_value if spread is None else spread, mu, logvar, kl_in,
+                    beta_value if beta is None else beta, is_variance, eps, full, reduction,
                 )  # fmt: skip
 
             inputs = [recon_x, x, spread, mu, logvar, kl_in, beta]
-            found = _second_order(formula, inputs, [g_loss, g_nll, g_kl])
-            return (*found[:3], None, *found[3:], *trailing)
+            return in_schema_order(_second_order(formula, inputs, [g_loss, g_nll, g_kl]))
 
-        to_nll = _sum(g_loss, g_nll)
-        weight = beta_value if beta is None else beta
-        to_kl = _sum(None if g_loss is None else g_loss * weight, g_kl)
-        result: list[Tensor | None] = [None] * 5  # recon_x, x, spread, mu, logvar
-        slots = [k for k in range(5) if made[k]]
-        buffers = dict(zip(slots, grads, strict=True))
+        grads: list[Tensor | None] = [None] * 7
+        if buffers and g_nll is None and g_kl is None and kl_in is None and beta is None:
+            # The usual step, in one go: the loss alone was differentiated, and all its gradients are made.
+            _place(grads, _scaled(buffers, g_loss, name), needed)
+            return in_schema_order(grads)
 
-        if recon_x is not None and to_nll is not None and any(needed[:3]):
-            wanted = [k for k in range(3) if needed[k]]
-            if any(made):
-                found = _scaled([buffers[k] for k in wanted], to_nll, name)
+        # What the NLL and the KL are multiplied by on their way into whatever was differentiated.
+        factor = _sum(g_loss, g_nll)
+        kl_factor = _sum(None if g_loss is None else g_loss * (beta_value if beta is None else beta), g_kl)
+        made_nll, made_kl = buffers[: sum(made[:3])], buffers[sum(made[:3]) :]
+        if factor is not None and any(needed[:3]):
+            if made_nll:
+                found = _scaled(made_nll, factor, name)
             else:
-                scaled = to_nll * reference.scale_of(reduction, x.shape)
-                found = _ops.nll_backward.default(
-                    recon_x, x, spread, spread_value, scaled, is_variance, eps, needed[:3], name
+                weight = factor * reference.scale_of(reduction, x.shape)
+                found = ops.nll_backward(
+                    recon_x, x, spread, spread_value, weight, is_variance, eps, needed[:3], name
                 )
-            for k, g in zip(wanted, found, strict=True):
-                result[k] = g
-        if mu is not None and to_kl is not None and any(needed[3:]):
-            wanted = [k for k in (3, 4) if needed[k]]
-            if any(made) and g_kl is None and g_loss is not None:
-                found = _scaled([buffers[k] for k in wanted], g_loss, name)
+            _place(grads, found, needed[:3])
+        if kl_factor is not None and any(needed[3:]):
+            if made_kl and g_kl is None:  # made with beta in them
+                found = _scaled(made_kl, g_loss, name)
             else:
-                each = (to_kl * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
-                both = _ops.latent_backward.default(mu, logvar, None, None, None, each, name)
-                found = [both[k - 3] for k in wanted]
-            for k, g in zip(wanted, found, strict=True):
-                result[k] = g
-        grad_kl_in = grad_beta = None
-        if kl_in is not None and ctx.needs_input_grad[6] and to_kl is not None:
-            count = x.shape if x is not None else kl_in.shape
-            grad_kl_in = (to_kl * reference.scale_of(reduction, count)).to(kl_in.dtype).expand_as(kl_in)
-        if beta is not None and ctx.needs_input_grad[7] and g_loss is not None:
-            grad_beta = (g_loss * kl).sum().to(beta.dtype)
-        return (*result[:3], None, *result[3:], grad_kl_in, grad_beta, *trailing)
+                weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
+                found = ops.latent_backward(mu, logvar, None, None, None, weight, name)
+                if logvar is not None:
+                    found = [g for g, need in zip(found, needed[3:], strict=True) if need]
+            _place(grads, found, [False] * 3 + needed[3:])
+        if kl_factor is not None and kl_in is not None and ctx.needs_input_grad[6]:
+            grads[5] = (kl_factor * reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
+        if g_loss is not None and beta is not None and ctx.needs_input_grad[7]:
+            grads[6] = (g_loss * kl).sum().to(beta.dtype)
+        return in_schema_order(grads)
+
+
+def _place(grads: list[Tensor | None], found: list[Tensor], needed: list[bool]) -> None:
+    """Put what was found where it was needed."""
+    remaining = iter(found)
+    for k, need in enumerate(needed):
+        if need:
+            grads[k] = next(remaining)
 
 
 def elbo_formula(
@@ -291,6 +279,6 @@ def elbo_formula(
     return loss, zero if nll is None else nll, zero if kl is None else kl
 
 
-_register("latent", _Latent)
-_register("reparameterize", _Reparameterize)
-_register("elbo", _Elbo)
+ops.latent.register_autograd(_Latent)
+ops.reparameterize.register_autograd(_Reparameterize)
+ops.elbo.register_autograd(_Elbo)

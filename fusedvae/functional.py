@@ -25,11 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from .autograd import elbo_formula
 from .backend import reference, resolve
 from .ops import unpack
-
-_ops = torch.ops.fusedvae
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = {"batchmean": "batchmean", "sum": "sum", "none": "sample"}
@@ -213,10 +212,10 @@ def reparameterize(
         if generator is not None:
             raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
     name = resolve(mu.device.type, backend)
-    seed = _ops.draw_seed(mu.device, generator) if noise is None else None
+    seed = ops.draw_seed(mu.device, generator) if noise is None else None
     if name == "reference":
         return _reference_sample(mu, logvar, seed, noise)
-    return _ops.reparameterize(mu, logvar, seed, noise, name)
+    return ops.reparameterize(mu, logvar, seed, noise, name)
 
 
 def latent(
@@ -242,12 +241,12 @@ def latent(
     _check_latents(mu, logvar)
     _check_generator(generator)
     name = resolve(mu.device.type, backend)
-    seed = _ops.draw_seed(mu.device, generator)
+    seed = ops.draw_seed(mu.device, generator)
     kl_dtype = _value_dtype(mu.device.type, mu, logvar)
     if name == "reference":
         kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), "sample").to(kl_dtype)
         return Latent(_reference_sample(mu, logvar, seed, None), kl)
-    return Latent(*_ops.latent(mu, logvar, seed, kl_dtype, name))
+    return Latent(*ops.latent(mu, logvar, seed, kl_dtype, name))
 
 
 def _reference_sample(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None) -> Tensor:
@@ -456,7 +455,7 @@ def _elbo(
     beta_tensor, beta_value = _number_pair(beta, device)
     learned_beta = beta_tensor is not None and beta_tensor.requires_grad
     needed = _needs_grad(recon_x, x, spread, mu, logvar)
-    out = _ops.elbo(
+    out = ops.elbo(
         recon_x, x, spread_tensor, spread_value, mu, logvar, kl, beta_tensor, beta_value or 0.0,
         is_variance, eps, full, reduction, dtype, terms or learned_beta, needed, name,
     )  # fmt: skip

@@ -11,6 +11,7 @@ decoder's output is packed) and ``beta``/``beta_value``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +23,70 @@ from .backend.reference import scale_of
 _library = torch.library.Library("fusedvae", "DEF")
 
 
-def _operator(schema: str, *, tags: tuple[torch.Tag, ...] = (), fake: Callable | None = None) -> Callable:
+class Operator:
+    """A registered operator, callable without the dispatcher's overhead where nothing needs the dispatcher.
+
+    The dispatcher boxes and unboxes every argument of a Python kernel, twice with an autograd formula: for small
+    tensors that would cost more than all the rest. So a plain eager call goes straight to the formula or the kernel,
+    and through the dispatcher if a compiler traces, a mode watches, or the tensors are not plain.
+    """
+
+    def __init__(self, name: str, kernel: Callable) -> None:
+        self.kernel = kernel
+        self.formula: type[torch.autograd.Function] | None = None
+        self.overload = getattr(torch.ops.fusedvae, name).default
+        self._returns_list = [str(r.type) for r in self.overload._schema.returns] == ["List[Tensor]"]
+
+    def __call__(self, *args: Any) -> Any:
+        """Run with autograd."""
+        return self.differentiable(*args) if _is_plain_eager(args) else self.overload(*args)
+
+    def differentiable(self, *args: Any) -> Any:
+        """Run the autograd formula if an argument needs a gradient, else `below_autograd`."""
+        if self.formula is None or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+            return self.below_autograd(*args)
+        out = self.formula.apply(*args)  # type: ignore[attr-defined]
+        return list(out) if self._returns_list else out
+
+    def below_autograd(self, *args: Any) -> Any:
+        """Run the kernel."""
+        if _is_plain_eager(args):
+            return self.kernel(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+    def register_autograd(self, formula: type[torch.autograd.Function]) -> None:
+        """Make ``formula`` the operator's derivative."""
+        self.formula = formula
+        _library.impl(self.overload._opname, self.differentiable, "Autograd")
+
+
+PLAIN_TYPES = frozenset(
+    (Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype, torch.device, torch.Generator)
+)
+"""Types of arguments that are what they seem: no tracer's stand-ins, no tensor subclasses."""
+
+
+def _is_plain_eager(args: tuple[Any, ...]) -> bool:
+    return PLAIN_TYPES.issuperset(map(type, args)) and not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _operator(
+    schema: str, *, tags: tuple[torch.Tag, ...] = (), fake: Callable | None = None
+) -> Callable[[Callable], Operator]:
     """Register the decorated function as the kernel of ``schema`` on every device type with kernels."""
     name = schema.partition("(")[0]
 
-    def register(function: Callable) -> Callable:
+    def register(kernel: Callable) -> Operator:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         for device in ("CPU", "CUDA"):
-            _library.impl(name, function, device)
-        torch.library.register_fake(f"fusedvae::{name}", fake or function, lib=_library)
-        return function
+            _library.impl(name, kernel, device)
+        torch.library.register_fake(f"fusedvae::{name}", fake or kernel, lib=_library)
+        return Operator(name, kernel)
 
     return register
 
@@ -111,7 +166,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
 
 
 # No tensor argument tells the dispatcher which device this is for.
-_library.impl("draw_seed", draw_seed, "BackendSelect")
+_library.impl("draw_seed", draw_seed.kernel, "BackendSelect")
 
 
 def _normal_out(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name: str) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import ops
 from .backend import reference, resolve
 
 
@@ -54,4 +55,4 @@ def normal(
     name = resolve(device.type, backend)
     if name == "reference":
         return reference.normal(tuple(shape), seed, dtype)
-    return torch.ops.fusedvae.normal(shape, seed, dtype, name)
+    return ops.normal(shape, seed, dtype, name)

@@ -54,32 +54,23 @@ class _Walk:
         keep_batch: bool = False,
         indexed: bool = False,
     ) -> None:
-        tensors = [t for t in (*inputs, *outputs) if isinstance(t, Tensor)]
-        strides = tuple(t.stride() if t.shape == shape else _broadcast(shape, t.shape, t.stride()) for t in tensors)
-        layout = canonical(tuple(shape), strides, keep_batch=keep_batch, indexed=indexed)
-        self.extent = layout.extent
-        self.index = layout.index
+        operands = (*inputs, *outputs)
+        tensors = [t for t in operands if isinstance(t, Tensor)]
+        self.extent, self.index, forms, copies, dense_strides = _plan(
+            shape, tuple([(t.shape, t.stride(), t.dtype) for t in tensors]), keep_batch, indexed
+        )
         self._copy_back: list[tuple[Tensor, Tensor]] = []
-        if layout.copies:
-            outs = {id(t) for t in outputs}
-            for k in layout.copies:
-                dense = torch.empty_strided(tuple(shape), layout.dense, dtype=tensors[k].dtype, device=tensors[k].device)
-                if id(tensors[k]) in outs:
-                    self._copy_back.append((tensors[k], dense))
-                else:
-                    dense.copy_(tensors[k])
-                tensors[k] = dense
+        for k in copies:
+            dense = torch.empty_strided(shape, dense_strides, dtype=tensors[k].dtype, device=tensors[k].device)
+            if k >= len(tensors) - sum(t is not None for t in outputs):
+                self._copy_back.append((tensors[k], dense))
+            else:
+                dense.copy_(tensors[k])
+            tensors[k] = dense
         self._keep_alive = tensors
-        walks = iter(zip(tensors, layout.strides, strict=True))
-
-        def operand(t: Tensor | float | None) -> _Operand:
-            if not isinstance(t, Tensor):
-                return t
-            tensor, (s0, s1, s2) = next(walks)
-            return tensor.data_ptr(), _DTYPES[tensor.dtype], s0, s1, s2
-
-        self.inputs = [operand(t) for t in inputs]
-        self.outputs = [operand(t) for t in outputs]
+        described = iter([(t.data_ptr(), *form) for t, form in zip(tensors, forms, strict=True)])
+        walked = [next(described) if isinstance(t, Tensor) else t for t in operands]
+        self.inputs, self.outputs = walked[: len(inputs)], walked[len(inputs) :]
 
     def is_copied(self, tensor: Tensor) -> bool:
         """Whether an output is computed in a copy."""
@@ -92,12 +83,21 @@ class _Walk:
 
 
 @lru_cache(maxsize=4096)
-def _broadcast(shape: torch.Size, own: torch.Size, strides: Strides) -> Strides:
-    """Strides of a tensor of shape ``own`` expanded to ``shape``."""
-    lead = len(shape) - len(own)
-    return (0,) * lead + tuple(
-        0 if size == 1 and whole != 1 else step for size, whole, step in zip(own, shape[lead:], strides, strict=True)
-    )
+def _plan(
+    shape: torch.Size, tensors: tuple[tuple[torch.Size, Strides, torch.dtype], ...], keep_batch: bool, indexed: bool
+) -> tuple[tuple[int, int, int], Strides, list[tuple[int, int, int, int]], list[int], Strides]:
+    """Extent, index strides, (dtype code, strides) of each tensor, tensors to copy, and the copies' strides.
+
+    Tensors are given as (shape, strides, dtype), and are expanded to ``shape``.
+    """
+    expanded = []
+    for own, strides, _ in tensors:
+        lead = len(shape) - len(own)
+        sizes = zip(own, shape[lead:], strides, strict=True)
+        expanded.append((0,) * lead + tuple(0 if size == 1 != whole else step for size, whole, step in sizes))
+    layout = canonical(tuple(shape), tuple(expanded), keep_batch=keep_batch, indexed=indexed)
+    forms = [(_DTYPES[dtype], *walk) for (_, _, dtype), walk in zip(tensors, layout.strides, strict=True)]
+    return layout.extent, layout.index, forms, sorted(layout.copies), layout.dense
 
 
 def _values(t: Tensor | None) -> _Operand:
@@ -202,10 +202,8 @@ class _Native:
         likelihood.finish()
 
     def scale_(self, tensors: list[Tensor], factor: Tensor) -> None:
-        for t in tensors:
-            _C.scale(
-                (t.data_ptr(), _DTYPES[t.dtype], 0, 0, 1), t.numel(), _values(factor), torch.get_num_threads()
-            )
+        operands = [((t.data_ptr(), _DTYPES[t.dtype], 0, 0, 1), t.numel()) for t in tensors]
+        _C.scale(operands, _values(factor), torch.get_num_threads())
 
 
 class _Likelihood:
