@@ -52,9 +52,7 @@ def _checked_sizes(name: str, sizes: Sequence[int], *, at_least: int = 0) -> tup
     if isinstance(sizes, (int, str)) or not isinstance(sizes, Sequence):
         raise TypeError(f"{name}: expected a sequence of integers, got {sizes!r}")
     if len(sizes) < at_least or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(
-            f"{name}: expected positive integers, at least {at_least} of them, got {tuple(sizes)}"
-        )
+        raise ValueError(f"{name}: expected positive integers, at least {at_least} of them, got {tuple(sizes)}")
     return tuple(sizes)
 
 
@@ -69,9 +67,7 @@ def _checked_size(name: str, size: int) -> int:
 def _check_input(module: nn.Module, name: str, given: Tensor, sizes: tuple[int, ...]) -> None:
     if tuple(given.shape[1:]) != sizes:
         expected = ", ".join(("batch", *map(str, sizes)))
-        raise ValueError(
-            f"{name}: expected shape ({expected}) by {type(module).__name__}, got {tuple(given.shape)}"
-        )
+        raise ValueError(f"{name}: expected shape ({expected}) by {type(module).__name__}, got {tuple(given.shape)}")
 
 
 def _dense_stack(sizes: Sequence[int]) -> list[nn.Module]:

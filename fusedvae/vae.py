@@ -108,22 +108,17 @@ class VAE(nn.Module):
         self.latent_shape = _latent_shape(latent_dim)
         if isinstance(recon_logvar, str):
             if recon_logvar != "learned":
-                raise ValueError(
-                    f"recon_logvar: expected None, a number, a tensor or 'learned', got {recon_logvar!r}"
-                )
+                raise ValueError(f"recon_logvar: expected None, a number, a tensor or 'learned', got {recon_logvar!r}")
             recon_logvar = nn.Parameter(torch.zeros(()))
         if isinstance(recon_logvar, nn.Parameter):
             self.recon_logvar = recon_logvar
         elif isinstance(recon_logvar, Tensor):
             self.register_buffer("recon_logvar", recon_logvar)
-        elif recon_logvar is None or (
-            isinstance(recon_logvar, (int, float)) and not isinstance(recon_logvar, bool)
-        ):
+        elif recon_logvar is None or (isinstance(recon_logvar, (int, float)) and not isinstance(recon_logvar, bool)):
             self.recon_logvar = recon_logvar if recon_logvar is None else float(recon_logvar)
         else:
             raise TypeError(
-                "recon_logvar: expected None, a number, a tensor or 'learned', "
-                f"got {type(recon_logvar).__name__}"
+                f"recon_logvar: expected None, a number, a tensor or 'learned', got {type(recon_logvar).__name__}"
             )
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
@@ -210,9 +205,7 @@ class VAE(nn.Module):
             return_terms=return_terms,
         )
 
-    def reconstruct(
-        self, x: Tensor, *, sample: bool = False, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def reconstruct(self, x: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """What the model makes of ``x``; a tensor of its shape.
 
         By default the decoder's mean at the posterior's mean; with ``sample`` a draw from p(x|z) with z drawn
@@ -286,9 +279,7 @@ class VAE(nn.Module):
         mean, logvar = _mean_and_logvar("decoder", self.decoder(z))
         packed = logvar is None and self.recon_logvar is None
         if logvar is not None and self.recon_logvar is not None:
-            raise TypeError(
-                "decoder: expected the mean only, as recon_logvar is given; got a pair (mean, logvar)"
-            )
+            raise TypeError("decoder: expected the mean only, as recon_logvar is given; got a pair (mean, logvar)")
         if mean.ndim < 2 or mean.shape[0] != z.shape[0]:
             raise ValueError(
                 f"decoder: expected a tensor of shape (batch, channels, ...) for a batch of {z.shape[0]}, "
@@ -318,9 +309,7 @@ def _latent_shape(latent_dim: int | Sequence[int | None]) -> tuple[int | None, .
     """Sizes of one sample's latent."""
     sizes = (latent_dim,) if isinstance(latent_dim, int) else latent_dim
     if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence) or isinstance(latent_dim, bool):
-        raise TypeError(
-            f"latent_dim: expected an integer or a sequence of them, got {type(latent_dim).__name__}"
-        )
+        raise TypeError(f"latent_dim: expected an integer or a sequence of them, got {type(latent_dim).__name__}")
     for size in sizes:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
             raise TypeError(f"latent_dim: expected an integer or a sequence of them, got {latent_dim!r}")

@@ -50,26 +50,24 @@ template <class T>
 struct NllArrays {
   const T *recon_x, *x, *spread, *weight;
   T *value, *grad_recon_x, *grad_x, *grad_spread;
-  bool uniform_spread, is_variance;
   T eps, uniform_weight;
 };
 
-template <class T, bool has_weights, bool uniform_spread>
+template <class T, bool is_variance, bool has_weights, bool uniform_spread>
 void nll_arrays(const NllArrays<T>& a, int64_t count) {
   using P = typename Pack<T>::type;
-  const P one = splat(P{}, 1.0f);
+  const P zero = {}, eps = zero + a.eps;
   const auto precision_of = [&](P spread, P* logvar) {
-    if (a.is_variance) {
-      P v = spread < splat(P{}, static_cast<float>(0)) + a.eps ? splat(P{}, 0.0f) + a.eps : spread;
-      *logvar = logarithm(v);
-      return one / v;
+    if (is_variance) {
+      const P variance = spread < eps ? eps : spread;
+      *logvar = logarithm(variance);
+      return 1.0f / variance;
     }
     *logvar = spread;
     return exponential(-spread);
   };
-  P logvar = {}, precision = {};
-  if (uniform_spread && count) precision = precision_of(splat(P{}, 0.0f) + a.spread[0], &logvar);
-  P weight = splat(P{}, 0.0f) + a.uniform_weight;
+  P logvar = {}, precision = {}, weight = zero + a.uniform_weight;
+  if (uniform_spread) precision = precision_of(zero + a.spread[0], &logvar);
   for_packs<T>(count, [&](int64_t i, auto load, auto store) {
     if (!uniform_spread) precision = precision_of(load(a.spread + i), &logvar);
     if (has_weights) weight = load(a.weight + i);
@@ -78,8 +76,18 @@ void nll_arrays(const NllArrays<T>& a, int64_t count) {
     const P d_recon = weight * g.d_recon;
     if (a.grad_recon_x) store(a.grad_recon_x + i, d_recon);
     if (a.grad_x) store(a.grad_x + i, -d_recon);
-    if (a.grad_spread) store(a.grad_spread + i, weight * (a.is_variance ? g.d_logvar * precision : g.d_logvar));
+    if (a.grad_spread) store(a.grad_spread + i, weight * (is_variance ? g.d_logvar * precision : g.d_logvar));
   });
+}
+
+// The instance of nll_arrays for a combination known at run time.
+template <class T, bool... known>
+void nll_arrays_for(const NllArrays<T>& a, int64_t count) {
+  nll_arrays<T, known...>(a, count);
+}
+template <class T, bool... known, class... Rest>
+void nll_arrays_for(const NllArrays<T>& a, int64_t count, bool next, Rest... rest) {
+  next ? nll_arrays_for<T, known..., true>(a, count, rest...) : nll_arrays_for<T, known..., false>(a, count, rest...);
 }
 
 // What becomes of the gradient of spread: written an element at a time, or summed.
@@ -129,11 +137,10 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
         NllArrays<T> a;
         a.recon_x = read(task.recon_x, t, recon_buffer);
         a.x = read(task.x, t, x_buffer);
-        a.is_variance = task.is_variance;
         a.eps = static_cast<T>(task.eps);
-        a.uniform_spread = task.spread.is_uniform() ||
-                           (t.nb == 1 && t.no == 1 && task.spread.stride[2] == 0);
-        if (a.uniform_spread) {
+        const bool one_spread =
+            task.spread.is_uniform() || (t.nb == 1 && t.no == 1 && task.spread.stride[2] == 0);
+        if (one_spread) {
           spread_buffer[0] = static_cast<T>(
               get(task.spread, task.spread.data ? offset_of(task.spread, t, 0, 0) : 0));
           a.spread = spread_buffer;
@@ -154,10 +161,7 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
                         : reduction == Spread::element ? place(task.grad_spread, t, d_spread_buffer, stream)
                                                        : d_spread_buffer;
         const int64_t n = t.count();
-        if (a.weight)
-          a.uniform_spread ? nll_arrays<T, true, true>(a, n) : nll_arrays<T, true, false>(a, n);
-        else
-          a.uniform_spread ? nll_arrays<T, false, true>(a, n) : nll_arrays<T, false, false>(a, n);
+        nll_arrays_for<T>(a, n, task.is_variance, a.weight != nullptr, one_spread);
 
         if (task.value) write(task.value, t, a.value, value_buffer, false);
         if (task.grad_recon_x) write(task.grad_recon_x, t, a.grad_recon_x, d_recon_buffer, stream);

@@ -96,36 +96,66 @@ FUSEDVAE_INLINE vf root(vf v) {
 #endif
 }
 
-// e^x and e^x - 1 of one range reduction, x = n ln 2 + r: each accurate to about an ulp, near 0 and far from it.
+// x between two bounds; NaN stays NaN (x86's minimum and maximum return their second operand if either is one).
+FUSEDVAE_INLINE vf clamp(vf x, float low, float high) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), x));
+#elif defined(__AVX2__)
+  return _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), x));
+#elif defined(__x86_64__)
+  return _mm_min_ps(_mm_set1_ps(high), _mm_max_ps(_mm_set1_ps(low), x));
+#else
+  x = x < low ? splat(x, low) : x;
+  return x > high ? splat(x, high) : x;
+#endif
+}
+
+// x = n ln 2 + r with |r| <= ln 2 / 2, and e^r - 1. Past the bounds that x is clamped to, e^x is 0 or infinity.
+struct ExpReduction {
+  vf n, expm1_r;
+};
+
+FUSEDVAE_INLINE ExpReduction reduce_exp(vf x) {
+  x = clamp(x, -104.0f, 89.0f);
+  const vf magic = splat(x, 12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+  const vf n = (x * 1.44269504f + magic) - magic;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return {n, p * (r * r) + r};
+}
+
+// v * 2^n for an integer n: subnormal results and those next to the largest float included.
+FUSEDVAE_INLINE vf scale_by_power(vf v, vf n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(v, n);
+#else
+  const vi k = to_int(n), k1 = k >> 1, k2 = k - k1;
+  return v * bits_to_float((k1 + 127) << 23) * bits_to_float((k2 + 127) << 23);
+#endif
+}
+
+FUSEDVAE_INLINE vf exponential(vf x) {
+  const ExpReduction e = reduce_exp(x);
+  return scale_by_power(e.expm1_r + 1.0f, e.n);
+}
+
+// e^x and e^x - 1 of one range reduction: each accurate to about an ulp, near 0 and far from it.
 struct ExpPair {
   vf exp, expm1;
 };
 
 FUSEDVAE_INLINE ExpPair exp_pair(vf x) {
-  // Past these bounds the results are 0, -1 and infinity; NaN fails both comparisons and stays.
-  x = x < -104.0f ? splat(x, -104.0f) : x;
-  x = x > 89.0f ? splat(x, 89.0f) : x;
-  const vf shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-  const vf n = shifted - 12582912.0f;
-  vf r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  vf p = r * 1.98412698e-4f + 1.38888889e-3f;
-  p = p * r + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = p * (r * r) + r;  // e^r - 1
-  // 2^n in two steps, so that subnormal results and those next to the largest float come out.
-  const vi k = float_to_bits(shifted) - 0x4B400000;
-  const vi k1 = k >> 1, k2 = k - k1;
-  const vf s1 = bits_to_float((k1 + 127) << 23), s2 = bits_to_float((k2 + 127) << 23);
-  const vf e = (p * s1 + s1) * s2;
-  const vf far = e - 1.0f;
-  const vf near = (p * s1) * s2 + (s1 * s2 - 1.0f);
-  return {e, x > 16.0f ? far : near};
+  const ExpReduction e = reduce_exp(x);
+  const vf exp = scale_by_power(e.expm1_r + 1.0f, e.n);
+  const vf near = scale_by_power(e.expm1_r, e.n) + (scale_by_power(splat(x, 1.0f), e.n) - 1.0f);
+  return {exp, x > 16.0f ? exp - 1.0f : near};
 }
 
-FUSEDVAE_INLINE vf exponential(vf x) { return exp_pair(x).exp; }
 FUSEDVAE_INLINE double exponential(double x) { return std::exp(x); }
 
 // ln x for normal x > 0, by Cephes' polynomial around 1.

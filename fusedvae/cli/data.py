@@ -110,18 +110,16 @@ def _digits() -> Samples:
 
 def _read_array(path: Path, array: str | None) -> np.ndarray:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
             names = loaded.files
             if array is None and len(names) == 1:
                 array = names[0]
             if array not in names:
                 problem = "holds several arrays" if array is None else f"has no array {array!r}"
-                raise CommandError(
-                    f"{path} {problem}: choose one with --array: {', '.join(names) or '(none)'}"
-                )
+                raise CommandError(f"{path} {problem}: choose one with --array: {', '.join(names) or '(none)'}")
             return loaded[array]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CommandError(f"cannot read {path}: {error}") from error
@@ -138,9 +136,7 @@ def _from_array(values: np.ndarray, name: str) -> Samples:
             f"(samples, channels, height, width), got {values.shape}"
         )
     if 0 in values.shape or len(values) < 2:
-        raise CommandError(
-            f"{name}: expected at least two samples of at least one value, got shape {values.shape}"
-        )
+        raise CommandError(f"{name}: expected at least two samples of at least one value, got shape {values.shape}")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         bad = ~np.isfinite(values)
         where = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -163,13 +159,9 @@ def _from_folder(folder: Path, image_size: int | None) -> Samples:
     """The images under ``folder``, in the order of their names; in colour if any of them is."""
     image_module = require("PIL.Image")
     operations = require("PIL.ImageOps")
-    paths = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if len(paths) < 2:
-        raise CommandError(
-            f"{folder}: expected at least two images ({', '.join(IMAGE_SUFFIXES)}), found {len(paths)}"
-        )
+        raise CommandError(f"{folder}: expected at least two images ({', '.join(IMAGE_SUFFIXES)}), found {len(paths)}")
     images = []
     for path in paths:
         try:

@@ -19,6 +19,4 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         extra = EXTRAS[module.partition(".")[0]]
-        raise CommandError(
-            f"this needs {module} ({error}): install it with pip install 'fusedvae[{extra}]'"
-        ) from error
+        raise CommandError(f"this needs {module} ({error}): install it with pip install 'fusedvae[{extra}]'") from error

@@ -101,8 +101,7 @@ def _as_text(found: dict[str, Any]) -> str:
     versions = found["versions"]
     lines = [
         f"fusedvae {versions['fusedvae']}",
-        f"  Python {versions['python']}, PyTorch {versions['torch']}, "
-        f"Triton {versions['triton'] or 'not installed'}",
+        f"  Python {versions['python']}, PyTorch {versions['torch']}, Triton {versions['triton'] or 'not installed'}",
         f"  {found['platform']}",
         f"  {found['threads']} CPU threads (torch.set_num_threads, OMP_NUM_THREADS)",
     ]

@@ -69,12 +69,8 @@ class Settings:
         pair: tuple[nn.Module, nn.Module]
         if arch == "conv":
             if len(shape) != 3:
-                raise CommandError(
-                    f"--arch conv needs images, the samples are of shape {shape}: use --arch mlp"
-                )
-            pair = networks.conv(
-                shape, self.latent, width=self.width or 32, mean_only=mean_only, logvar_floor=floor
-            )
+                raise CommandError(f"--arch conv needs images, the samples are of shape {shape}: use --arch mlp")
+            pair = networks.conv(shape, self.latent, width=self.width or 32, mean_only=mean_only, logvar_floor=floor)
         else:
             width = self.width or 512
             hidden = (width, max(width // 2, 1))

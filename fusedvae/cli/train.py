@@ -74,9 +74,7 @@ def _recon_logvar(text: str) -> str | float:
     try:
         return _number(-math.inf)(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"expected '{PER_PIXEL}', '{LEARNED}' or a number, got {text!r}"
-        ) from None
+        raise argparse.ArgumentTypeError(f"expected '{PER_PIXEL}', '{LEARNED}' or a number, got {text!r}") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,21 +87,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(name, help=help + shown, default=argparse.SUPPRESS, **kind)
 
     run = parser.add_argument_group("the run")
-    run.add_argument(
-        "--out", type=Path, metavar="DIR", help="directory of the run (default: a new one under runs/)"
-    )
+    run.add_argument("--out", type=Path, metavar="DIR", help="directory of the run (default: a new one under runs/)")
     run.add_argument(
         "--overwrite",
         action="store_true",
         help="replace the run that is in --out, which is otherwise refused",
     )
-    run.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on with the run in DIR, with its own settings"
-    )
+    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, with its own settings")
     run.add_argument("--quiet", action="store_true", help="no progress bar, no line an epoch")
 
     data = parser.add_argument_group("data")
-    option(data, "--data", f"'{DIGITS}', an .npy or .npz file, or a folder of images", metavar="SOURCE")
+    option(
+        data,
+        "--data",
+        f"'{DIGITS}', an .npy or .npz file, or a folder of images; uint8 stands for 0 to 255, other values are scaled "
+        "by their range unless they lie in [0, 1]",
+        metavar="SOURCE",
+    )
     option(data, "--array", "which array of an .npz file that holds several", metavar="NAME")
     option(
         data,
@@ -182,11 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         require("tqdm")
     require("matplotlib.figure")
-    given = {
-        field.name: getattr(arguments, field.name)
-        for field in fields(Settings)
-        if hasattr(arguments, field.name)
-    }
+    given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)}
     state = None
     if arguments.resume is None:
         settings = Settings(**given)
@@ -197,7 +193,9 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     with _chosen_backend(settings):
         samples = load(settings.data, array=settings.array, image_size=settings.image_size)
-        trainer = Trainer(settings, samples)
+        # By its absolute path the data is found again from wherever the run goes on.
+        source = settings.data if settings.data == DIGITS else str(Path(settings.data).absolute())
+        trainer = Trainer(dataclasses.replace(settings, data=source), samples)
         if state is None:
             directory = _new_directory(arguments, settings)
         else:
@@ -213,9 +211,7 @@ def _option_name(field: str) -> str:
 def _continued(state: dict, given: dict[str, Any], arguments: argparse.Namespace) -> Settings:
     """The settings of the checkpointed run with those replaced that may be."""
     if arguments.out is not None or arguments.overwrite:
-        raise CommandError(
-            "--resume goes on in the run's own directory: it takes neither --out nor --overwrite"
-        )
+        raise CommandError("--resume goes on in the run's own directory: it takes neither --out nor --overwrite")
     settings = Settings(**state["settings"])
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(settings, name):
@@ -235,13 +231,10 @@ def _on_this_machine(settings: Settings) -> Settings:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=torch.device(name))
+        torch.ones((), device=torch.device(name)).item()  # "meta" exists, but holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CommandError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    data = settings.data if settings.data == DIGITS else str(Path(settings.data).absolute())
-    return dataclasses.replace(
-        settings, device=name, data=data, threads=settings.threads or torch.get_num_threads()
-    )
+    return dataclasses.replace(settings, device=name, threads=settings.threads or torch.get_num_threads())
 
 
 def _chosen_backend(settings: Settings) -> use_backend:
@@ -309,9 +302,7 @@ def _train(trainer: Trainer, directory: Path, *, quiet: bool) -> int:
     trainer.save(directory)  # from here on --resume works
     with Interruption() as interruption:
         try:
-            finished = trainer.run(
-                directory, interruption=interruption, after_step=after_step, after_epoch=after_epoch
-            )
+            finished = trainer.run(directory, interruption=interruption, after_step=after_step, after_epoch=after_epoch)
         finally:
             if bar is not None:
                 bar.close()

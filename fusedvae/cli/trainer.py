@@ -85,9 +85,7 @@ class Trainer:
         self.train_samples, self.heldout_samples = split(samples, settings.heldout)
         torch.manual_seed(settings.seed)
         self.model: VAE = settings.build_model(samples.shape).to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
         self.epoch, self.step = 0, 0
         self.sums = self._no_sums()
         self.history: list[Row] = []
@@ -137,9 +135,7 @@ class Trainer:
         writer = csv.DictWriter(table, COLUMNS)
         writer.writeheader()
         writer.writerows(self.history)
-        checkpoint.write_atomically(
-            directory / METRICS, lambda file: file.write(table.getvalue().encode("ascii"))
-        )
+        checkpoint.write_atomically(directory / METRICS, lambda file: file.write(table.getvalue().encode("ascii")))
 
     def run(
         self,
@@ -154,9 +150,7 @@ class Trainer:
         order = None
         while self.epoch < self.settings.epochs:
             if order is None:
-                order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(
-                    len(self.train_samples)
-                )
+                order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(len(self.train_samples))
             if self.step < self.steps_per_epoch:
                 batch = order[self.step * self.settings.batch : (self.step + 1) * self.settings.batch]
                 self.sums += self._train_step(self._batch(self.train_samples, batch))
