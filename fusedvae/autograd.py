@@ -42,15 +42,14 @@ def _plain(*tensors: Tensor | None) -> bool:
     return ops.PLAIN_TYPES.issuperset(map(type, tensors))
 
 
-def _scaled(grads: list[Tensor], factor: Tensor, backend_name: str) -> list[Tensor]:
+def _scaled(grads: list[Tensor], factor: Tensor | None, backend_name: str) -> list[Tensor]:
     """The gradients made in the forward pass, times the incoming factor.
 
     Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
     the graph is kept: then a later backward pass needs the buffers as they are. Traced programs multiply, which
     their compiler fuses into whatever comes next.
     """
-    if not grads:
-        return grads
+    assert factor is not None
     if not _plain(factor, *grads) or torch._C._autograd._get_current_graph_task_keep_graph():
         return [g * factor for g in grads]
     backend.kernels(backend_name).scale_(grads, factor)
@@ -98,8 +97,8 @@ class _Reparameterize(torch.autograd.Function):
         grad_noise = None
         if noise is not None and noise.requires_grad:
             # z is linear in the noise, and hardly anybody asks: the formula will do.
-            _, l = unpack(mu, logvar)
-            grad_noise = (grad_z * torch.exp(0.5 * l)).to(noise.dtype)
+            _, log_variance = unpack(mu, logvar)
+            grad_noise = (grad_z * torch.exp(0.5 * log_variance)).to(noise.dtype)
         grads = _latent_gradients(ctx.name, mu, logvar, seed, noise, grad_z, None)
         return (*grads, None, grad_noise, None)
 
@@ -122,9 +121,9 @@ def _latent_gradients(
             noise = ops.normal(list(mean.shape), seed, reference.working_dtype(mu, logvar), name)
 
         def formula(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, ...]:
-            m, l = unpack(mu, logvar)
-            z = reference.sample(m, l, noise) if noise is not None else m
-            return z, reference.reduce(reference.kl_standard_normal(m, l), "sample")
+            mu, logvar = unpack(mu, logvar)
+            z = reference.sample(mu, logvar, noise) if noise is not None else mu
+            return z, reference.reduce(reference.kl_standard_normal(mu, logvar), "sample")
 
         return _second_order(formula, [mu, logvar], [grad_z, grad_kl])
     grads = ops.latent_backward(mu, logvar, seed, noise, grad_z, grad_kl, name)

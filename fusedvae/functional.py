@@ -94,7 +94,8 @@ def _check_latents(mu: object, logvar: object) -> None:
         _check_packed("mu", mu)  # type: ignore[arg-type]
         return
     _check_tensor("logvar", logvar)
-    assert isinstance(mu, Tensor) and isinstance(logvar, Tensor)
+    assert isinstance(mu, Tensor)
+    assert isinstance(logvar, Tensor)
     if mu.shape != logvar.shape:
         raise ValueError(f"logvar: expected the shape of mu {tuple(mu.shape)}, got {tuple(logvar.shape)}")
     _check_same_device("logvar", logvar, "mu", mu)
@@ -103,7 +104,8 @@ def _check_latents(mu: object, logvar: object) -> None:
 def _check_reconstruction(recon_x: object, x: object, recon_logvar: object) -> None:
     _check_tensor("recon_x", recon_x)
     _check_tensor("x", x, integers=True)
-    assert isinstance(recon_x, Tensor) and isinstance(x, Tensor)
+    assert isinstance(recon_x, Tensor)
+    assert isinstance(x, Tensor)
     _check_batched("x", x)
     _check_same_device("x", x, "recon_x", recon_x)
     if recon_logvar is None:

@@ -22,7 +22,7 @@ class Layout(NamedTuple):
     """Sizes (batch, outer, inner)."""
     strides: tuple[Strides, ...]
     """One (batch, outer, inner) triple an operand, in elements."""
-    index: Strides
+    logical: Strides
     """The same for the row-major logical index of an element: the noise stream counts by it."""
     copies: frozenset[int]
     """Operands that do not fit the form and must be copied to ``dense`` strides first."""
@@ -50,7 +50,7 @@ def dense_strides(shape: Sequence[int], strides: Strides) -> Strides:
 
 def _memory_order(shape: Sequence[int], operands: Sequence[Strides]) -> list[int]:
     """Dimensions from the slowest in memory to the fastest; the first operand decides, the next ones break ties."""
-    return sorted(range(len(shape)), key=lambda d: tuple(-strides[d] for strides in operands) + (d,))
+    return sorted(range(len(shape)), key=lambda d: (*(-strides[d] for strides in operands), d))
 
 
 def _coalesce(

@@ -45,7 +45,7 @@ class Operator:
         """Run the autograd formula if an argument needs a gradient, else `below_autograd`."""
         if self.formula is None or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
             return self.below_autograd(*args)
-        out = self.formula.apply(*args)  # type: ignore[attr-defined]
+        out = self.formula.apply(*args)
         return list(out) if self._returns_list else out
 
     def below_autograd(self, *args: Any) -> Any:

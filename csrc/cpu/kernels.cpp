@@ -27,20 +27,20 @@ int threads_for(int64_t elements, int threads) {
 
 int64_t bytes_of(const Operand& op, const Extent& e) { return op.data ? e.count() * size_of(op.dtype) : 0; }
 
-// Runs body(i, width, full) over [0, count) in steps of a pack, the last one partial.
+// Runs step(i, load, store) over [0, count) a pack at a time; for the last, partial pack, load and store are partial.
 template <class T, class Step>
 FUSEDVAE_INLINE void for_packs(int64_t count, const Step& step) {
   constexpr int64_t w = Pack<T>::lanes;
   int64_t i = 0;
   for (; i + w <= count; i += w)
     step(
-        i, [](const T* p) { return load<typename Pack<T>::type>(p); },
-        [](T* p, typename Pack<T>::type v) { store(p, v); });
+        i, [](const T* p) FUSEDVAE_LAMBDA { return load<typename Pack<T>::type>(p); },
+        [](T* p, typename Pack<T>::type v) FUSEDVAE_LAMBDA { store(p, v); });
   const int64_t rest = count - i;
   if (rest > 0)
     step(
-        i, [rest](const T* p) { return load_part<typename Pack<T>::type>(p, rest); },
-        [rest](T* p, typename Pack<T>::type v) { store_part(p, v, rest); });
+        i, [rest](const T* p) FUSEDVAE_LAMBDA { return load_part<typename Pack<T>::type>(p, rest); },
+        [rest](T* p, typename Pack<T>::type v) FUSEDVAE_LAMBDA { store_part(p, v, rest); });
 }
 
 // --- likelihood -----------------------------------------------------------------------------------------------------
@@ -54,10 +54,10 @@ struct NllArrays {
 };
 
 template <class T, bool is_variance, bool has_weights, bool uniform_spread>
-void nll_arrays(const NllArrays<T>& a, int64_t count) {
+void nll_arrays(const NllArrays<T> a, int64_t count) {  // by value: no store can change it
   using P = typename Pack<T>::type;
   const P zero = {}, eps = zero + a.eps;
-  const auto precision_of = [&](P spread, P* logvar) {
+  const auto precision_of = [eps](P spread, P* logvar) FUSEDVAE_LAMBDA {
     if (is_variance) {
       const P variance = spread < eps ? eps : spread;
       *logvar = logarithm(variance);
@@ -66,17 +66,19 @@ void nll_arrays(const NllArrays<T>& a, int64_t count) {
     *logvar = spread;
     return exponential(-spread);
   };
-  P logvar = {}, precision = {}, weight = zero + a.uniform_weight;
+  P logvar = {}, precision = {};
+  const P weight = zero + a.uniform_weight;
   if (uniform_spread) precision = precision_of(zero + a.spread[0], &logvar);
-  for_packs<T>(count, [&](int64_t i, auto load, auto store) {
-    if (!uniform_spread) precision = precision_of(load(a.spread + i), &logvar);
-    if (has_weights) weight = load(a.weight + i);
-    const GaussianNll<P> g = gaussian_nll(load(a.recon_x + i), load(a.x + i), logvar, precision);
+  for_packs<T>(count, [=](int64_t i, auto load, auto store) FUSEDVAE_LAMBDA {
+    P l = logvar, p = precision;
+    if (!uniform_spread) p = precision_of(load(a.spread + i), &l);
+    const P w = has_weights ? load(a.weight + i) : weight;
+    const GaussianNll<P> g = gaussian_nll(load(a.recon_x + i), load(a.x + i), l, p);
     if (a.value) store(a.value + i, g.value);
-    const P d_recon = weight * g.d_recon;
+    const P d_recon = w * g.d_recon;
     if (a.grad_recon_x) store(a.grad_recon_x + i, d_recon);
     if (a.grad_x) store(a.grad_x + i, -d_recon);
-    if (a.grad_spread) store(a.grad_spread + i, weight * (is_variance ? g.d_logvar * precision : g.d_logvar));
+    if (a.grad_spread) store(a.grad_spread + i, w * (is_variance ? g.d_logvar * p : g.d_logvar));
   });
 }
 
@@ -269,9 +271,9 @@ FUSEDVAE_INLINE void spread_of(double logvar, double* sigma, double* expm1_logva
 }
 
 template <class T>
-void latent_arrays(const LatentArrays<T>& a, int64_t count) {
+void latent_arrays(const LatentArrays<T> a, int64_t count) {  // by value: no store can change it
   using P = typename Pack<T>::type;
-  for_packs<T>(count, [&](int64_t i, auto load, auto store) {
+  for_packs<T>(count, [=](int64_t i, auto load, auto store) FUSEDVAE_LAMBDA {
     const P mu = load(a.mu + i), logvar = load(a.logvar + i);
     P sigma, expm1_logvar;
     spread_of(logvar, &sigma, &expm1_logvar);

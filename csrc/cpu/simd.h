@@ -52,15 +52,18 @@ template <class V, class T>
 FUSEDVAE_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+// The same for the first `count` lanes, which are fewer than all (with one lane, none: never called).
 template <class V, class T>
 FUSEDVAE_INLINE V load_part(const T* p, int64_t count) {
-  V v = {};
-  __builtin_memcpy(&v, p, static_cast<size_t>(count) * sizeof(T));
-  return v;
+  T lanes[sizeof(V) / sizeof(T)] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load<V>(lanes);
 }
 template <class V, class T>
 FUSEDVAE_INLINE void store_part(T* p, V v, int64_t count) {
-  __builtin_memcpy(p, &v, static_cast<size_t>(count) * sizeof(T));
+  T lanes[sizeof(V) / sizeof(T)];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
 FUSEDVAE_INLINE vf splat(vf, float value) { return vf{} + value; }

@@ -5,6 +5,7 @@
 #define FUSEDVAE_INLINE __host__ __device__ __forceinline__
 #else
 #define FUSEDVAE_INLINE inline __attribute__((always_inline))
+#define FUSEDVAE_LAMBDA __attribute__((always_inline))
 #endif
 
 // The CPU kernels are compiled once an instruction set. Each copy lives in a namespace of its own, so that the linker

@@ -85,7 +85,7 @@ class _Walk:
 @lru_cache(maxsize=4096)
 def _plan(
     shape: torch.Size, tensors: tuple[tuple[torch.Size, Strides, torch.dtype], ...], keep_batch: bool, indexed: bool
-) -> tuple[tuple[int, int, int], Strides, list[tuple[int, int, int, int]], list[int], Strides]:
+) -> tuple[tuple[int, int, int], Strides, list[tuple[int, ...]], list[int], Strides]:
     """Extent, index strides, (dtype code, strides) of each tensor, tensors to copy, and the copies' strides.
 
     Tensors are given as (shape, strides, dtype), and are expanded to ``shape``.
@@ -97,7 +97,7 @@ def _plan(
         expanded.append((0,) * lead + tuple(0 if size == 1 != whole else step for size, whole, step in sizes))
     layout = canonical(tuple(shape), tuple(expanded), keep_batch=keep_batch, indexed=indexed)
     forms = [(_DTYPES[dtype], *walk) for (_, _, dtype), walk in zip(tensors, layout.strides, strict=True)]
-    return layout.extent, layout.index, forms, sorted(layout.copies), layout.dense
+    return layout.extent, layout.logical, forms, sorted(layout.copies), layout.dense
 
 
 def _values(t: Tensor | None) -> _Operand:
