@@ -299,7 +299,8 @@ class BuildNative(build_ext):
         return [str(path) for path in (extension, folder / "_build.json") if path.exists()]
 
 
-setup(
-    ext_modules=[Extension("fusedvae._C", sources=[str(BINDINGS)])],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("fusedvae._C", sources=[str(BINDINGS)])],
+        cmdclass={"build_ext": BuildNative},
+    )

@@ -14,7 +14,9 @@ using namespace fusedvae;
 namespace pybind11::detail {
 
 // Operands and extents are parsed by hand: dozens of integers a call, on the path of every training step.
-inline int64_t integer_at(PyObject* tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)); }
+inline int64_t integer_at(PyObject* tuple, Py_ssize_t i) {
+  return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+}
 
 template <>
 struct type_caster<Operand> {
@@ -38,7 +40,7 @@ struct type_caster<Operand> {
   }
 };
 
-template <class T, int64_t T::*a, int64_t T::*b, int64_t T::*c>
+template <class T, int64_t T::* a, int64_t T::* b, int64_t T::* c>
 struct triple_caster {
   PYBIND11_TYPE_CASTER(T, const_name("Triple"));
 
@@ -63,13 +65,15 @@ struct type_caster<IndexStrides>
 
 namespace {
 
-const int64_t* seed_at(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
+const int64_t* seed_at(uintptr_t address) {
+  return reinterpret_cast<const int64_t*>(address);
+}
 
 NllTask nll_task(const py::tuple& a) {
   NllTask task;
   task.extent = a[0].cast<Extent>();
-  Operand* const operands[] = {&task.recon_x, &task.x,           &task.spread,
-                               &task.value,   &task.grad_recon_x, &task.grad_x, &task.grad_spread};
+  Operand* const operands[] = {&task.recon_x,      &task.x,      &task.spread,     &task.value,
+                               &task.grad_recon_x, &task.grad_x, &task.grad_spread};
   for (size_t i = 0; i < 7; ++i) *operands[i] = a[i + 1].cast<Operand>();
   task.is_variance = a[8].cast<bool>();
   task.eps = a[9].cast<double>();

@@ -9,10 +9,14 @@ enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, u8 = 4 };
 
 static inline int64_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::f64: return 8;
-    case DType::f32: return 4;
-    case DType::u8: return 1;
-    default: return 2;
+    case DType::f64:
+      return 8;
+    case DType::f32:
+      return 4;
+    case DType::u8:
+      return 1;
+    default:
+      return 2;
   }
 }
 

@@ -37,20 +37,14 @@ def _second_order(formula: Callable[..., Any], inputs: list[Tensor | None], grad
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    """Whether these are real tensors, not the stand-ins of a tracer, whose memory no kernel may touch."""
-    return ops.PLAIN_TYPES.issuperset(map(type, tensors))
-
-
-def _scaled(grads: list[Tensor], factor: Tensor | None, backend_name: str) -> list[Tensor]:
+def _scaled(grads: list[Tensor], factor: Tensor | None, in_place: bool, backend_name: str) -> list[Tensor]:
     """The gradients made in the forward pass, times the incoming factor.
 
     Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
-    the graph is kept: then a later backward pass needs the buffers as they are. Traced programs multiply, which
-    their compiler fuses into whatever comes next.
+    the graph is kept: then a later backward pass needs the buffers as they are.
     """
     assert factor is not None
-    if not _plain(factor, *grads) or torch._C._autograd._get_current_graph_task_keep_graph():
+    if not in_place or torch._C._autograd._get_current_graph_task_keep_graph():
         return [g * factor for g in grads]
     backend.kernels(backend_name).scale_(grads, factor)
     return grads
@@ -138,6 +132,9 @@ class _Elbo(torch.autograd.Function):
     scaler's 65536) would underflow: those are made in backward, from the operands.
     """
 
+    returns_buffers = False
+    """Whether the gradient buffers are outputs, as the operator's schema has it, and so not ours to write to."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -172,6 +169,9 @@ class _Elbo(torch.autograd.Function):
         ctx.save_for_backward(*operands, kl_in, beta, values[-1] if terms else None, *grads)
         ctx.options = (spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name)
         ctx.set_materialize_grads(False)
+        ctx.owns_buffers = not ctx._forward_cls.returns_buffers
+        if ctx.owns_buffers:
+            return tuple(values)
         ctx.mark_non_differentiable(*grads)
         return (*values, *grads)
 
@@ -202,7 +202,7 @@ class _Elbo(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 7
         if buffers and g_nll is None and g_kl is None and kl_in is None and beta is None:
             # The usual step, in one go: the loss alone was differentiated, and all its gradients are made.
-            _place(grads, _scaled(buffers, g_loss, name), needed)
+            _place(grads, _scaled(buffers, g_loss, ctx.owns_buffers, name), needed)
             return in_schema_order(grads)
 
         # What the NLL and the KL are multiplied by on their way into whatever was differentiated.
@@ -211,16 +211,14 @@ class _Elbo(torch.autograd.Function):
         made_nll, made_kl = buffers[: sum(made[:3])], buffers[sum(made[:3]) :]
         if factor is not None and any(needed[:3]):
             if made_nll:
-                found = _scaled(made_nll, factor, name)
+                found = _scaled(made_nll, factor, ctx.owns_buffers, name)
             else:
                 weight = factor * reference.scale_of(reduction, x.shape)
-                found = ops.nll_backward(
-                    recon_x, x, spread, spread_value, weight, is_variance, eps, needed[:3], name
-                )
+                found = ops.nll_backward(recon_x, x, spread, spread_value, weight, is_variance, eps, needed[:3], name)
             _place(grads, found, needed[:3])
         if kl_factor is not None and any(needed[3:]):
             if made_kl and g_kl is None:  # made with beta in them
-                found = _scaled(made_kl, g_loss, name)
+                found = _scaled(made_kl, g_loss, ctx.owns_buffers, name)
             else:
                 weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
                 found = ops.latent_backward(mu, logvar, None, None, None, weight, name)
@@ -232,6 +230,12 @@ class _Elbo(torch.autograd.Function):
         if g_loss is not None and beta is not None and ctx.needs_input_grad[7]:
             grads[6] = (g_loss * kl).sum().to(beta.dtype)
         return in_schema_order(grads)
+
+
+class _ElboOperator(_Elbo):
+    """The same behind the dispatcher, where compilers and tracers see every output."""
+
+    returns_buffers = True
 
 
 def _place(grads: list[Tensor | None], found: list[Tensor], needed: list[bool]) -> None:
@@ -280,4 +284,4 @@ def elbo_formula(
 
 ops.latent.register_autograd(_Latent)
 ops.reparameterize.register_autograd(_Reparameterize)
-ops.elbo.register_autograd(_Elbo)
+ops.elbo.register_autograd(_Elbo, registered=_ElboOperator)

@@ -65,9 +65,7 @@ def _coalesce(
     sizes: list[int] = []
     walks: list[list[int]] = [[] for _ in operands]
     for d in dims:
-        if sizes and all(
-            walk[-1] == strides[d] * shape[d] for walk, strides in zip(walks, operands, strict=True)
-        ):
+        if sizes and all(walk[-1] == strides[d] * shape[d] for walk, strides in zip(walks, operands, strict=True)):
             sizes[-1] *= shape[d]
             for walk, strides in zip(walks, operands, strict=True):
                 walk[-1] = strides[d]
@@ -127,5 +125,3 @@ def canonical(shape: tuple[int, ...], operands: tuple[Strides, ...], *, keep_bat
         frozenset(copies),
         dense,
     )
-
-

@@ -83,5 +83,3 @@ class ELBOLoss(nn.Module):
     def extra_repr(self) -> str:
         beta = self.beta if isinstance(self.beta, (int, float)) else "tensor"
         return f"beta={beta}, reduction={self.reduction!r}"
-
-

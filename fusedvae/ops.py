@@ -39,13 +39,14 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Run with autograd."""
-        return self.differentiable(*args) if _is_plain_eager(args) else self.overload(*args)
+        if torch.compiler.is_compiling() or not _is_plain_eager(args):
+            return self.overload(*args)
+        return self._differentiable(self.formula, args)
 
-    def differentiable(self, *args: Any) -> Any:
-        """Run the autograd formula if an argument needs a gradient, else `below_autograd`."""
-        if self.formula is None or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+    def _differentiable(self, formula: type[torch.autograd.Function] | None, args: tuple[Any, ...]) -> Any:
+        if formula is None or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
             return self.below_autograd(*args)
-        out = self.formula.apply(*args)
+        out = formula.apply(*args)
         return list(out) if self._returns_list else out
 
     def below_autograd(self, *args: Any) -> Any:
@@ -55,23 +56,26 @@ class Operator:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
-    def register_autograd(self, formula: type[torch.autograd.Function]) -> None:
-        """Make ``formula`` the operator's derivative."""
+    def register_autograd(
+        self, formula: type[torch.autograd.Function], *, registered: type[torch.autograd.Function] | None = None
+    ) -> None:
+        """Make ``formula`` the operator's derivative, and ``registered``, if another, that behind the dispatcher."""
         self.formula = formula
-        _library.impl(self.overload._opname, self.differentiable, "Autograd")
+        behind = registered or formula
+        _library.impl(self.overload._opname, lambda *args: self._differentiable(behind, args), "Autograd")
 
 
-PLAIN_TYPES = frozenset(
+_PLAIN_TYPES = frozenset(
     (Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype, torch.device, torch.Generator)
 )
 """Types of arguments that are what they seem: no tracer's stand-ins, no tensor subclasses."""
 
 
 def _is_plain_eager(args: tuple[Any, ...]) -> bool:
-    return PLAIN_TYPES.issuperset(map(type, args)) and not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        _PLAIN_TYPES.issuperset(map(type, args))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 

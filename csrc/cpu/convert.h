@@ -16,9 +16,15 @@ struct F16 {
   uint16_t bits;
 };
 
-FUSEDVAE_INLINE float widen(float v) { return v; }
-FUSEDVAE_INLINE double widen(double v) { return v; }
-FUSEDVAE_INLINE float widen(uint8_t v) { return v; }
+FUSEDVAE_INLINE float widen(float v) {
+  return v;
+}
+FUSEDVAE_INLINE double widen(double v) {
+  return v;
+}
+FUSEDVAE_INLINE float widen(uint8_t v) {
+  return v;
+}
 FUSEDVAE_INLINE float as_float(uint32_t bits) {
   float v;
   __builtin_memcpy(&v, &bits, 4);
@@ -29,7 +35,9 @@ FUSEDVAE_INLINE uint32_t as_bits(float v) {
   __builtin_memcpy(&bits, &v, 4);
   return bits;
 }
-FUSEDVAE_INLINE float widen(Bf16 v) { return as_float(static_cast<uint32_t>(v.bits) << 16); }
+FUSEDVAE_INLINE float widen(Bf16 v) {
+  return as_float(static_cast<uint32_t>(v.bits) << 16);
+}
 FUSEDVAE_INLINE float widen(F16 v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v.bits);
@@ -43,10 +51,18 @@ FUSEDVAE_INLINE float widen(F16 v) {
 #endif
 }
 
-FUSEDVAE_INLINE void narrow(float v, float* out) { *out = v; }
-FUSEDVAE_INLINE void narrow(double v, double* out) { *out = v; }
-FUSEDVAE_INLINE void narrow(float v, double* out) { *out = v; }
-FUSEDVAE_INLINE void narrow(double v, float* out) { *out = static_cast<float>(v); }
+FUSEDVAE_INLINE void narrow(float v, float* out) {
+  *out = v;
+}
+FUSEDVAE_INLINE void narrow(double v, double* out) {
+  *out = v;
+}
+FUSEDVAE_INLINE void narrow(float v, double* out) {
+  *out = v;
+}
+FUSEDVAE_INLINE void narrow(double v, float* out) {
+  *out = static_cast<float>(v);
+}
 FUSEDVAE_INLINE void narrow(float v, Bf16* out) {
   // Round to nearest, ties to even; a NaN stays one.
   const uint32_t bits = as_bits(v);
@@ -73,8 +89,12 @@ FUSEDVAE_INLINE void narrow(float v, F16* out) {
 #endif
 }
 // By way of float, as PyTorch converts.
-FUSEDVAE_INLINE void narrow(double v, Bf16* out) { narrow(static_cast<float>(v), out); }
-FUSEDVAE_INLINE void narrow(double v, F16* out) { narrow(static_cast<float>(v), out); }
+FUSEDVAE_INLINE void narrow(double v, Bf16* out) {
+  narrow(static_cast<float>(v), out);
+}
+FUSEDVAE_INLINE void narrow(double v, F16* out) {
+  narrow(static_cast<float>(v), out);
+}
 
 // Outputs are never integers.
 FUSEDVAE_INLINE void narrow(float, uint8_t*) {}
@@ -108,11 +128,16 @@ FUSEDVAE_INLINE void narrow_run(const float* in, F16* out, int64_t count) {
 template <class F>
 FUSEDVAE_INLINE void with_type(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::f32: return f(static_cast<float*>(nullptr));
-    case DType::f64: return f(static_cast<double*>(nullptr));
-    case DType::bf16: return f(static_cast<Bf16*>(nullptr));
-    case DType::f16: return f(static_cast<F16*>(nullptr));
-    case DType::u8: return f(static_cast<uint8_t*>(nullptr));
+    case DType::f32:
+      return f(static_cast<float*>(nullptr));
+    case DType::f64:
+      return f(static_cast<double*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<Bf16*>(nullptr));
+    case DType::f16:
+      return f(static_cast<F16*>(nullptr));
+    case DType::u8:
+      return f(static_cast<uint8_t*>(nullptr));
   }
 }
 
@@ -131,9 +156,8 @@ constexpr DType dtype_of<double>() {
 static inline double get(const Operand& op, int64_t offset) {
   if (!op.data) return op.value;
   double value = 0;
-  with_type(op.dtype, [&](auto* type) {
-    value = static_cast<double>(widen(static_cast<decltype(type)>(op.data)[offset]));
-  });
+  with_type(op.dtype,
+            [&](auto* type) { value = static_cast<double>(widen(static_cast<decltype(type)>(op.data)[offset])); });
   return value;
 }
 static inline void put(const Operand& op, int64_t offset, double value) {

@@ -25,7 +25,9 @@ int threads_for(int64_t elements, int threads) {
   return static_cast<int>(max_of(1, min_of(threads, elements / kGrain)));
 }
 
-int64_t bytes_of(const Operand& op, const Extent& e) { return op.data ? e.count() * size_of(op.dtype) : 0; }
+int64_t bytes_of(const Operand& op, const Extent& e) {
+  return op.data ? e.count() * size_of(op.dtype) : 0;
+}
 
 // Runs step(i, load, store) over [0, count) a pack at a time; for the last, partial pack, load and store are partial.
 template <class T, class Step>
@@ -140,24 +142,21 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
         a.recon_x = read(task.recon_x, t, recon_buffer);
         a.x = read(task.x, t, x_buffer);
         a.eps = static_cast<T>(task.eps);
-        const bool one_spread =
-            task.spread.is_uniform() || (t.nb == 1 && t.no == 1 && task.spread.stride[2] == 0);
+        const bool one_spread = task.spread.is_uniform() || (t.nb == 1 && t.no == 1 && task.spread.stride[2] == 0);
         if (one_spread) {
-          spread_buffer[0] = static_cast<T>(
-              get(task.spread, task.spread.data ? offset_of(task.spread, t, 0, 0) : 0));
+          spread_buffer[0] = static_cast<T>(get(task.spread, task.spread.data ? offset_of(task.spread, t, 0, 0) : 0));
           a.spread = spread_buffer;
         } else {
           a.spread = read(task.spread, t, spread_buffer);
         }
-        const bool one_weight = task.weight.is_uniform() ||
-                                (t.nb == 1 && task.weight.stride[1] == 0 && task.weight.stride[2] == 0);
+        const bool one_weight =
+            task.weight.is_uniform() || (t.nb == 1 && task.weight.stride[1] == 0 && task.weight.stride[2] == 0);
         a.uniform_weight = one_weight ? static_cast<T>(get(task.weight, t.b0 * task.weight.stride[0])) : T(1);
         a.weight = one_weight ? nullptr : read(task.weight, t, weight_buffer);
 
         const bool wants_value = totals || task.value;
         a.value = task.value ? place(task.value, t, value_buffer, false) : wants_value ? value_buffer : nullptr;
-        a.grad_recon_x =
-            task.grad_recon_x ? place(task.grad_recon_x, t, d_recon_buffer, stream) : nullptr;
+        a.grad_recon_x = task.grad_recon_x ? place(task.grad_recon_x, t, d_recon_buffer, stream) : nullptr;
         a.grad_x = task.grad_x ? place(task.grad_x, t, d_x_buffer, stream) : nullptr;
         a.grad_spread = reduction == Spread::none      ? nullptr
                         : reduction == Spread::element ? place(task.grad_spread, t, d_spread_buffer, stream)
@@ -174,9 +173,14 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
           for (int64_t b = 0; b < t.nb; ++b) values[k * value_slots + b] = sum(a.value + b * e.sample(), e.sample());
         }
         switch (reduction) {
-          case Spread::none: break;
-          case Spread::element: write(task.grad_spread, t, a.grad_spread, d_spread_buffer, stream); break;
-          case Spread::tile: spreads[k] = sum(a.grad_spread, n); break;
+          case Spread::none:
+            break;
+          case Spread::element:
+            write(task.grad_spread, t, a.grad_spread, d_spread_buffer, stream);
+            break;
+          case Spread::tile:
+            spreads[k] = sum(a.grad_spread, n);
+            break;
           case Spread::sample:
             for (int64_t b = 0; b < t.nb; ++b)
               spreads[k * spread_slots + b] = sum(a.grad_spread + b * t.no * t.ni, t.no * t.ni);
@@ -380,9 +384,8 @@ void normal(const NormalTask& task, int threads) {
     for (int64_t k = first; k < last; ++k) {
       const Tile t = tiling[k];
       const float* run = noise_run(t.i0, t.ni, task.seed, buffer);
-      with_type(task.out.dtype, [&](auto* type) {
-        narrow_run(run, static_cast<decltype(type)>(task.out.data) + t.i0, t.ni);
-      });
+      with_type(task.out.dtype,
+                [&](auto* type) { narrow_run(run, static_cast<decltype(type)>(task.out.data) + t.i0, t.ni); });
     }
   });
 }
@@ -394,7 +397,9 @@ void latent(const LatentTask& task, int threads) {
   for (int64_t b = 0; b < task.extent.batch; ++b) put(task.kl, b * task.kl.stride[0], totals[b]);
 }
 
-void nll(const NllTask& task, int threads) { dispatch_nll(task, nullptr, false, threads); }
+void nll(const NllTask& task, int threads) {
+  dispatch_nll(task, nullptr, false, threads);
+}
 
 void elbo(const ElboTask& task, int threads) {
   if (task.values == Values::element) {
@@ -421,15 +426,13 @@ void elbo(const ElboTask& task, int threads) {
     dispatch_latent(half, kls.at(0), by_sample, threads);
     for (int64_t b = 0; b < count; ++b) kls[b] *= task.scale;
   } else if (task.kl_in) {
-    for (int64_t b = 0; b < task.kl_in_count; ++b)
-      kls[by_sample ? b : 0] += get(task.kl_in, b * task.kl_in.stride[0]);
+    for (int64_t b = 0; b < task.kl_in_count; ++b) kls[by_sample ? b : 0] += get(task.kl_in, b * task.kl_in.stride[0]);
     if (!by_sample) kls[0] *= task.scale;
   }
   for (int64_t b = 0; b < count; ++b) {
     const bool has_kl = task.has_kl || task.kl_in;
     // Without a likelihood the objective is the divergence alone.
-    put(task.loss, b * task.loss.stride[0],
-        has_kl ? nlls[b] + beta * kls[b] : nlls[b]);
+    put(task.loss, b * task.loss.stride[0], has_kl ? nlls[b] + beta * kls[b] : nlls[b]);
     if (task.nll_out) put(task.nll_out, b * task.nll_out.stride[0], nlls[b]);
     if (task.kl_out) put(task.kl_out, b * task.kl_out.stride[0], kls[b]);
   }

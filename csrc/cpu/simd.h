@@ -66,13 +66,25 @@ FUSEDVAE_INLINE void store_part(T* p, V v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-FUSEDVAE_INLINE vf splat(vf, float value) { return vf{} + value; }
-FUSEDVAE_INLINE double splat(double, double value) { return value; }
+FUSEDVAE_INLINE vf splat(vf, float value) {
+  return vf{} + value;
+}
+FUSEDVAE_INLINE double splat(double, double value) {
+  return value;
+}
 
-FUSEDVAE_INLINE vf bits_to_float(vi v) { return reinterpret_cast<vf>(v); }
-FUSEDVAE_INLINE vi float_to_bits(vf v) { return reinterpret_cast<vi>(v); }
-FUSEDVAE_INLINE vi to_int(vf v) { return __builtin_convertvector(v, vi); }
-FUSEDVAE_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+FUSEDVAE_INLINE vf bits_to_float(vi v) {
+  return reinterpret_cast<vf>(v);
+}
+FUSEDVAE_INLINE vi float_to_bits(vf v) {
+  return reinterpret_cast<vi>(v);
+}
+FUSEDVAE_INLINE vi to_int(vf v) {
+  return __builtin_convertvector(v, vi);
+}
+FUSEDVAE_INLINE vf to_float(vi v) {
+  return __builtin_convertvector(v, vf);
+}
 
 FUSEDVAE_INLINE float sum_lanes(vf v) {
   float lanes[kLanes], total = 0;
@@ -82,7 +94,9 @@ FUSEDVAE_INLINE float sum_lanes(vf v) {
   total = lanes[0];
   return total;
 }
-FUSEDVAE_INLINE double sum_lanes(double v) { return v; }
+FUSEDVAE_INLINE double sum_lanes(double v) {
+  return v;
+}
 
 FUSEDVAE_INLINE vf root(vf v) {
 #if defined(__AVX512F__)
@@ -159,7 +173,9 @@ FUSEDVAE_INLINE ExpPair exp_pair(vf x) {
   return {exp, x > 16.0f ? exp - 1.0f : near};
 }
 
-FUSEDVAE_INLINE double exponential(double x) { return std::exp(x); }
+FUSEDVAE_INLINE double exponential(double x) {
+  return std::exp(x);
+}
 
 // ln x for normal x > 0, by Cephes' polynomial around 1.
 FUSEDVAE_INLINE vf log_normal(vf x) {
@@ -182,7 +198,9 @@ FUSEDVAE_INLINE vf log_normal(vf x) {
 }
 
 // ln u for u in [2^-32, 1].
-FUSEDVAE_INLINE vf log_unit(vf u) { return log_normal(u); }
+FUSEDVAE_INLINE vf log_unit(vf u) {
+  return log_normal(u);
+}
 
 FUSEDVAE_INLINE vf logarithm(vf x) {
   const vi tiny = x < 0x1p-126f;
@@ -193,7 +211,9 @@ FUSEDVAE_INLINE vf logarithm(vf x) {
   y = x == INFINITY ? x : y;
   return x == x ? y : x;
 }
-FUSEDVAE_INLINE double logarithm(double x) { return std::log(x); }
+FUSEDVAE_INLINE double logarithm(double x) {
+  return std::log(x);
+}
 
 // sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is ever rounded.
 FUSEDVAE_INLINE void sincos_turns(vf u, vf* sine, vf* cosine) {

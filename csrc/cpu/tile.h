@@ -15,9 +15,15 @@ namespace FUSEDVAE_NAMESPACE {
 constexpr int64_t kTile = 1024;
 constexpr int64_t kLine = 64;
 
-static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t min_of(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+static inline int64_t max_of(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+static inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Scratch memory; not std::vector, whose code the linker would share between instruction sets.
 class Doubles {

@@ -20,7 +20,9 @@ struct PhiloxWords {
   Word w0, w1, w2, w3;
 };
 
-FUSEDVAE_INLINE uint64_t mul32(uint64_t a, uint32_t m) { return (a & 0xFFFFFFFFu) * m; }
+FUSEDVAE_INLINE uint64_t mul32(uint64_t a, uint32_t m) {
+  return (a & 0xFFFFFFFFu) * m;
+}
 
 template <class Word>
 FUSEDVAE_INLINE PhiloxWords<Word> philox4x32(Word c0, Word c1, Word c2, Word c3, uint64_t seed) {

@@ -169,9 +169,7 @@ class _Native:
             constant = HALF_LOG_2PI if reconstruction.full else 0.0
         if latents is not None:
             inputs = [latents.mu, latents.logvar]
-            divergence = _Walk(
-                latents.mu.shape, inputs, [latents.grad_mu, latents.grad_logvar], keep_batch=by_sample
-            )
+            divergence = _Walk(latents.mu.shape, inputs, [latents.grad_mu, latents.grad_logvar], keep_batch=by_sample)
         _C.elbo(
             None if likelihood is None else likelihood.task,
             None if divergence is None else (divergence.extent, *divergence.inputs, *divergence.outputs),

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sets everything up and runs every check: lint, formatting, types, tests. Arguments go to pytest.
+export FUSEDVAE_REQUIRE_EXT=1 # tests without the native kernels would prove little
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+check() {
+    say "$*"
+    "$@"
+}
+
+mapfile -t cpp < <(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
+check ruff check
+check ruff format --check
+check clang-format --dry-run -Werror "${cpp[@]}"
+check mypy
+check python -m pytest "$@"

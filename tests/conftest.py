@@ -1,0 +1,110 @@
+"""What the tests share: the targets to run on, formulas in float64, and ways to make and compare operands."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedvae.backend import NAMES, device_types, unavailable
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+
+
+class Target(NamedTuple):
+    """Where a test runs."""
+
+    backend: str
+    device: str
+
+
+def _targets() -> list:
+    found = []
+    for device in device_types():
+        for backend in NAMES:
+            if unavailable(backend, device) is None:
+                marks = [pytest.mark.gpu] if device == "cuda" else []
+                found.append(pytest.param(Target(backend, device), id=f"{backend}-{device}", marks=marks))
+    return found
+
+
+TARGETS = _targets()
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Every backend on every device of this machine that it serves."""
+    return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """Every test starts from the same generator state, so that failures come back."""
+    torch.manual_seed(20140501)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """A block on that many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- formulas in float64, by plain torch ------------------------------------------------------------------------
+
+
+def nll_elements(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float, full: bool = False) -> Tensor:
+    """(l + (m - x)^2 e^-l) / 2 in float64, an element."""
+    logvar = torch.as_tensor(recon_logvar, device=recon_x.device).double()
+    squared = (recon_x.double() - x.double()) ** 2
+    return (logvar + squared * torch.exp(-logvar)) / 2 + (HALF_LOG_2PI if full else 0.0)
+
+
+def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
+    """(mu^2 + e^l - 1 - l) / 2 in float64, an element."""
+    mu, logvar = mu.double(), logvar.double()
+    return (mu**2 + torch.expm1(logvar) - logvar) / 2
+
+
+def reduced(elements: Tensor, reduction: str) -> Tensor:
+    """The three reductions of the package's losses."""
+    per_sample = (
+        elements.reshape(elements.shape[0], -1).sum(1) if elements.numel() else elements.new_zeros(len(elements))
+    )
+    if reduction == "none":
+        return per_sample
+    return per_sample.sum() / (len(elements) if reduction == "batchmean" else 1)
+
+
+# --- operands and comparisons -----------------------------------------------------------------------------------
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """The same values in the same strides, as a leaf that wants a gradient."""
+    return tensor.detach().requires_grad_()
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, ulps: float = 8, scale: float | None = None) -> None:
+    """Within some ulps of the actual dtype, of each value or of a common scale; NaN and infinities in their places."""
+    eps = EPSILON[actual.dtype]
+    size = expected[expected.isfinite()].abs().max().item() if scale is None and expected.isfinite().any() else scale
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=ulps * eps, atol=ulps * eps * (size or 0.0) * 0.25, equal_nan=True
+    )

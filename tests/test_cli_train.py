@@ -1,0 +1,855 @@
+"""``fusedvae train``: what it learns, writes, refuses, and how it goes on after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fusedvae
+from fusedvae.cli import checkpoint, data, main, pictures, timing, train
+from fusedvae.cli.errors import CommandError
+from fusedvae.cli.settings import Settings
+from fusedvae.cli.trainer import Trainer, load_model
+
+TINY = ["--arch", "mlp", "--width", "8", "--latent", "2", "--batch", "8", "--threads", "1", "--quiet"]
+SOURCE = Path(fusedvae.__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Time a step once; leave the process's thread count as it was."""
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(timing, "ROUNDS", (1, 1))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "draw", lambda trainer, directory: None)
+
+
+@pytest.fixture
+def array(tmp_path: Path) -> Path:
+    """40 tiny images of two kinds in a file."""
+    generator = np.random.default_rng(0)
+    kind = generator.integers(0, 2, (40, 1, 1))
+    images = np.where(kind, np.eye(4), np.eye(4)[::-1]) * 0.8 + 0.1 * generator.random((40, 4, 4))
+    path = tmp_path / "images.npy"
+    np.save(path, images)
+    return path
+
+
+def rows(directory: Path) -> list[dict[str, float]]:
+    with open(directory / "metrics.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def one_line_error(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("fusedvae train: error: ")
+    return captured.err
+
+
+# --- a run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_model_metrics_and_pictures(
+    array: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = [word for word in TINY if word != "--quiet"]
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "3", *arguments]) == 0
+    assert sorted(contents(out)) == sorted(train.RUN_FILES)
+    printed = capsys.readouterr().out
+    assert "36 samples of 1x4x4 to train on, 4 held out" in printed
+    assert len(re.findall(r"^epoch \d/3  train .* \(NLL .*, KL .*\)  held-out", printed, re.M)) == 3
+    assert re.search(r"held-out samples after epoch 3: loss -?[\d.]+, NLL -?[\d.]+, KL [\d.]+ nats", printed)
+    table = rows(out)
+    assert [row["epoch"] for row in table] == [1, 2, 3]
+    for row in table:
+        assert math.isclose(row["train_loss"], row["train_nll"] + row["train_kl"], rel_tol=1e-5, abs_tol=1e-4)
+        assert math.isclose(row["heldout_loss"], row["heldout_nll"] + row["heldout_kl"], rel_tol=1e-5, abs_tol=1e-4)
+    assert table[-1]["heldout_loss"] < table[0]["heldout_loss"]
+    model = load_model(out)
+    assert not model.training
+    assert model.generate(3).shape == (3, 1, 4, 4)
+
+
+def test_the_end_compares_a_step_with_the_reference(
+    array: Path, tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--data", str(array), "--out", str(tmp_path / "a"), "--epochs", "1", *TINY]) == 0
+    printed = capsys.readouterr().out
+    if fusedvae.backend.resolve("cpu") != "reference":
+        comparison = r"[\d.e+-]+ ms fused, [\d.e+-]+ ms reference \([\d.]+x\)"
+        assert re.search(rf"a training step of 8 samples: {comparison}", printed)
+        assert re.search(rf"sampling, KL and NLL, forward and backward: {comparison}", printed)
+    command = ["train", "--data", str(array), "--out", str(tmp_path / "b"), "--epochs", "1", *TINY]
+    assert main([*command, "--backend", "reference"]) == 0
+    assert "no fused kernels are in use" in capsys.readouterr().out
+
+
+def test_the_metrics_are_means_over_samples_of_the_bound(array: Path) -> None:
+    # With a learning rate of nearly nothing, training and evaluating differ in their noise only.
+    settings = Settings(arch="mlp", width=8, latent=2, batch=7, lr=1e-12, epochs=1, device="cpu")
+    run = Trainer(settings, data.load(str(array)))
+    x = run.train_samples.batch(slice(None))
+    with torch.no_grad():
+        expected = torch.stack([torch.stack(run.model.loss(x, full=True, return_terms=True)) for _ in range(300)]).mean(
+            0
+        )
+    evaluated = torch.stack([run.evaluate(run.train_samples) for _ in range(2)])
+    assert torch.equal(evaluated[0], evaluated[1])
+    torch.testing.assert_close(evaluated[0].float(), expected, rtol=0.05, atol=0.5)
+
+
+def test_digits_train(tmp_path: Path, no_pictures: None) -> None:
+    command = ["train", "--out", str(tmp_path / "run"), "--arch", "mlp", "--epochs", "3", "--quiet"]
+    assert main(command) == 0
+    assert rows(tmp_path / "run")[-1]["heldout_loss"] < 5  # a model of independent pixels has 14
+
+
+def test_pictures_are_pictures(array: Path, tmp_path: Path) -> None:
+    for options in (["--latent", "1"], ["--latent", "2"], ["--latent", "12", "--recon-logvar", "learned"]):
+        out = tmp_path / options[1]
+        assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY, *options]) == 0
+        for name in pictures.PICTURES:
+            with Image.open(out / name) as image:
+                assert image.format == "PNG"
+                assert image.width > 500
+                assert len(image.convert("L").getcolors(256)) > 3, f"{name} is blank"
+
+
+def test_tiles_are_laid_out_in_rows() -> None:
+    images = torch.arange(6).view(6, 1, 1, 1).expand(6, 1, 2, 3) / 10
+    grid = pictures._tiles(images, columns=4)
+    assert grid.shape == (2 * 4, 4 * 5, 3)
+    assert grid[1, 1].tolist() == pytest.approx([0.0] * 3)
+    assert grid[2, 18].tolist() == pytest.approx([0.3] * 3)
+    assert grid[5, 8].tolist() == pytest.approx([0.5] * 3)
+    assert (grid[4:, 10:] == pictures._GAP_SHADE).all()
+
+
+# --- options ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--arch", "conv", "--width", "2"],
+        ["--arch", "mlp", "--width", "1"],
+        ["--recon-logvar", "learned"],
+        ["--recon-logvar", "-2.5"],
+        ["--recon-logvar=-1e-1"],
+        ["--logvar-floor", "-6"],
+        ["--beta", "4"],
+        ["--beta", "0"],
+        ["--warmup", "1.5"],
+        ["--batch", "1000"],
+        ["--lr", "0.01"],
+        ["--seed", "4294967295"],
+        ["--dtype", "float64"],
+        ["--dtype", "bfloat16"],
+        ["--device", "cpu"],
+        ["--threads", "2"],
+        ["--backend", "reference"],
+        ["--heldout", "0.5"],
+    ],
+    ids=" ".join,
+)
+def test_options(array: Path, tmp_path: Path, no_pictures: None, options: list[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "2", *TINY, *options]) == 0
+    table = rows(out)
+    assert len(table) == 2
+    assert all(math.isfinite(value) for row in table for value in row.values())
+    settings = Settings(**checkpoint.load(out)["settings"])
+    name, value = re.split("[ =]", " ".join(options), maxsplit=2)[:2]
+    assert str(getattr(settings, name[2:].replace("-", "_"))) == str(value) or float(value) == float(
+        getattr(settings, name[2:].replace("-", "_"))
+    )
+
+
+def test_dtypes_mean_what_they_say(array: Path) -> None:
+    samples = data.load(str(array))
+    for dtype, parameters, hidden in (
+        ("float32", torch.float32, torch.float32),
+        ("float64", torch.float64, torch.float64),
+        ("bfloat16", torch.float32, torch.bfloat16),
+    ):
+        run = Trainer(Settings(arch="mlp", width=8, latent=2, dtype=dtype, device="cpu"), samples)
+        seen = []
+        run.model.encoder.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.dtype))
+        run.evaluate(run.heldout_samples)
+        assert {parameter.dtype for parameter in run.model.parameters()} == {parameters}
+        assert set(seen) == {hidden}
+
+
+def test_beta_warms_up_in_steps() -> None:
+    settings = Settings(beta=2.0, warmup=1.5)
+    assert [settings.beta_at(step, 4) for step in range(8)] == pytest.approx(
+        [2 / 6, 4 / 6, 6 / 6, 8 / 6, 10 / 6, 2.0, 2.0, 2.0]
+    )
+    assert Settings(beta=2.0).beta_at(0, 4) == 2.0
+
+
+def test_warm_up_shows_in_the_metrics(array: Path, tmp_path: Path, no_pictures: None) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--data", str(array), "--out", str(out), "--epochs", "3", *TINY]
+    assert main([*command, "--warmup", "2", "--beta", "0.5"]) == 0
+    assert [row["beta"] for row in rows(out)] == [0.25, 0.5, 0.5]
+    # Held-out losses are comparable: all with the final beta.
+    for row in rows(out):
+        assert math.isclose(row["heldout_loss"], row["heldout_nll"] + 0.5 * row["heldout_kl"], rel_tol=1e-5)
+
+
+def test_seeds_differ_and_repeat(array: Path, tmp_path: Path, no_pictures: None) -> None:
+    tables = []
+    for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        command = ["train", "--data", str(array), "--out", str(tmp_path / out), "--epochs", "1", *TINY]
+        assert main([*command, "--seed", seed]) == 0
+        tables.append((tmp_path / out / "metrics.csv").read_bytes())
+    assert tables[0] == tables[1] != tables[2]
+
+
+def test_runs_without_a_directory_get_new_ones(
+    array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["train", "--data", str(array), "--epochs", "1", *TINY]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["images-001", "images-002"]
+
+
+# --- going on ---------------------------------------------------------------------------------------------------
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send the process a SIGINT during the training step of that number."""
+    original, count = Trainer._train_step, 0
+
+    def counted(self: Trainer, x: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, x)
+
+    monkeypatch.setattr(Trainer, "_train_step", counted)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 12, 15])  # 5 steps make an epoch
+@pytest.mark.parametrize("options", [[], ["--arch", "conv", "--dtype", "bfloat16", "--warmup", "2"]], ids=str)
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    array: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+    options: list[str],
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command = ["train", "--data", str(array), "--epochs", "3", *TINY, *options]
+    assert main([*command, "--out", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step)
+        assert main([*command, "--out", str(broken)]) == 130
+    assert f"fusedvae train --resume {broken}" in capsys.readouterr().out
+    state = checkpoint.load(broken)
+    assert state["epoch"] * 5 + state["step"] == step
+    torch.manual_seed(12345)  # whatever happens in between
+    assert main(["train", "--resume", str(broken), "--quiet"]) == 0
+    assert (broken / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    one, other = checkpoint.load(whole), checkpoint.load(broken)
+    assert one.keys() == other.keys()
+    for key in one["model"]:
+        assert torch.equal(one["model"][key], other["model"][key]), key
+    for parameter, moments in one["optimizer"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(value, other["optimizer"]["state"][parameter][key])
+    assert torch.equal(one["rng"]["cpu"], other["rng"]["cpu"])
+    assert one["history"] == other["history"]
+
+
+def test_a_finished_run_can_be_made_longer(array: Path, tmp_path: Path, no_pictures: None) -> None:
+    command = ["train", "--data", str(array), *TINY]
+    assert main([*command, "--epochs", "4", "--out", str(tmp_path / "whole")]) == 0
+    assert main([*command, "--epochs", "2", "--out", str(tmp_path / "parts")]) == 0
+    assert main(["train", "--resume", str(tmp_path / "parts"), "--epochs", "4", "--quiet"]) == 0
+    first, second = (tmp_path / name / "metrics.csv" for name in ("whole", "parts"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_going_on_needs_neither_the_old_place_of_the_data_nor_its_own(
+    array: Path, tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, moved = tmp_path / "run", tmp_path / "run2"
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY]) == 0
+    out.rename(moved)
+    other = array.rename(tmp_path / "elsewhere.npy")
+    assert main(["train", "--resume", str(moved), "--epochs", "2", "--quiet"]) == 2
+    assert "no such data" in one_line_error(capsys)
+    assert main(["train", "--resume", str(moved), "--epochs", "2", "--data", str(other), "--quiet"]) == 0
+    assert len(rows(moved)) == 2
+    np.save(other, np.load(other) * 0.5)
+    before = contents(moved)
+    assert main(["train", "--resume", str(moved), "--epochs", "3", "--quiet"]) == 2
+    assert "is not the data that this run was trained on" in one_line_error(capsys)
+    assert contents(moved) == before
+
+
+def test_a_checkpoint_is_written_while_training(
+    array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(step=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    saved = []
+    original = checkpoint.save
+    monkeypatch.setattr(
+        checkpoint,
+        "save",
+        lambda directory, state: (saved.append((state["epoch"], state["step"])), original(directory, state)),
+    )
+    assert main(["train", "--data", str(array), "--out", str(tmp_path / "a"), "--epochs", "1", *TINY]) == 0
+    assert saved[0] == (0, 0)
+    assert saved[-1] == (1, 0)
+    assert len(saved) > 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_in_a_real_process(array: Path, tmp_path: Path, no_pictures: None) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = ["--data", str(array), *TINY]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusedvae", "train", *options, "--out", str(broken), "--epochs", "1000000"],
+        cwd=SOURCE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for _ in range(600):
+            if (broken / "metrics.csv").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "to go on: fusedvae train --resume" in out
+    assert "Traceback" not in err
+    state = checkpoint.load(broken)
+    epochs = str(state["epoch"] + 2)
+    assert state["step"] > 0 or state["epoch"] > 0
+    assert not list(broken.glob("*.unfinished"))
+    assert main(["train", "--resume", str(broken), "--epochs", epochs, "--quiet"]) == 0
+    assert main(["train", *options, "--out", str(whole), "--epochs", epochs]) == 0
+    assert (broken / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(
+    array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def impatient(self: Trainer, x: torch.Tensor) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("unreachable")
+
+    monkeypatch.setattr(Trainer, "_train_step", impatient)
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY]) == 130
+    assert capsys.readouterr().err == "fusedvae train: interrupted\n"
+    assert checkpoint.load(out)["step"] == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_sigterm_saves_too(array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(self: Trainer, x: torch.Tensor, step: object = Trainer._train_step) -> torch.Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return step(self, x)
+
+    monkeypatch.setattr(Trainer, "_train_step", terminated)
+    assert main(["train", "--data", str(array), "--out", str(tmp_path / "a"), "--epochs", "1", *TINY]) == 143
+    assert checkpoint.load(tmp_path / "a")["step"] == 1
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fails(file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError("No space left on device")
+
+    with pytest.raises(CommandError, match=r"cannot write .*No space left on device"):
+        checkpoint.write_atomically(path, fails)
+    assert contents(tmp_path) == {"file": b"old"}
+    checkpoint.write_atomically(path, lambda file: file.write(b"new"))
+    assert contents(tmp_path) == {"file": b"new"}
+
+
+def test_a_process_killed_while_writing_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"epoch": 3})
+    script = (
+        "import os, sys, pathlib\n"
+        "from fusedvae.cli import checkpoint\n"
+        "def dies(file):\n"
+        "    file.write(b'x' * 100000); file.flush(); os.kill(os.getpid(), 9)\n"
+        "checkpoint.write_atomically(pathlib.Path(sys.argv[1]) / checkpoint.CHECKPOINT, dies)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=SOURCE)
+    assert done.returncode == -signal.SIGKILL
+    assert checkpoint.load(tmp_path)["epoch"] == 3
+    checkpoint.save(tmp_path, {"epoch": 4})
+    assert checkpoint.load(tmp_path)["epoch"] == 4
+    assert list(contents(tmp_path)) == [checkpoint.CHECKPOINT]
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
+    class Mean:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"format": checkpoint.FORMAT, "model": Mean()}, tmp_path / checkpoint.CHECKPOINT)
+    with pytest.raises(CommandError, match="cannot read"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(
+    array: Path, tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY]
+    assert main([*command, "--seed", "1"]) == 0
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    capsys.readouterr()
+    assert main([*command, "--seed", "2"]) == 2
+    message = one_line_error(capsys)
+    assert "holds a run (checkpoint.pt, metrics.csv)" in message
+    assert "--overwrite" in message
+    assert contents(out) == before
+    # Bad input is found before anything is removed.
+    assert main([*command, "--overwrite", "--data", str(tmp_path / "absent.npy")]) == 2
+    assert main([*command, "--overwrite", "--device", "nonsense"]) == 2
+    assert contents(out) == before
+    assert main([*command, "--seed", "2", "--overwrite"]) == 0
+    after = contents(out)
+    assert after["notes.txt"] == b"mine"
+    assert after["metrics.csv"] != before["metrics.csv"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    array: Path, tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(array), "--out", str(out), *TINY, "--lr", "1e30"]) == 2
+    assert "the loss is not finite any more in epoch 1: try a lower --lr" in one_line_error(capsys)
+    state = checkpoint.load(out)
+    assert state["step"] == 0
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_scaled_and_labelled() -> None:
+    digits = data.load("digits")
+    assert digits.shape == (1, 8, 8)
+    assert len(digits) == 1797
+    assert digits.values.dtype == torch.float32
+    assert (digits.values.min(), digits.values.max()) == (0, 1)
+    assert set(digits.labels.tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("values", "shape", "scaled"),
+    [
+        (np.array([[0, 255], [51, 102]], np.uint8), (2,), [[0, 1], [0.2, 0.4]]),
+        (np.array([[0.0, 1.0], [0.25, 0.5]]), (2,), [[0, 1], [0.25, 0.5]]),
+        (np.array([[0.25, 0.5], [0.25, 0.5]]), (2,), [[0.25, 0.5], [0.25, 0.5]]),
+        (np.array([[-1.0, 1.0], [0.0, 0.5]], np.float16), (2,), [[0, 1], [0.5, 0.75]]),
+        (np.array([[2, 10], [4, 6]], np.int64), (2,), [[0, 1], [0.25, 0.5]]),
+        (np.array([[True, False], [True, True]]), (2,), [[1, 0], [1, 1]]),
+        (np.zeros((2, 5, 6)), (1, 5, 6), None),
+        (np.zeros((2, 3, 5, 6)), (3, 5, 6), None),
+        (np.zeros((2, 5, 6, 3)), (3, 5, 6), None),
+        (np.zeros((2, 3, 5, 3)), (3, 5, 3), None),
+        (np.zeros((2, 7, 5, 6)), (7, 5, 6), None),
+    ],
+)
+def test_arrays_are_shaped_and_scaled(
+    tmp_path: Path, values: np.ndarray, shape: tuple[int, ...], scaled: list | None
+) -> None:
+    np.save(tmp_path / "a.npy", values)
+    samples = data.load(str(tmp_path / "a.npy"))
+    assert samples.shape == shape
+    batch = samples.batch(slice(None), dtype=torch.float64)
+    if scaled is not None:
+        torch.testing.assert_close(batch, torch.tensor(scaled, dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+def test_channels_last_arrays_keep_their_pixels(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((2, 5, 6, 3))
+    np.save(tmp_path / "a.npy", values)
+    assert torch.equal(data.load(str(tmp_path / "a.npy")).values[1, 2, 3, 4], torch.tensor(values[1, 3, 4, 2]).float())
+
+
+def test_an_npz_file_with_several_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "one.npz", x=np.zeros((4, 2)))
+    assert data.load(str(tmp_path / "one.npz")).shape == (2,)
+    np.savez(tmp_path / "two.npz", x=np.zeros((4, 2)), y=np.zeros((4, 3)))
+    assert data.load(str(tmp_path / "two.npz"), array="y").shape == (3,)
+    with pytest.raises(CommandError, match="holds several arrays: choose one with --array: x, y"):
+        data.load(str(tmp_path / "two.npz"))
+    with pytest.raises(CommandError, match="has no array 'z': choose one with --array: x, y"):
+        data.load(str(tmp_path / "two.npz"), array="z")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """12 grey images, and a file that is none, in two folders."""
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        path = tmp_path / "pictures" / "ab"[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (6, 8), np.uint8)).save(path)
+    (tmp_path / "pictures" / "README.txt").write_text("not an image")
+    return tmp_path / "pictures"
+
+
+def test_a_folder_of_images(folder: Path) -> None:
+    samples = data.load(str(folder))
+    assert samples.shape == (1, 6, 8)
+    assert samples.values.dtype == torch.uint8
+    with Image.open(folder / "a" / "00.png") as image:
+        assert torch.equal(samples.values[0, 0], torch.from_numpy(np.array(image)))
+    torch.testing.assert_close(samples.batch(slice(1)), samples.values[:1] / 255)
+    assert data.load(str(folder), image_size=5).shape == (1, 5, 5)
+    Image.new("RGBA", (8, 6), (255, 0, 0, 128)).save(folder / "b" / "99.png")
+    coloured = data.load(str(folder))
+    assert coloured.shape == (3, 6, 8)
+    assert coloured.values[-1, :, 0, 0].tolist() == [255, 0, 0]
+    assert torch.equal(coloured.values[0, 2], samples.values[0, 0])
+
+
+def test_a_run_on_a_folder(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--arch", "conv", "--width", "2", "--latent", "2", "--threads", "1", "--quiet", "--epochs", "1"]
+    assert main(["train", "--data", str(folder), "--out", str(out), "--image-size", "8", *options]) == 0
+    assert load_model(out).generate(2).shape == (2, 1, 8, 8)
+
+
+def test_a_run_on_vectors(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(50, 33)))
+    out = tmp_path / "run"
+    options = ["--latent", "2", "--threads", "1", "--quiet", "--epochs", "1", "--width", "8"]
+    assert main(["train", "--data", str(tmp_path / "a.npy"), "--out", str(out), *options]) == 0
+    assert load_model(out).generate(2).shape == (2, 33)
+    assert sorted(contents(out)) == sorted(train.RUN_FILES)
+
+
+def test_the_split_does_not_depend_on_the_seed(array: Path) -> None:
+    samples = data.load(str(array))
+    train_part, heldout = data.split(samples, 0.25)
+    assert (len(train_part), len(heldout)) == (30, 10)
+    together = torch.cat([train_part.values, heldout.values])
+    assert sorted(map(str, together.tolist())) == sorted(map(str, samples.values.tolist()))
+    runs = [Trainer(Settings(arch="mlp", seed=seed, device="cpu"), samples) for seed in (1, 2)]
+    assert torch.equal(runs[0].heldout_samples.values, runs[1].heldout_samples.values)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+def save(name: str, values: np.ndarray) -> object:
+    return lambda folder: np.save(folder / name, values)
+
+
+def with_nan() -> np.ndarray:
+    values = np.zeros((5, 4, 4))
+    values[3, 1, 2] = np.nan
+    values[4, 0, 0] = np.inf
+    return values
+
+
+BAD_INPUT = {
+    "missing file": (None, ["--data", "absent.npy"], "no such data: absent.npy"),
+    "missing folder": (None, ["--data", "absent/"], "no such data: absent/"),
+    "not a data file": (
+        lambda folder: (folder / "a.txt").write_text("1 2 3"),
+        ["--data", "a.txt"],
+        "a.txt: expected 'digits', an .npy or .npz file, or a folder of images",
+    ),
+    "not an array": (
+        lambda folder: (folder / "a.npy").write_text("1 2 3"),
+        ["--data", "a.npy"],
+        "cannot read a.npy",
+    ),
+    "empty file": (lambda folder: (folder / "a.npy").touch(), ["--data", "a.npy"], "cannot read a.npy"),
+    "broken npz": (
+        lambda folder: (folder / "a.npz").write_bytes(b"PK\x03\x04rubbish"),
+        ["--data", "a.npz"],
+        "cannot read a.npz",
+    ),
+    "truncated array": (
+        lambda folder: (
+            np.save(folder / "a.npy", np.zeros((9, 9))),
+            os.truncate(folder / "a.npy", 200),
+        ),
+        ["--data", "a.npy"],
+        "cannot read a.npy",
+    ),
+    "objects": (
+        save("a.npy", np.array([{}, {}], dtype=object)),
+        ["--data", "a.npy"],
+        "cannot read a.npy: Object arrays cannot be loaded",
+    ),
+    "text": (save("a.npy", np.array([["a"], ["b"]])), ["--data", "a.npy"], "expected an array of numbers"),
+    "complex": (save("a.npy", np.zeros((4, 4), complex)), ["--data", "a.npy"], "numbers, got dtype complex128"),
+    "too few dimensions": (save("a.npy", np.zeros(5)), ["--data", "a.npy"], "got (5,)"),
+    "too many dimensions": (save("a.npy", np.zeros((2, 1, 1, 2, 2))), ["--data", "a.npy"], "got (2, 1, 1, 2, 2)"),
+    "no samples": (save("a.npy", np.zeros((0, 4))), ["--data", "a.npy"], "at least two samples"),
+    "no values": (save("a.npy", np.zeros((4, 0))), ["--data", "a.npy"], "at least one value, got shape (4, 0)"),
+    "NaN": (
+        save("a.npy", with_nan()),
+        ["--data", "a.npy"],
+        "a.npy: 2 values are NaN or infinite, the first at index (3, 1, 2)",
+    ),
+    "constant": (save("a.npy", np.full((4, 4), 7)), ["--data", "a.npy"], "every value is 7"),
+    "conv on vectors": (save("a.npy", np.eye(20)), ["--data", "a.npy", "--arch", "conv"], "use --arch mlp"),
+    "empty folder": (lambda folder: (folder / "d").mkdir(), ["--data", "d"], "at least two images"),
+    "broken image": (
+        lambda folder: (
+            (folder / "d").mkdir(),
+            Image.new("L", (4, 4)).save(folder / "d" / "0.png"),
+            (folder / "d" / "1.png").write_bytes(b"rubbish"),
+        ),
+        ["--data", "d"],
+        "cannot read the image d/1.png",
+    ),
+    "images of several sizes": (
+        lambda folder: (
+            (folder / "d").mkdir(),
+            Image.new("L", (4, 4)).save(folder / "d" / "0.png"),
+            Image.new("L", (4, 5)).save(folder / "d" / "1.png"),
+        ),
+        ["--data", "d"],
+        "d/0.png is 4x4, d/1.png is 4x5: choose one with --image-size",
+    ),
+    "array of digits": (None, ["--array", "x"], "--array names an array in an .npz file, but the data is digits"),
+    "size of digits": (None, ["--image-size", "8"], "--image-size is for a folder of images"),
+    "nothing held out": (None, ["--heldout", "0.0001"], "--heldout 0.0001 of 1797 samples leaves 0 held out"),
+    "all held out": (None, ["--heldout", "1"], "--heldout: expected a number above 0 and below 1, got '1'"),
+    "architecture": (None, ["--arch", "transformer"], "argument --arch: invalid choice: 'transformer'"),
+    "latent": (None, ["--latent", "0"], "argument --latent: expected an integer of at least 1, got '0'"),
+    "latent text": (None, ["--latent", "many"], "argument --latent: expected an integer of at least 1, got 'many'"),
+    "width": (None, ["--width", "-3"], "argument --width: expected an integer of at least 1, got '-3'"),
+    "recon_logvar": (None, ["--recon-logvar", "x"], "expected 'per-pixel', 'learned' or a number, got 'x'"),
+    "recon_logvar nan": (None, ["--recon-logvar", "nan"], "expected 'per-pixel', 'learned' or a number, got 'nan'"),
+    "floor": (None, ["--logvar-floor", "inf"], "argument --logvar-floor: expected a number, got 'inf'"),
+    "beta": (None, ["--beta", "-1"], "argument --beta: expected a number of at least 0, got '-1'"),
+    "warmup": (None, ["--warmup", "soon"], "argument --warmup: expected a number of at least 0, got 'soon'"),
+    "epochs": (None, ["--epochs", "1.5"], "argument --epochs: expected an integer of at least 1, got '1.5'"),
+    "batch": (None, ["--batch", "0"], "argument --batch: expected an integer of at least 1, got '0'"),
+    "learning rate": (None, ["--lr", "0"], "argument --lr: expected a number above 0, got '0'"),
+    "seed": (None, ["--seed", "-1"], "--seed: expected an integer from 0 to 4294967295, got '-1'"),
+    "dtype": (None, ["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+    "device": (None, ["--device", "tpu9"], "--device tpu9 cannot be used"),
+    "device without values": (None, ["--device", "meta"], "--device meta cannot be used"),
+    "threads": (None, ["--threads", "0"], "argument --threads: expected an integer of at least 1, got '0'"),
+    "backend": (None, ["--backend", "magic"], "argument --backend: invalid choice: 'magic'"),
+    "unknown option": (None, ["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+    "abbreviated option": (None, ["--epoch", "1"], "unrecognized arguments: --epoch 1"),
+    "nothing to replace": (None, ["--overwrite", "--epochs", "1", *TINY], "--overwrite needs --out"),
+    "out is a file": (
+        lambda folder: (folder / "f").touch(),
+        ["--out", "f", "--epochs", "1", *TINY],
+        "cannot use f",
+    ),
+    "nothing to resume": (None, ["--resume", "absent"], "absent holds no run to continue: there is no checkpoint.pt"),
+    "broken checkpoint": (
+        lambda folder: ((folder / "r").mkdir(), (folder / "r" / "checkpoint.pt").write_bytes(b"rubbish")),
+        ["--resume", "r"],
+        "cannot read r/checkpoint.pt",
+    ),
+    "another checkpoint": (
+        lambda folder: ((folder / "r").mkdir(), torch.save({"epoch": 1}, folder / "r" / "checkpoint.pt")),
+        ["--resume", "r"],
+        "r/checkpoint.pt is not a checkpoint that this version",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_line_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    prepare, arguments, message = BAD_INPUT[case]
+    monkeypatch.chdir(tmp_path)
+    if prepare is not None:
+        prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", *arguments]) == 2
+    assert message in one_line_error(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_absent_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--device", "cuda"]) == 2
+    assert "--device cuda cannot be used" in one_line_error(capsys)
+
+
+def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuses(name: str) -> None:
+        raise RuntimeError(f"backend {name!r} is unavailable: no chip of that kind")
+
+    monkeypatch.setattr(train, "use_backend", refuses)
+    assert main(["train", "--backend", "triton"]) == 2
+    assert "--backend triton: backend 'triton' is unavailable: no chip of that kind" in one_line_error(capsys)
+
+
+def test_the_backend_of_a_run_ends_with_it(array: Path, tmp_path: Path, no_pictures: None) -> None:
+    before = fusedvae.backend.resolve("cpu")
+    command = ["train", "--data", str(array), "--out", str(tmp_path / "a"), "--epochs", "1", *TINY]
+    assert main([*command, "--backend", "reference"]) == 0
+    assert fusedvae.backend.resolve("cpu") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "0.5"], "--lr 0.5 differs from the run's own 0.001: with --resume only --data, --array"),
+        (["--recon-logvar", "learned"], "--recon-logvar learned differs from the run's own per-pixel"),
+        (["--out", "b"], "--resume goes on in the run's own directory"),
+        (["--overwrite"], "--resume goes on in the run's own directory"),
+        (["--epochs", "1"], "--epochs 1: the run is in epoch 2 already"),
+    ],
+)
+def test_a_run_that_goes_on_stays_what_it_is(
+    array: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "2", *TINY]) == 0
+    before = contents(out)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(out), *options]) == 2
+    assert message in one_line_error(capsys)
+    assert contents(out) == before
+    assert main(["train", "--resume", str(out), "--lr", "0.001", "--quiet"]) == 0  # the same value is no change
+
+
+@pytest.mark.parametrize("module", ["tqdm", "matplotlib.figure"])
+def test_a_missing_package_is_named_with_its_extra(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["train"]) == 2
+    message = one_line_error(capsys)
+    assert f"this needs {module}" in message
+    assert "pip install 'fusedvae[train]'" in message
+
+
+def test_commands_import_heavy_packages_only_when_they_run() -> None:
+    names = ["PIL", "matplotlib", "sklearn"]  # torch itself may import tqdm
+    script = f"import sys, fusedvae.cli as c; c._parser(); print([n for n in {names} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=SOURCE, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# --- the command line itself ------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_an_option_and_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Settings):
+        assert re.search(rf"--{field.name.replace('_', '-')}\b", shown), field.name
+        if field.default is not None:
+            assert f"(default: {field.default})" in re.sub(r"\s+", " ", shown), field.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "fusedvae: error: the following arguments are required: COMMAND\n"),
+        (["fly"], "fusedvae: error: argument COMMAND: invalid choice: 'fly'"),
+        (["train", "--nonsense"], "fusedvae train: error: unrecognized arguments: --nonsense\n"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Train a VAE on digits, on an array, or on a folder of images." in shown
+    assert "Show versions" in shown
+
+
+def test_ctrl_c_before_training_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "fusedvae train: interrupted\n"
+
+
+def test_a_full_disk_is_one_line(
+    array: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY]) == 2
+    assert "No space left on device" in one_line_error(capsys)
+    shutil.rmtree(out)

@@ -1,0 +1,266 @@
+"""What a build makes: the sdist, the wheel, the extension in it, and the install that has to do without one.
+
+Every build here works on a copy of the checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fusedvae
+
+ROOT = Path(__file__).parent.parent
+GENERATED = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so", "_build.json", "__pycache__")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a checkout")
+
+
+def run(*command: object, fails: bool = False, **environment: str) -> str:
+    """What a command says; one that does not end as expected fails the test, and shows it."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd="/",  # not the checkout, where the sources would be imported
+        env={**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt"), **environment},
+    )
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ROOT, tmp_path / "checkout", ignore=GENERATED))
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel made from it, each in an isolated build environment."""
+    folder = tmp_path_factory.mktemp("dist")
+    checkout = shutil.copytree(ROOT, folder / "checkout", ignore=GENERATED)
+    run(sys.executable, "-m", "build", "--outdir", folder, checkout, FUSEDVAE_REQUIRE_EXT="1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (wheel,) = dist.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def extension(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("extension")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if re.fullmatch(r"fusedvae/_C\..*\.so", name))
+        return Path(archive.extract(name, folder))
+
+
+class Venv:
+    """An environment with nothing of its own; it sees what the tests run with, except the fusedvae there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin = folder / "bin"
+        run(sys.executable, "-m", "venv", "--without-pip", folder)
+        (site_packages,) = folder.glob("lib/python*/site-packages")
+        # A plain line adds the folder, but does not run the .pth files in it: that of an editable install, say.
+        (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    def install(self, *what: object, **environment: str) -> str:
+        python = self.bin / "python"
+        return run(sys.executable, "-m", "pip", "--python", python, "install", "-v", "--no-deps", *what, **environment)
+
+    def run(self, command: str, *arguments: object) -> str:
+        return run(self.bin / command, *arguments)
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Venv:
+    return Venv(tmp_path / "venv")
+
+
+LOSS = "import torch, fusedvae; x = torch.ones(2, 3); print(fusedvae.__file__, fusedvae.ELBOLoss()(x, x, x, x).item())"
+
+
+def test_setup_needs_only_the_build_requirements():
+    tomllib = pytest.importorskip("tomllib")
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} == {"setuptools", "pybind11", "ninja"}
+    without_torch = f"""
+import os, runpy, sys
+sys.modules["torch"] = sys.modules["fusedvae"] = None  # importing either raises
+os.chdir({str(ROOT)!r})
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    assert run(sys.executable, "-W", "ignore", "-c", without_torch).split()[-1] == fusedvae.__version__
+
+
+def test_constraints_cover_the_requirements():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    required = {re.match(r"[\w-]+", r)[0] for r in [*project["dependencies"], *(r for extra in extras for r in extra)]}
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert required - {"fusedvae"} == pinned
+
+
+@pytest.mark.slow
+def test_sdist_has_what_a_build_and_a_reader_need(dist: Path):
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert names >= sources | {"LICENSE", "README.md", "CHANGELOG.md", "constraints.txt", "scripts/test.sh"}
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build.json"))]
+
+
+@pytest.mark.slow
+def test_wheel_has_the_extension(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        record = json.loads(archive.read("fusedvae/_build.json"))
+    assert any(re.fullmatch(r"fusedvae/_C\..*\.so", name) for name in names)
+    assert "fusedvae/py.typed" in names
+    folders = {name.partition("/")[0] for name in names}
+    assert folders == {"fusedvae", f"fusedvae-{fusedvae.__version__}.dist-info"}
+    assert record["version"] == fusedvae.__version__
+    assert record["error"] is None
+    assert "baseline" in record["cpu"]
+    assert record["compiler"]
+
+
+@pytest.mark.slow
+def test_wheel_works_where_it_is_installed(wheel: Path, venv: Venv):
+    venv.install(wheel)
+    file, loss = venv.run("python", "-c", LOSS).split()
+    assert Path(file).is_relative_to(venv.bin.parent)
+    assert float(loss) == pytest.approx(3 * (1 + 2.718281828 - 1 - 1) / 2, rel=1e-6)
+    info = venv.run("fusedvae", "info")
+    assert "CPU kernels for baseline" in info
+    assert "uses native" in info
+
+
+NO_COMPILER = {
+    "absent": ("no-such-compiler", "no C++ compiler found (looked for no-such-compiler"),
+    "failing": (shutil.which("false") or "false", "-dumpmachine failed: exit status 1"),
+    "broken": ("{broken}", "csrc/cpu/dispatch.cpp:1:1: error: this compiler is broken"),
+}
+BROKEN = """#!/bin/sh
+case $1 in
+    -dumpmachine) echo x86_64-linux-gnu ;;
+    --version) echo 'broken 1.0' ;;
+    *) echo 'csrc/cpu/dispatch.cpp:1:1: error: this compiler is broken'; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NO_COMPILER)
+def test_install_without_a_compiler(case: str, checkout: Path, venv: Venv, tmp_path: Path):
+    broken = tmp_path / "broken"
+    broken.write_text(BROKEN)
+    broken.chmod(0o755)
+    cxx, reason = NO_COMPILER[case]
+    environment = {"CXX": cxx.format(broken=broken), "CC": "false"}
+
+    said = venv.install("--no-build-isolation", checkout, **environment, FUSEDVAE_REQUIRE_EXT="0")
+    (warning,) = (line for line in said.splitlines() if "WARNING: installing without the native kernels" in line)
+    assert reason in warning
+
+    # It works all the same, and says what it lacks and why.
+    file, loss = venv.run("python", "-c", LOSS).split()
+    assert Path(file).is_relative_to(venv.bin.parent)
+    assert float(loss) == pytest.approx(3 * (1 + 2.718281828 - 1 - 1) / 2, rel=1e-6)
+    info = venv.run("fusedvae", "info")
+    assert reason in info
+    assert "uses reference" in info
+
+    # Unless it must not.
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, checkout]
+    assert reason in run(*build, fails=True, **environment, FUSEDVAE_REQUIRE_EXT="1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("readelf"), reason="needs binutils")
+def test_extension_links_neither_torch_nor_openmp(extension: Path):
+    needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", extension))
+    assert needed
+    assert not [name for name in needed if re.search(r"torch|c10|omp|cudart", name)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
+def test_extension_exports_only_its_entry(extension: Path):
+    symbols = [line.split(maxsplit=2)[2] for line in run("nm", "-DC", "--defined-only", extension).splitlines()]
+    assert [name for name in symbols if "std::" not in name] == ["PyInit__C"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("objdump"), reason="needs binutils")
+def test_instruction_sets_stay_apart(extension: Path):
+    """One binary runs on every x86-64: instructions of a set are in the functions that are chosen for it, only."""
+    if "x86-64" not in run("objdump", "-f", extension):
+        pytest.skip("needs an x86-64 build")
+    wide: dict[str, set[str]] = {"avx2": set(), "avx512": set(), "elsewhere": set()}
+    home, function = "elsewhere", ""
+    for line in run("objdump", "-dC", "--no-show-raw-insn", extension).splitlines():
+        if heading := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            function = heading[1]
+            home = next((isa for isa in ("avx2", "avx512") if f"fusedvae::{isa}::" in function), "elsewhere")
+        elif (instruction := re.search(r"\t(v\w+) .*%([xyz])mm", line)) and home == "elsewhere":
+            wide[home].add(f"{function}: {line.strip()}")
+        elif instruction:
+            wide[home].add(f"{instruction[1]} {instruction[2]}mm")
+    assert not wide["elsewhere"]
+    # The noise is as wide as its registers: compilers do not find this multiplication by themselves.
+    assert "vpmuludq ymm" in wide["avx2"]
+    assert "vpmuludq zmm" in wide["avx512"]
+    assert not [instruction for instruction in wide["avx2"] if "zmm" in instruction]
+
+
+@pytest.mark.slow
+def test_a_build_repeats_only_what_an_edit_reaches(checkout: Path):
+    # The smallest of programs in the place of the kernels: what depends on what is the same, and it compiles at once.
+    csrc = checkout / "csrc"
+    shutil.rmtree(csrc)
+    (csrc / "cpu").mkdir(parents=True)
+    (csrc / "formula.h").write_text("")
+    (csrc / "bindings.cpp").write_text('extern "C" void* PyInit__C() { return nullptr; }')
+    (csrc / "cpu" / "dispatch.cpp").write_text("")
+    (csrc / "cpu" / "kernels.cpp").write_text('#include "formula.h"')
+
+    def compiled() -> set[str]:
+        command = f"cd '{checkout}' && exec '{sys.executable}' -W ignore setup.py build_ext --inplace"
+        return set(re.findall(r"compile .*/(\w+)\.o", run("bash", "-c", command)))
+
+    everything = compiled()
+    assert everything >= {"bindings", "cpu_dispatch", "cpu_kernels_baseline"}
+    assert compiled() == set()
+    os.utime(csrc / "formula.h", (2**32, 2**32))
+    assert compiled() == {name for name in everything if name.startswith("cpu_kernels")}
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_aarch64(tmp_path: Path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("needs aarch64-linux-gnu-g++")
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    (isa,) = build["instruction_sets"](build["Compiler"]([compiler], "aarch64-linux-gnu", ""))
+    for source in ("dispatch", "kernels"):
+        flags = [*build["CXX_FLAGS"], "-O1", f"-DFUSEDVAE_ISA={isa}", f"-I{ROOT / 'csrc'}"]
+        run(compiler, *flags, "-c", ROOT / "csrc" / "cpu" / f"{source}.cpp", "-o", tmp_path / f"{source}.o")
