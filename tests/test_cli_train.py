@@ -127,7 +127,7 @@ def test_the_metrics_are_means_over_samples_of_the_bound(array: Path) -> None:
 
 
 def test_digits_train(tmp_path: Path, no_pictures: None) -> None:
-    command = ["train", "--out", str(tmp_path / "run"), "--arch", "mlp", "--epochs", "3", "--quiet"]
+    command = ["train", "--out", str(tmp_path / "run"), "--arch", "mlp", "--epochs", "3", "--threads", "1", "--quiet"]
     assert main(command) == 0
     assert rows(tmp_path / "run")[-1]["heldout_loss"] < 5  # a model of independent pixels has 14
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from fusedvae import VAE, networks
 
 BUILDERS = {"mlp": networks.mlp, "conv": networks.conv}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads slow down models as small as these, much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -109,7 +120,7 @@ def test_networks_fit_a_few_samples(name: str) -> None:
     small = {"hidden": (64,)} if name == "mlp" else {"width": 8}
     vae = VAE(*BUILDERS[name]((1, 8, 8), 4, **small), 4)
     optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
-    for _ in range(150):
+    for _ in range(100):
         optimizer.zero_grad()
         vae.loss(x).backward()
         optimizer.step()

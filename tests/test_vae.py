@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +15,15 @@ from fusedvae.vae import DiagonalGaussian, VAEOutput
 
 BATCH, CHANNELS, LATENT = 5, 3, 2
 SHAPE = (CHANNELS, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads slow down models as small as these, much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Apply(nn.Module):

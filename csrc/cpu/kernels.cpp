@@ -262,12 +262,12 @@ struct LatentArrays {
   T uniform_grad_kl;
 };
 
-// sigma = e^(logvar/2) and e^logvar - 1 from one exponential: expm1(l) = t (t + 2) with t = expm1(l/2).
+// sigma = e^(logvar/2) and e^logvar - 1 from one exponential: expm1(l) = t^2 + 2t with t = expm1(l/2). What overflows
+// in t^2 does so in e^logvar.
 FUSEDVAE_INLINE void spread_of(vf logvar, vf* sigma, vf* expm1_logvar) {
   const ExpPair half = exp_pair(0.5f * logvar);
   *sigma = half.exp;
-  // Where t is so large that t + 2 = t, infinity must not come too early; it does not: t stays below 2^64.
-  *expm1_logvar = half.expm1 * (half.expm1 + 2.0f);
+  *expm1_logvar = half.expm1 * half.expm1 + (half.expm1 + half.expm1);
 }
 FUSEDVAE_INLINE void spread_of(double logvar, double* sigma, double* expm1_logvar) {
   *sigma = std::exp(0.5 * logvar);

@@ -97,7 +97,8 @@ def step_times(model: VAE, x: Tensor, settings: Settings) -> StepTimes | None:
 
 
 def _compare(fused: Callable[[], None], reference: Callable[[], None], device: torch.device) -> Comparison:
-    """Medians of alternating runs: what else the machine does falls on both alike."""
+    """Medians of alternating runs, each side first in every other round: what else the machine does falls on both
+    alike."""
 
     def seconds(work: Callable[[], None]) -> float:
         _wait(device)
@@ -106,14 +107,17 @@ def _compare(fused: Callable[[], None], reference: Callable[[], None], device: t
         _wait(device)
         return time.perf_counter() - started
 
-    for work in (fused, reference, fused, reference):
+    sides = (fused, reference)
+    for work in sides * 2:
         seconds(work)
     measured: tuple[list[float], list[float]] = ([], [])
     at_least, at_most = ROUNDS
     end = time.perf_counter() + SECONDS
-    while len(measured[0]) < at_least or (len(measured[0]) < at_most and time.perf_counter() < end):
-        measured[0].append(seconds(fused))
-        measured[1].append(seconds(reference))
+    for count in range(at_most):
+        if count >= at_least and time.perf_counter() > end:
+            break
+        for side in (0, 1) if count % 2 == 0 else (1, 0):
+            measured[side].append(seconds(sides[side]))
     return Comparison(statistics.median(measured[0]), statistics.median(measured[1]))
 
 
