@@ -4,22 +4,25 @@
 `backends` choose and list what computes.
 """
 
-from . import functional, random
+from . import functional, networks, random
 from .backend import BackendInfo, backends, use_backend
 from .functional import ELBOTerms, Latent
 from .losses import ELBOLoss
-from .vae import VAE
+from .vae import VAE, DiagonalGaussian, VAEOutput
 from .version import __version__
 
 __all__ = [
     "VAE",
     "BackendInfo",
+    "DiagonalGaussian",
     "ELBOLoss",
     "ELBOTerms",
     "Latent",
+    "VAEOutput",
     "__version__",
     "backends",
     "functional",
+    "networks",
     "random",
     "use_backend",
 ]

@@ -21,8 +21,8 @@ template <class T>
 FUSEDVAE_INLINE GaussianNll<T> gaussian_nll(T recon, T x, T logvar, T precision) {
   const T error = recon - x;
   const T d_recon = error * precision;
-  const T square = error * d_recon;
-  return {0.5f * (logvar + square), d_recon, 0.5f - 0.5f * square};
+  const T half_square = (0.5f * error) * d_recon;
+  return {0.5f * logvar + half_square, d_recon, 0.5f - half_square};
 }
 
 // KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2.

@@ -43,13 +43,13 @@ def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 def gaussian_nll(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float) -> Tensor:
     """(l + (recon_x - x)^2 * e^-l) / 2 with l = recon_logvar, an element, without the constant log(2 pi) / 2."""
     dtype = working_dtype(recon_x, x, recon_logvar)
-    squared_error = (recon_x.to(dtype) - x.to(dtype)).square()
+    half_square = 0.5 * (recon_x.to(dtype) - x.to(dtype)).square()
     if isinstance(recon_logvar, Tensor):
         recon_logvar = recon_logvar.to(dtype)
-        return 0.5 * (recon_logvar + squared_error * torch.exp(-recon_logvar))
+        return 0.5 * recon_logvar + half_square * torch.exp(-recon_logvar)
     if recon_logvar == 0.0:
-        return 0.5 * squared_error
-    return 0.5 * (recon_logvar + squared_error * _exp(-recon_logvar))
+        return half_square
+    return 0.5 * recon_logvar + half_square * _exp(-recon_logvar)
 
 
 def gaussian_nll_of_variance(recon_x: Tensor, x: Tensor, var: Tensor | float, eps: float) -> Tensor:

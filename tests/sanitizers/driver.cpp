@@ -232,26 +232,30 @@ DType any_float(bool doubles) {
   return dtype == DType::f64 && !doubles ? DType::f32 : dtype;
 }
 
-Strides dense(const Extent& e) {
-  return {e.outer * e.inner, e.inner, 1};
+int64_t at_least_one(int64_t n) {
+  return std::max<int64_t>(n, 1);
 }
+
+// As tensors have them: no stride is 0 because the extent is.
 Strides full(const Extent& e) {
+  const int64_t inner = at_least_one(e.inner), sample = at_least_one(e.outer) * inner;
   switch (below(3)) {
     case 0:
-      return dense(e);
+      return {sample, inner, 1};
     case 1:
-      return {2 * e.outer * e.inner, e.inner, 1};  // half of a packed tensor
+      return {2 * sample, inner, 1};  // half of a packed tensor
     default:
-      return {e.outer * (e.inner + 3) + 1, e.inner + 3, 1};  // a slice
+      return {at_least_one(e.outer) * (inner + 3) + 1, inner + 3, 1};  // a slice
   }
 }
 // What a gradient may be summed over: along inner, or along batch and outer both.
 Strides summable(const Extent& e) {
-  const std::vector<Strides> choices = {{0, 0, 0}, {1, 0, 0}, {e.outer, 1, 0}, {0, 1, 0}, {0, 0, 1}};
+  const std::vector<Strides> choices = {{0, 0, 0}, {1, 0, 0}, {at_least_one(e.outer), 1, 0}, {0, 1, 0}, {0, 0, 1}};
   return one_of(choices);
 }
 Strides any_strides(const Extent& e) {
-  const std::vector<Strides> broadcast = {{0, e.inner, 1}, {e.inner, 0, 1}, summable(e), summable(e)};
+  const std::vector<Strides> broadcast = {
+      {0, at_least_one(e.inner), 1}, {at_least_one(e.inner), 0, 1}, summable(e), summable(e)};
   return coin() ? full(e) : one_of(broadcast);
 }
 

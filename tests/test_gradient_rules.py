@@ -1,0 +1,280 @@
+"""When and where gradients are made: the incoming factor, kept graphs, single terms, second derivatives, tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedvae
+from fusedvae import functional
+
+pytestmark = pytest.mark.skipif("native" not in fusedvae.backends(), reason="needs the compiled extension")
+
+
+def operands(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """recon_x, x, mu, logvar, recon_logvar, all wanting gradients."""
+    shapes = ((4, 3, 5), (4, 3, 5), (4, 6), (4, 6), (3, 1))
+    return [torch.randn(s, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def written_out(
+    recon_x: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, recon_logvar: Tensor, beta: float | Tensor = 0.7
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, nll, kl), "batchmean", as the formulas have it."""
+    nll = (0.5 * (recon_logvar + (recon_x - x) ** 2 * torch.exp(-recon_logvar))).sum() / len(x)
+    kl = (0.5 * (mu**2 + torch.exp(logvar) - 1 - logvar)).sum() / len(x)
+    return nll + beta * kl, nll, kl
+
+
+def terms(*t: Tensor, beta: float | Tensor = 0.7) -> functional.ELBOTerms:
+    """The same by the kernels."""
+    found = functional.elbo_loss(*t, beta=beta, return_terms=True, backend="native")
+    assert isinstance(found, functional.ELBOTerms)
+    return found
+
+
+def assert_all_close(found: list, expected: list) -> None:
+    """Pairwise closeness, None for None."""
+    assert len(found) == len(expected)
+    for f, e in zip(found, expected, strict=True):
+        assert (f is None) == (e is None)
+        if f is not None:
+            torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.7, 0.0])
+@pytest.mark.parametrize("term", [0, 1, 2])
+def test_any_incoming_factor_on_any_term(factor: float, term: int) -> None:
+    t = operands()
+    found = torch.autograd.grad(terms(*t)[term] * factor, t, allow_unused=True)
+    expected = torch.autograd.grad(written_out(*t)[term] * factor, t, allow_unused=True)
+    assert_all_close(list(found), list(expected))
+
+
+def test_terms_add_up_when_all_are_differentiated() -> None:
+    t = operands()
+    weights = (0.3, 1.1, -2.0)
+    found = torch.autograd.grad(sum(w * v for w, v in zip(weights, terms(*t), strict=True)), t)
+    expected = torch.autograd.grad(sum(w * v for w, v in zip(weights, written_out(*t), strict=True)), t)
+    assert_all_close(list(found), list(expected))
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.7])
+def test_a_kept_graph_gives_the_same_gradients_again(factor: float) -> None:
+    t = operands()
+    loss = terms(*t).loss * factor
+    expected = list(torch.autograd.grad(written_out(*t)[0] * factor, t))
+    first = torch.autograd.grad(loss, t, retain_graph=True)
+    for g in first:
+        g.mul_(0)  # whoever got them may do as they please
+    assert_all_close(list(torch.autograd.grad(loss, t, retain_graph=True)), expected)
+    assert_all_close(list(torch.autograd.grad(loss, t)), expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, t)
+
+
+def test_one_term_before_the_whole_as_adversarial_training_does() -> None:
+    t = operands()
+    found, expected = terms(*t), written_out(*t)
+    assert_all_close(
+        list(torch.autograd.grad(found.nll, t[0], retain_graph=True)),
+        list(torch.autograd.grad(expected[1], t[0], retain_graph=True)),
+    )
+    assert_all_close(list(torch.autograd.grad(found.loss, t)), list(torch.autograd.grad(expected[0], t)))
+
+
+@pytest.mark.parametrize("wanting", range(1, 32))
+def test_any_subset_of_inputs(wanting: int) -> None:
+    t = [v.detach().requires_grad_(bool(wanting >> k & 1)) for k, v in enumerate(operands())]
+    some = [v for v in t if v.requires_grad]
+    assert_all_close(
+        list(torch.autograd.grad(terms(*t).loss, some)), list(torch.autograd.grad(written_out(*t)[0], some))
+    )
+
+
+def test_nothing_is_made_without_need() -> None:
+    t = operands()
+    with torch.no_grad():
+        assert not terms(*t).loss.requires_grad
+    made = Allocations()
+    with made, torch.no_grad():
+        functional.elbo_loss(*t, backend="native")
+    assert max(made.sizes, default=0) <= 1
+
+
+class Allocations(TorchDispatchMode):
+    """Records the element counts of the tensors that operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, Tensor):
+                self.sizes.append(t.numel())
+        return out
+
+
+def test_extra_memory_is_the_two_gradients() -> None:
+    n = 1 << 22
+    recon_x, recon_logvar = (torch.randn(4, n // 4).requires_grad_() for _ in range(2))
+    x, mu, logvar = torch.randn(4, n // 4), torch.randn(4, 8), torch.randn(4, 8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar, backend="native").backward()
+    allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > n)
+    assert allocated == 2 * 4 * n
+
+
+def test_learned_beta() -> None:
+    t, beta = operands(), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(terms(*t, beta=beta).loss, [beta, *t])
+    assert_all_close(list(found), list(torch.autograd.grad(written_out(*t, beta=beta)[0], [beta, *t])))
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+def test_first_and_second_derivatives_numerically(reduction: str) -> None:
+    def loss(*t: Tensor) -> tuple[Tensor, ...]:
+        return functional.elbo_loss(*t, beta=0.7, reduction=reduction, return_terms=True, backend="native")
+
+    t = operands()
+    assert torch.autograd.gradcheck(loss, t)
+    assert torch.autograd.gradgradcheck(loss, t)
+
+
+def test_derivatives_of_the_latent_numerically() -> None:
+    mu, logvar, noise = (torch.randn(3, 5, dtype=torch.float64).requires_grad_() for _ in range(3))
+    packed = torch.randn(3, 6, 2, dtype=torch.float64).requires_grad_()
+
+    def from_seed(*t: Tensor) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(1)
+        return functional.latent(*t, generator=generator, backend="native")
+
+    def given(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        return functional.reparameterize(mu, logvar, noise=noise, backend="native")
+
+    for function, inputs in ((from_seed, (mu, logvar)), (from_seed, (packed,)), (given, (mu, logvar, noise))):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_weights_a_sample() -> None:
+    t, weights = operands(), torch.rand(4, dtype=torch.float64)
+    loss = functional.elbo_loss(*t, beta=0.7, reduction="none", backend="native")
+    each = [written_out(*(v[k : k + 1] for v in t[:4]), t[4])[0] for k in range(4)]
+    assert_all_close([loss], [torch.stack(each)])
+    expected = torch.autograd.grad((torch.stack(each) * weights).sum(), t)
+    assert_all_close(list(torch.autograd.grad((loss * weights).sum(), t)), list(expected))
+
+
+def test_the_latents_own_kl() -> None:
+    recon_x, x, mu, logvar, recon_logvar = operands()
+    kl = functional.latent(mu, logvar, backend="native").kl
+    loss = functional.elbo_loss(recon_x, x, None, None, recon_logvar, kl=kl, beta=0.7, backend="native")
+    expected = written_out(recon_x, x, mu, logvar, recon_logvar)[0]
+    t = [recon_x, x, mu, logvar, recon_logvar]
+    assert_all_close([loss, *torch.autograd.grad(loss, t)], [expected, *torch.autograd.grad(expected, t)])
+
+
+def test_a_loss_scaler_does_not_underflow_float16() -> None:
+    recon_x = (torch.rand(64, 32) * 1e-3).half().requires_grad_()
+    x, mu = torch.zeros(64, 32), torch.zeros(64, 2)
+    loss = functional.elbo_loss(recon_x, x, mu, mu, backend="native")
+    (scaled,) = torch.autograd.grad(loss * 65536, recon_x)
+    torch.testing.assert_close(scaled.double(), recon_x.double() * 1024, rtol=1e-3, atol=0)
+
+
+def test_autocast_gives_float32_as_for_a_loss_of_pytorch() -> None:
+    layer, x = torch.nn.Linear(4, 4), torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+        loss = functional.elbo_loss(out, x, out, out, backend="native")
+        assert out.dtype == torch.bfloat16
+        assert loss.dtype == torch.nn.functional.mse_loss(out, x).dtype == torch.float32
+    loss.backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_checkpointing_makes_the_same_noise_again() -> None:
+    mu, logvar = (torch.randn(6, 7).requires_grad_() for _ in range(2))
+
+    def gradients(run) -> list[Tensor]:
+        torch.manual_seed(11)
+        z, kl = run(mu, logvar)
+        return [z, *torch.autograd.grad((z**2).sum() + kl.sum(), [mu, logvar])]
+
+    def latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(functional.latent(mu, logvar, backend="native"))
+
+    found = gradients(lambda *t: torch.utils.checkpoint.checkpoint(latent, *t, use_reentrant=False))
+    for f, e in zip(found, gradients(latent), strict=True):
+        assert torch.equal(f, e)
+
+
+def test_operators_pass_opcheck() -> None:
+    ops, seed = torch.ops.fusedvae, torch.tensor(5)
+    recon_x, x, mu, logvar, spread = (t.detach() for t in operands(torch.float32))
+    for t in (recon_x, mu, logvar, spread):
+        t.requires_grad_()
+    options = (False, 0.0, False)
+    needed = [True, False, True, True, True]
+    for reduction in ("batchmean", "sample"):
+        opcheck(
+            ops.elbo,
+            (
+                recon_x,
+                x,
+                spread,
+                None,
+                mu,
+                logvar,
+                None,
+                None,
+                0.7,
+                *options,
+                reduction,
+                torch.float32,
+                True,
+                needed,
+                "native",
+            ),
+        )
+    opcheck(ops.latent, (mu, logvar, seed, torch.float32, "native"))
+    opcheck(ops.reparameterize, (mu, logvar, seed, None, "native"))
+    opcheck(ops.normal, ([4, 5], seed, torch.float32, "native"))
+    opcheck(ops.draw_seed, (torch.device("cpu"), None), test_utils=("test_schema", "test_faketensor"))
+    recon_x, mu, logvar, spread = (t.detach() for t in (recon_x, mu, logvar, spread))
+    opcheck(ops.nll_backward, (recon_x, x, spread, None, torch.tensor(2.0), False, 0.0, [True, False, True], "native"))
+    opcheck(ops.latent_backward, (mu, logvar, seed, None, mu, mu.sum(1), "native"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, from its compiler
+def test_a_compiled_training_step_is_one_graph_and_agrees_with_eager() -> None:
+    torch.manual_seed(0)
+    encoder, decoder, beta = torch.nn.Linear(20, 12), torch.nn.Linear(6, 40), torch.tensor(0.5)
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    x = torch.randn(8, 20)
+
+    def step(x: Tensor) -> Tensor:
+        z, kl = functional.latent(encoder(x), backend="native")
+        return functional.elbo_loss(decoder(z), x, None, None, None, kl=kl, beta=beta, backend="native")
+
+    def run(function) -> list[Tensor]:
+        torch.manual_seed(3)
+        loss = function(x)
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    for value in (0.5, 0.9, 0.1):  # an annealed beta must not compile anything anew
+        beta.fill_(value)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found = run(compiled)
+        for f, e in zip(found, run(step), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)

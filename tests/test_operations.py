@@ -1,0 +1,255 @@
+"""Values and gradients of every operation against float64, over dtypes, layouts, sizes and threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import Target, kl_elements, nll_elements, reduced, threads
+from torch import Tensor
+
+from fusedvae import functional
+
+REDUCTIONS = ["batchmean", "sum", "none"]
+SHAPE = (5, 3, 9, 11)
+SPREADS = {
+    "each": SHAPE,
+    "scalar": (),
+    "channel": (3, 1, 1),
+    "pixel": (1, 3, 9, 11),
+    "plane": (5, 1, 9, 11),
+    "sample": (5, 1, 1, 1),
+    "sample and channel": (5, 3, 1, 1),
+    "column": (11,),
+    "row": (9, 1),
+}
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": lambda t: torch.stack((t, t), -1)[..., 0],
+    "half of a pair": lambda t: torch.cat((t, t), 1).chunk(2, 1)[0] if t.dim() > 1 else t,
+}
+
+
+def check(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Each close to its float64 counterpart, on the scale of its largest element, or that of what it is a sum of."""
+    for f, e in zip(found, expected, strict=True):
+        assert f.shape == e.shape
+        scale = max(e.abs().max().item() if e.numel() else 0.0, 0.1)
+        torch.testing.assert_close(f.double(), e.double(), rtol=tolerance, atol=tolerance * scale)
+
+
+def with_gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The values and the gradients of a weighted sum of them (weights that differ, so that none can be mixed up)."""
+    weights = torch.linspace(0.5, 2.0, loss.numel(), dtype=torch.float64).view(loss.shape)
+    return [loss, *torch.autograd.grad((loss.double() * weights).sum(), inputs)]
+
+
+def compare_elbo(target: Target, t: list[Tensor], reduction: str, tolerance: float, **options: object) -> None:
+    """elbo_loss of (recon_x, x, mu, logvar, recon_logvar) against the formulas."""
+    t = [v.detach().requires_grad_(v.is_floating_point()) for v in t]
+    wanting = [v for v in t if v.requires_grad]
+    loss = functional.elbo_loss(*t, beta=0.7, reduction=reduction, backend=target.backend, **options)
+    exact = [v.detach().double().requires_grad_(v.requires_grad) for v in t]
+    nll = reduced(
+        nll_elements(exact[0], exact[1], exact[4], bool(options.get("full"))).expand(exact[0].shape), reduction
+    )
+    expected = nll + 0.7 * reduced(kl_elements(exact[2], exact[3]), reduction)
+    check(with_gradients(loss, wanting), with_gradients(expected, [v for v in exact if v.requires_grad]), tolerance)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_elbo_over_layouts_and_broadcasts(target: Target, layout: str, spread: str, reduction: str) -> None:
+    arrange = LAYOUTS[layout]
+    t = [arrange(torch.randn(SHAPE)), arrange(torch.randn(SHAPE)), arrange(torch.randn(5, 4, 2, 3))]
+    t += [arrange(torch.randn(5, 4, 2, 3)), torch.randn(SPREADS[spread])]
+    compare_elbo(target, t, reduction, 2e-6, full=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_operands_of_different_layouts(target: Target, reduction: str) -> None:
+    arrange = list(LAYOUTS.values())
+    for k in range(len(arrange)):
+        shapes = [SHAPE, SHAPE, (5, 4, 2, 3), (5, 4, 2, 3), SHAPE]
+        compare_elbo(target, [arrange[(k + j) % 5](torch.randn(s)) for j, s in enumerate(shapes)], reduction, 2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 15, 16, 17, 63, 1023, 1024, 1025, 4097, 50_001])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sizes_around_the_edges_of_tiles(target: Target, batch: int, size: int) -> None:
+    for reduction in REDUCTIONS:
+        shapes = [(batch, size), (batch, size), (batch, size), (batch, size)]
+        for spread in ((batch, size), (size,), ()):
+            compare_elbo(target, [torch.randn(s) for s in (*shapes, spread)], reduction, 4e-6)
+
+
+@pytest.mark.parametrize(
+    ("recon", "data", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-13),
+        (torch.float32, torch.float64, 1e-6),
+        (torch.bfloat16, torch.bfloat16, 8e-3),
+        (torch.float16, torch.float16, 2e-3),
+        (torch.bfloat16, torch.float32, 8e-3),
+        (torch.float16, torch.uint8, 2e-3),
+        (torch.float32, torch.uint8, 2e-6),
+        (torch.float32, torch.int64, 2e-6),
+        (torch.float32, torch.bool, 2e-6),
+    ],
+)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_dtypes_and_mixtures(
+    target: Target, recon: torch.dtype, data: torch.dtype, tolerance: float, reduction: str
+) -> None:
+    x = torch.randn(6, 3, 40) if data.is_floating_point else torch.randint(0, 2, (6, 3, 40))
+    t = [torch.randn(6, 3, 40).to(recon), x.to(data), torch.randn(6, 10).to(recon), torch.randn(6, 10).to(recon)]
+    compare_elbo(target, [*t, torch.randn(3, 1).to(recon)], reduction, tolerance)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_packed_tensors_are_their_halves(target: Target, reduction: str, channels_last: bool) -> None:
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    recon, moments = (torch.randn(4, 6, 5, 7).to(memory_format=form).requires_grad_() for _ in range(2))
+    x = torch.randn(4, 3, 5, 7).to(memory_format=form)
+    packed = functional.elbo_loss(recon, x, moments, None, None, reduction=reduction, backend=target.backend)
+    found = with_gradients(packed, [recon, moments])
+    exact = [recon.detach().double().requires_grad_(), moments.detach().double().requires_grad_()]
+    (m, spread), (mu, logvar) = (t.chunk(2, 1) for t in exact)
+    nll, kl = reduced(nll_elements(m, x, spread), reduction), reduced(kl_elements(mu, logvar), reduction)
+    check(found, with_gradients(nll + kl, exact), 2e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", [(5, 8, 3, 7), (2, 6, 33, 34), (3, 2, 1, 1)])
+def test_latent(target: Target, shape: tuple[int, ...], packed: bool, channels_last: bool) -> None:
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    moments = torch.randn(shape).to(memory_format=form).requires_grad_()
+    inputs = [moments] if packed else [t.detach().requires_grad_() for t in moments.chunk(2, 1)]
+    # The noise of a seed has nothing to do with the layout: recover it from a plain sample.
+    half = (shape[0], shape[1] // 2, *shape[2:])
+    zero = torch.zeros(half)
+    noise = functional.reparameterize(
+        zero, zero, generator=torch.Generator().manual_seed(9), backend="reference"
+    ).double()
+    z, kl = functional.latent(*inputs, generator=torch.Generator().manual_seed(9), backend=target.backend)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    mu, logvar = exact[0].chunk(2, 1) if packed else exact
+    expected_z = mu + torch.exp(logvar / 2) * noise
+    expected_kl = kl_elements(mu, logvar).flatten(1).sum(1)
+    weights = torch.rand(half)
+
+    def gradients(z: Tensor, kl: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+        return list(torch.autograd.grad((z * weights).sum() + (kl * weights.flatten(1)[:, 0]).sum(), inputs))
+
+    check([z, kl], [expected_z, expected_kl], 2e-6)
+    check(gradients(z, kl, inputs), gradients(expected_z, expected_kl, exact), 2e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("var", [(6, 3, 8), (6, 3, 1), (6, 3), (6, 1, 8), None])
+def test_torchs_own_loss(target: Target, var: tuple[int, ...] | None, full: bool, reduction: str) -> None:
+    mean, x = (torch.randn(6, 3, 8).requires_grad_() for _ in range(2))
+    variance = 0.4 if var is None else (torch.rand(var) - 0.0).clamp(min=0).requires_grad_()
+    inputs = [mean, x] if var is None else [mean, x, variance]
+    options = {"full": full, "eps": 0.1, "reduction": reduction}
+    found = functional.gaussian_nll_loss(mean, x, variance, backend=target.backend, **options)
+    expected = torch.nn.functional.gaussian_nll_loss(mean, x, variance, **options)
+    check(with_gradients(found, inputs), with_gradients(expected, inputs), 5e-6)
+
+
+def test_not_a_number_and_infinity_go_where_they_go_in_eager(target: Target) -> None:
+    special = torch.tensor([0.0, 1.0, -1.0, 88.0, -88.0, torch.inf, -torch.inf, torch.nan])
+    t = torch.cartesian_prod(special, special, special)
+
+    def run(backend: str) -> list[Tensor]:
+        recon_x, x, logvar = (v.clone().requires_grad_() for v in t.unbind(1))
+        nll = functional.gaussian_nll(recon_x, x, logvar, reduction="none", backend=backend)
+        kl = functional.kl_standard_normal(recon_x, logvar, reduction="none", backend=backend)
+        grads = torch.autograd.grad(nll.sum(), [recon_x, x, logvar]) + torch.autograd.grad(kl.sum(), [recon_x, logvar])
+        return [nll, kl, *grads]
+
+    for f, e in zip(run(target.backend), run("reference"), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+def test_errors_no_larger_than_those_of_eager(target: Target) -> None:
+    mu, x, logvar = torch.randn(3, 100_000).unbind(0)
+    logvar = logvar * 3
+    for function, exact, eager in (
+        (functional.kl_standard_normal, kl_elements(mu, logvar), 0.5 * (mu**2 + logvar.exp() - 1 - logvar)),
+        (
+            lambda *t, **k: functional.gaussian_nll(t[0], x, t[1], **k),
+            nll_elements(mu, x, logvar),
+            0.5 * (logvar + (mu - x) ** 2 * torch.exp(-logvar)),
+        ),
+    ):
+        found = function(mu, logvar, reduction="none", backend=target.backend)
+        size = exact.abs() + 1
+        assert ((found - exact).abs() / size).mean() <= 1.1 * ((eager - exact).abs() / size).mean()
+        total = function(mu, logvar, reduction="sum", backend=target.backend)
+        assert abs(total.item() - exact.sum().item()) <= 1e-6 * exact.abs().sum().item()
+
+
+def run_everything(backend: str) -> list[Tensor]:
+    """Values and gradients of a mid-sized problem."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((33, 3, 40, 41), (33, 3, 40, 41), (33, 700), (33, 700), (3, 1, 1))
+    t = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+    z, kl = functional.latent(t[2], t[3], generator=generator, backend=backend)
+    loss = functional.elbo_loss(*t, backend=backend)
+    column = functional.gaussian_nll(t[0], t[1], torch.zeros(41).requires_grad_(), backend=backend)
+    return [z, kl, loss, column, *torch.autograd.grad(loss + (z**2).sum() + kl.sum() + column, t)]
+
+
+def test_bitwise_the_same_for_any_number_of_threads() -> None:
+    results = []
+    for count in (1, 2, 3, 2):
+        with threads(count):
+            results.append(run_everything("auto"))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+_ISA_SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from fusedvae import _C
+from test_operations import run_everything
+assert _C.cpu_isa() == sys.argv[1], _C.cpu_isa()
+native, reference = run_everything("native"), run_everything("reference")
+for a, b in zip(native, reference, strict=True):
+    scale = b.abs().max().item()
+    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6 * scale)
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    if isa != "baseline" and isa.upper() not in (torch.backends.cpu.get_cpu_capability(), "AVX2"):
+        pytest.skip(f"this machine has no {isa}")
+    here = os.path.dirname(__file__)
+    run = subprocess.run(
+        [sys.executable, "-c", _ISA_SCRIPT, isa, here],
+        env={**os.environ, "FUSEDVAE_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_in_gives_sums_of_nothing(target: Target, reduction: str) -> None:
+    t = [torch.empty(0, 3), torch.empty(0, 3), torch.empty(0, 2), torch.empty(0, 2)]
+    loss = functional.elbo_loss(*t, reduction=reduction, backend=target.backend)
+    expected = {"batchmean": torch.tensor(torch.nan), "sum": torch.tensor(0.0), "none": torch.empty(0)}[reduction]
+    torch.testing.assert_close(loss, expected, equal_nan=True)
