@@ -6,6 +6,12 @@
 
 #include "cpu/kernels.h"
 
+#include <initializer_list>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 // (the arithmetic above, the formulas below)
@@ -25,8 +31,25 @@ int threads_for(int64_t elements, int threads) {
   return static_cast<int>(max_of(1, min_of(threads, elements / kGrain)));
 }
 
+// Bytes of an output from which on its pages are worth asking for.
+constexpr int64_t kHugePageBytes = int64_t{4} << 20;
+
 int64_t bytes_of(const Operand& op, const Extent& e) {
   return op.data ? e.count() * size_of(op.dtype) : 0;
+}
+
+// Fresh memory costs a fault a page at its first touch, which for a large gradient takes longer than computing it.
+// Ask for pages of 2 MiB; a hint, so that nothing depends on the answer.
+void prefer_huge_pages(const Operand& op, const Extent& e) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  if (bytes_of(op, e) < kHugePageBytes) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(op.data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(op.data) + static_cast<uintptr_t>(bytes_of(op, e))) & ~(page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)op, (void)e;
+#endif
 }
 
 // Runs step(i, load, store) over [0, count) a pack at a time; for the last, partial pack, load and store are partial.
@@ -120,6 +143,9 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
   const bool stream = bytes_of(task.grad_recon_x, e) + bytes_of(task.grad_x, e) +
                           (reduction == Spread::element ? bytes_of(task.grad_spread, e) : 0) >=
                       kStreamBytes;
+
+  for (const Operand* op : {&task.grad_recon_x, &task.grad_x}) prefer_huge_pages(*op, e);
+  if (reduction == Spread::element) prefer_huge_pages(task.grad_spread, e);
 
   const int64_t value_slots = totals ? (by_sample ? tiling.max_samples() : 1) : 0;
   const int64_t spread_slots = reduction == Spread::row      ? tiling.max_rows()
@@ -315,6 +341,7 @@ void run_latent(const LatentTask& task, double* totals, bool by_sample, int thre
   const int64_t slots = totals ? (by_sample ? tiling.max_samples() : 1) : 0;
   Doubles values(tiles * slots);
   const uint64_t seed = task.seed ? static_cast<uint64_t>(*task.seed) : 0;
+  for (const Operand* op : {&task.z, &task.grad_mu, &task.grad_logvar}) prefer_huge_pages(*op, e);
 
   parallel_for(tiles, threads_for(e.count() * (task.seed ? 4 : 1), threads), [&](int64_t first, int64_t last) {
     alignas(kLine) T mu_buffer[kTile], logvar_buffer[kTile], noise_buffer[kTile], d_z_buffer[kTile], d_kl_buffer[kTile];
