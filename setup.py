@@ -43,6 +43,8 @@ X86_64 = {
     "avx512": [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
+        # GCC 12 warns of its own _mm512_undefined_ps, a screen or two at every use.
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],
 }
 
@@ -131,6 +133,7 @@ def find_cuda() -> Cuda | str:
         return str(error)
     asked = re.split(r"[;,\s]+", os.environ.get("FUSEDVAE_CUDA_ARCHS", "").replace(".", "").strip())
     archs = [arch for arch in asked if arch] or [arch for arch in DEFAULT_CUDA_ARCHS if arch in known]
+    archs.sort(key=lambda arch: int(re.match(r"\d*", arch)[0] or 0))
     return Cuda(nvcc, version, archs) if archs else f"{nvcc} knows no architecture from sm_80 up"
 
 

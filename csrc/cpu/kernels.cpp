@@ -31,8 +31,9 @@ int threads_for(int64_t elements, int threads) {
   return static_cast<int>(max_of(1, min_of(threads, elements / kGrain)));
 }
 
-// Bytes of an output from which on its pages are worth asking for.
-constexpr int64_t kHugePageBytes = int64_t{4} << 20;
+// Bytes of an output from which on its pages are worth asking for: malloc maps anything of this size anew, while it
+// serves smaller blocks from memory that has its pages already.
+constexpr int64_t kHugePageBytes = int64_t{32} << 20;
 
 int64_t bytes_of(const Operand& op, const Extent& e) {
   return op.data ? e.count() * size_of(op.dtype) : 0;
