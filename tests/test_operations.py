@@ -253,3 +253,11 @@ def test_nothing_in_gives_sums_of_nothing(target: Target, reduction: str) -> Non
     loss = functional.elbo_loss(*t, reduction=reduction, backend=target.backend)
     expected = {"batchmean": torch.tensor(torch.nan), "sum": torch.tensor(0.0), "none": torch.empty(0)}[reduction]
     torch.testing.assert_close(loss, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("spread", [(), (3,), (1, 0, 3), (2, 1, 1), (2, 0, 3)])
+def test_the_gradient_of_a_sum_of_nothing_is_zero(target: Target, spread: tuple[int, ...]) -> None:
+    recon_x, recon_logvar = torch.empty(2, 0, 3), torch.randn(spread).requires_grad_()
+    nll = functional.gaussian_nll(recon_x, recon_x, recon_logvar, backend=target.backend)
+    (grad,) = torch.autograd.grad(nll, recon_logvar)
+    assert torch.equal(grad, torch.zeros(spread))

@@ -219,6 +219,9 @@ class _Likelihood:
             weight = weight.view(-1, *[1] * (r.x.dim() - 1))
         self._summed: tuple[Tensor, Tensor] | None = None
         grad_spread = r.grad_spread
+        if grad_spread is not None and r.x.numel() == 0:  # sums of nothing, of which the kernels see no extent
+            grad_spread.zero_()
+            grad_spread = None
         while True:
             outputs = [value, r.grad_recon_x, r.grad_x, grad_spread]
             walk = _Walk(r.x.shape, [r.recon_x, r.x, r.spread, weight], outputs, keep_batch=keep_batch)
