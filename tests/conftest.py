@@ -35,12 +35,14 @@ def _targets() -> list:
 
 
 TARGETS = _targets()
+KERNEL_TARGETS = [target for target in TARGETS if target.values[0].backend != "reference"]
 
 
 @pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest) -> Target:
-    """Every backend on every device of this machine that it serves."""
-    return request.param
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Every backend on every device of this machine that it serves. Tensors that the test makes lie on that device."""
+    with torch.device(request.param.device):
+        yield request.param
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
