@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backend, ops
-from .backend import reference
+from .backend import Memo, reference
 from .ops import unpack
 
 _Grads = tuple[Tensor | None, ...]
@@ -37,7 +37,7 @@ def _second_order(formula: Callable[..., Any], inputs: list[Tensor | None], grad
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 
-def _scaled(grads: list[Tensor], factor: Tensor | None, in_place: bool, backend_name: str) -> list[Tensor]:
+def _scaled(grads: list[Tensor], factor: Tensor | None, in_place: bool, backend_name: str, memo: Memo) -> list[Tensor]:
     """The gradients made in the forward pass, times the incoming factor.
 
     Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
@@ -46,7 +46,7 @@ def _scaled(grads: list[Tensor], factor: Tensor | None, in_place: bool, backend_
     assert factor is not None
     if not in_place or torch._C._autograd._get_current_graph_task_keep_graph():
         return [g * factor for g in grads]
-    backend.kernels(backend_name).scale_(grads, factor)
+    backend.kernels(backend_name).scale_(grads, factor, memo)
     return grads
 
 
@@ -59,8 +59,10 @@ class _Latent(torch.autograd.Function):
     """z and the per-sample KL; the noise is made again from the seed."""
 
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, name: str) -> Any:
-        z, kl = ops.latent.below_autograd(mu, logvar, seed, kl_dtype, name)
+    def forward(
+        ctx: Any, memo: Memo, mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, name: str
+    ) -> Any:
+        z, kl = ops.latent.below_autograd(mu, logvar, seed, kl_dtype, name, memo=memo)
         ctx.save_for_backward(mu, logvar, seed)
         ctx.name = name
         ctx.set_materialize_grads(False)
@@ -70,7 +72,7 @@ class _Latent(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
         mu, logvar, seed = ctx.saved_tensors
         grads = _latent_gradients(ctx.name, mu, logvar, seed, None, grad_z, grad_kl)
-        return (*grads, None, None, None)
+        return (None, *grads, None, None, None)
 
 
 class _Reparameterize(torch.autograd.Function):
@@ -78,9 +80,15 @@ class _Reparameterize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, name: str
+        ctx: Any,
+        memo: Memo,
+        mu: Tensor,
+        logvar: Tensor | None,
+        seed: Tensor | None,
+        noise: Tensor | None,
+        name: str,
     ) -> Tensor:
-        z = ops.reparameterize.below_autograd(mu, logvar, seed, noise, name)
+        z = ops.reparameterize.below_autograd(mu, logvar, seed, noise, name, memo=memo)
         ctx.save_for_backward(mu, logvar, seed, noise)
         ctx.name = name
         return z
@@ -94,7 +102,7 @@ class _Reparameterize(torch.autograd.Function):
             _, log_variance = unpack(mu, logvar)
             grad_noise = (grad_z * torch.exp(0.5 * log_variance)).to(noise.dtype)
         grads = _latent_gradients(ctx.name, mu, logvar, seed, noise, grad_z, None)
-        return (*grads, None, grad_noise, None)
+        return (None, *grads, None, grad_noise, None)
 
 
 def _latent_gradients(
@@ -138,6 +146,7 @@ class _Elbo(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        memo: Memo,
         recon_x: Tensor | None,
         x: Tensor | None,
         spread: Tensor | None,
@@ -163,11 +172,11 @@ class _Elbo(torch.autograd.Function):
         made = [False] * 5 if deferred else list(needed)
         out = ops.elbo.below_autograd(
             recon_x, x, spread, spread_value, mu, logvar, kl_in, beta, beta_value,
-            is_variance, eps, full, reduction, dtype, terms, made, name,
+            is_variance, eps, full, reduction, dtype, terms, made, name, memo=memo,
         )  # fmt: skip
         values, grads = out[: 3 if terms else 1], out[3 if terms else 1 :]
         ctx.save_for_backward(*operands, kl_in, beta, values[-1] if terms else None, *grads)
-        ctx.options = (spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name)
+        ctx.options = (spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name, memo)
         ctx.set_materialize_grads(False)
         ctx.owns_buffers = not ctx._forward_cls.returns_buffers
         if ctx.owns_buffers:
@@ -177,15 +186,15 @@ class _Elbo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name = ctx.options
+        spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name, memo = ctx.options
         recon_x, x, spread, mu, logvar, kl_in, beta, kl, *buffers = ctx.saved_tensors
         g_loss, g_nll, g_kl = incoming[:3] if terms else (incoming[0], None, None)
         if g_loss is None and g_nll is None and g_kl is None:
-            return (None,) * 17
+            return (None,) * 18
 
         def in_schema_order(grads: Any) -> tuple:
             """From gradients of recon_x, x, spread, mu, logvar, kl_in, beta."""
-            return (*grads[:3], None, *grads[3:], *(None,) * 9)
+            return (None, *grads[:3], None, *grads[3:], *(None,) * 9)
 
         if torch.is_grad_enabled():
 
@@ -202,7 +211,7 @@ class _Elbo(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 7
         if buffers and g_nll is None and g_kl is None and kl_in is None and beta is None:
             # The usual step, in one go: the loss alone was differentiated, and all its gradients are made.
-            _place(grads, _scaled(buffers, g_loss, ctx.owns_buffers, name), needed)
+            _place(grads, _scaled(buffers, g_loss, ctx.owns_buffers, name, memo), needed)
             return in_schema_order(grads)
 
         # What the NLL and the KL are multiplied by on their way into whatever was differentiated.
@@ -211,23 +220,23 @@ class _Elbo(torch.autograd.Function):
         made_nll, made_kl = buffers[: sum(made[:3])], buffers[sum(made[:3]) :]
         if factor is not None and any(needed[:3]):
             if made_nll:
-                found = _scaled(made_nll, factor, ctx.owns_buffers, name)
+                found = _scaled(made_nll, factor, ctx.owns_buffers, name, {})
             else:
                 weight = factor * reference.scale_of(reduction, x.shape)
                 found = ops.nll_backward(recon_x, x, spread, spread_value, weight, is_variance, eps, needed[:3], name)
             _place(grads, found, needed[:3])
         if kl_factor is not None and any(needed[3:]):
             if made_kl and g_kl is None:  # made with beta in them
-                found = _scaled(made_kl, g_loss, ctx.owns_buffers, name)
+                found = _scaled(made_kl, g_loss, ctx.owns_buffers, name, {})
             else:
                 weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
                 found = ops.latent_backward(mu, logvar, None, None, None, weight, name)
                 if logvar is not None:
                     found = [g for g, need in zip(found, needed[3:], strict=True) if need]
             _place(grads, found, [False] * 3 + needed[3:])
-        if kl_factor is not None and kl_in is not None and ctx.needs_input_grad[6]:
+        if kl_factor is not None and kl_in is not None and ctx.needs_input_grad[7]:
             grads[5] = (kl_factor * reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
-        if g_loss is not None and beta is not None and ctx.needs_input_grad[7]:
+        if g_loss is not None and beta is not None and ctx.needs_input_grad[8]:
             grads[6] = (g_loss * kl).sum().to(beta.dtype)
         return in_schema_order(grads)
 

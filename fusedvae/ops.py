@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .backend import Latents, Reconstruction
+from .backend import Latents, Memo, Reconstruction
 from .backend.reference import scale_of
 
 _library = torch.library.Library("fusedvae", "DEF")
@@ -29,6 +29,8 @@ class Operator:
     The dispatcher boxes and unboxes every argument of a Python kernel, twice with an autograd formula: for small
     tensors that would cost more than all the rest. So a plain eager call goes straight to the formula or the kernel,
     and through the dispatcher if a compiler traces, a mode watches, or the tensors are not plain.
+
+    Callers may pass a ``memo`` (see `backend.Memo`); it never reaches the dispatcher.
     """
 
     def __init__(self, name: str, kernel: Callable) -> None:
@@ -37,22 +39,22 @@ class Operator:
         self.overload = getattr(torch.ops.fusedvae, name).default
         self._returns_list = [str(r.type) for r in self.overload._schema.returns] == ["List[Tensor]"]
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, memo: Memo | None = None) -> Any:
         """Run with autograd."""
         if torch.compiler.is_compiling() or not _is_plain_eager(args):
             return self.overload(*args)
-        return self._differentiable(self.formula, args)
+        return self._differentiable(self.formula, args, {} if memo is None else memo)
 
-    def _differentiable(self, formula: type[torch.autograd.Function] | None, args: tuple[Any, ...]) -> Any:
+    def _differentiable(self, formula: type[torch.autograd.Function] | None, args: tuple[Any, ...], memo: Memo) -> Any:
         if formula is None or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
-            return self.below_autograd(*args)
-        out = formula.apply(*args)
+            return self.below_autograd(*args, memo=memo)
+        out = formula.apply(memo, *args)
         return list(out) if self._returns_list else out
 
-    def below_autograd(self, *args: Any) -> Any:
+    def below_autograd(self, *args: Any, memo: Memo) -> Any:
         """Run the kernel."""
         if _is_plain_eager(args):
-            return self.kernel(*args)
+            return self.kernel(*args, memo=memo)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
@@ -62,7 +64,7 @@ class Operator:
         """Make ``formula`` the operator's derivative, and ``registered``, if another, that behind the dispatcher."""
         self.formula = formula
         behind = registered or formula
-        _library.impl(self.overload._opname, lambda *args: self._differentiable(behind, args), "Autograd")
+        _library.impl(self.overload._opname, lambda *args: self._differentiable(behind, args, {}), "Autograd")
 
 
 _PLAIN_TYPES = frozenset(
@@ -79,17 +81,18 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
     )
 
 
-def _operator(
-    schema: str, *, tags: tuple[torch.Tag, ...] = (), fake: Callable | None = None
-) -> Callable[[Callable], Operator]:
-    """Register the decorated function as the kernel of ``schema`` on every device type with kernels."""
+def _operator(schema: str, *, fake: Callable, tags: tuple[torch.Tag, ...] = ()) -> Callable[[Callable], Operator]:
+    """Register the decorated function as the kernel of ``schema`` on every device type with kernels.
+
+    The kernel takes the schema's arguments and a ``memo``.
+    """
     name = schema.partition("(")[0]
 
     def register(kernel: Callable) -> Operator:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         for device in ("CPU", "CUDA"):
-            _library.impl(name, kernel, device)
-        torch.library.register_fake(f"fusedvae::{name}", fake or kernel, lib=_library)
+            _library.impl(name, lambda *args: kernel(*args, memo={}), device)
+        torch.library.register_fake(f"fusedvae::{name}", fake, lib=_library)
         return Operator(name, kernel)
 
     return register
@@ -161,7 +164,7 @@ def _fake_seed(device: torch.device, generator: torch.Generator | None) -> Tenso
     tags=(torch.Tag.nondeterministic_seeded,),
     fake=_fake_seed,
 )
-def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+def draw_seed(device: torch.device, generator: torch.Generator | None, *, memo: Memo) -> Tensor:
     """A 64-bit seed from torch's generator, kept on the device.
 
     An operator of its own, so that a compiled program draws the very seed that an eager one does.
@@ -170,7 +173,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
 
 
 # No tensor argument tells the dispatcher which device this is for.
-_library.impl("draw_seed", draw_seed.kernel, "BackendSelect")
+_library.impl("draw_seed", lambda *args: draw_seed.kernel(*args, memo={}), "BackendSelect")
 
 
 def _normal_out(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name: str) -> Tensor:
@@ -178,7 +181,7 @@ def _normal_out(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name
 
 
 @_operator("normal(SymInt[] shape, Tensor seed, ScalarType dtype, str backend) -> Tensor", fake=_normal_out)
-def normal(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name: str) -> Tensor:
+def normal(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name: str, *, memo: Memo) -> Tensor:
     """The noise stream of ``seed`` in a fresh tensor."""
     out = _normal_out(shape, seed, dtype, backend_name)
     backend.kernels(backend_name).normal(out, seed)
@@ -205,11 +208,11 @@ def _reparameterize_out(
     fake=_reparameterize_out,
 )
 def reparameterize(
-    mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, backend_name: str
+    mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, backend_name: str, *, memo: Memo
 ) -> Tensor:
     """z = mu + exp(logvar / 2) * noise, the noise given or made from the seed."""
     z = _sample_like(mu, logvar)
-    backend.kernels(backend_name).latent(_latents(mu, logvar, None, None), seed=seed, noise=noise, z=z)
+    backend.kernels(backend_name).latent(_latents(mu, logvar, None, None), seed=seed, noise=noise, z=z, memo=memo)
     return z
 
 
@@ -224,11 +227,11 @@ def _latent_out(
     fake=_latent_out,
 )
 def latent(
-    mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, backend_name: str
+    mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, backend_name: str, *, memo: Memo
 ) -> tuple[Tensor, Tensor]:
     """The sample and its KL to the standard normal, one value a sample, in one pass."""
     z, kl = _latent_out(mu, logvar, seed, kl_dtype, backend_name)
-    backend.kernels(backend_name).latent(_latents(mu, logvar, None, None), seed=seed, z=z, kl=kl)
+    backend.kernels(backend_name).latent(_latents(mu, logvar, None, None), seed=seed, z=z, kl=kl, memo=memo)
     return z, kl
 
 
@@ -257,11 +260,13 @@ def latent_backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     backend_name: str,
+    *,
+    memo: Memo,
 ) -> list[Tensor]:
     """Gradients of sum(grad_z * z) + sum(grad_kl * kl): of mu and logvar, or of the packed tensor."""
     grads = _latent_grads(mu, logvar, seed, noise, grad_z, grad_kl, backend_name)
     backend.kernels(backend_name).latent(
-        _latents(mu, logvar, grads[0], grads[-1]), seed=seed, noise=noise, grad_z=grad_z, grad_kl=grad_kl
+        _latents(mu, logvar, grads[0], grads[-1]), seed=seed, noise=noise, grad_z=grad_z, grad_kl=grad_kl, memo=memo
     )
     return grads
 
@@ -345,6 +350,8 @@ def elbo(
     terms: bool,
     needed: list[bool],
     backend_name: str,
+    *,
+    memo: Memo,
 ) -> list[Tensor]:
     """loss = nll + beta * kl: the value (with ``terms``: loss, nll, kl), then the gradients of loss.
 
@@ -363,7 +370,7 @@ def elbo(
         scale = scale_of(reduction, mu.shape)
     loss, nll, kl = values if terms else (values[0], None, None)
     weight = beta_value if beta is None else beta
-    backend.kernels(backend_name).elbo(reconstruction, latents, kl_in, weight, reduction, scale, loss, nll, kl)
+    backend.kernels(backend_name).elbo(reconstruction, latents, kl_in, weight, reduction, scale, loss, nll, kl, memo)
     return values + _present(grads)
 
 
@@ -396,6 +403,8 @@ def nll_backward(
     eps: float,
     needed: list[bool],
     backend_name: str,
+    *,
+    memo: Memo,
 ) -> list[Tensor]:
     """Gradients of sum(weight * nll) for each of recon_x, x, spread that is ``needed``.
 

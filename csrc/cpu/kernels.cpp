@@ -477,13 +477,17 @@ void scale_run(S* data, int64_t count, T factor, int threads) {
 void scale(const ScaleTask& task, int threads) {
   const double factor = get(task.factor, 0);
   if (factor == 1.0) return;
-  with_type(task.tensor.dtype, [&](auto* type) {
-    auto* data = static_cast<decltype(type)>(task.tensor.data);
-    if (task.tensor.dtype == DType::f64)
-      scale_run<double>(data, task.count, factor, threads);
-    else
-      scale_run<float>(data, task.count, static_cast<float>(factor), threads);
-  });
+  for (int k = 0; k < ScaleTask::kMost; ++k) {
+    const Operand& tensor = task.tensors[k];
+    if (!tensor) continue;
+    with_type(tensor.dtype, [&](auto* type) {
+      auto* data = static_cast<decltype(type)>(tensor.data);
+      if (tensor.dtype == DType::f64)
+        scale_run<double>(data, task.counts[k], factor, threads);
+      else
+        scale_run<float>(data, task.counts[k], static_cast<float>(factor), threads);
+    });
+  }
 }
 
 }  // namespace

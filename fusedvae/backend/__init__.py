@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,12 @@ class Latents(NamedTuple):
     grad_logvar: Tensor | None = None
 
 
+Memo = dict[str, Any]
+"""A place for what a backend works out of a call's sizes, strides, dtypes and options.
+
+The caller passes the same one to calls that agree in all of these, and an empty one where it keeps none."""
+
+
 class KernelBackend(Protocol):
     """What a kernel backend can do. Callers allocate every output; operands may have any strides and dtypes."""
 
@@ -67,6 +73,7 @@ class KernelBackend(Protocol):
         kl: Tensor | None = None,
         grad_z: Tensor | None = None,
         grad_kl: Tensor | None = None,
+        memo: Memo,
     ) -> None:
         """One pass over the latent: sample ``z``, per-sample ``kl``, gradients; each where asked for.
 
@@ -85,6 +92,7 @@ class KernelBackend(Protocol):
         loss: Tensor,
         nll: Tensor | None,
         kl: Tensor | None,
+        memo: Memo,
     ) -> None:
         """Fill loss = nll + beta * kl, and its terms where asked for, and the gradients of ``loss``.
 
@@ -96,8 +104,8 @@ class KernelBackend(Protocol):
     def nll_backward(self, reconstruction: Reconstruction, weight: Tensor) -> None:
         """Gradients of sum(weight * nll); ``weight`` has recon_x's shape, or is one value a sample."""
 
-    def scale_(self, tensors: list[Tensor], factor: Tensor) -> None:
-        """Multiply each tensor by the 0-dim ``factor`` in place; touch nothing when it is 1. No host sync."""
+    def scale_(self, tensors: list[Tensor], factor: Tensor, memo: Memo) -> None:
+        """Multiply each dense tensor by the 0-dim ``factor`` in place; touch nothing when it is 1. No host sync."""
 
 
 class BackendInfo(NamedTuple):
