@@ -59,12 +59,10 @@ class _Latent(torch.autograd.Function):
     """z and the per-sample KL; the noise is made again from the seed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, memo: Memo, mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, name: str
-    ) -> Any:
-        z, kl = ops.latent.below_autograd(mu, logvar, seed, kl_dtype, name, memo=memo)
+    def forward(ctx: Any, memo: Memo, options: tuple[Any, ...], mu: Tensor, logvar: Tensor | None, seed: Tensor) -> Any:
+        z, kl = ops.latent.below_autograd(mu, logvar, seed, options=options, memo=memo)
         ctx.save_for_backward(mu, logvar, seed)
-        ctx.name = name
+        ctx.name = options[-1]
         ctx.set_materialize_grads(False)
         return z, kl
 
@@ -72,7 +70,7 @@ class _Latent(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
         mu, logvar, seed = ctx.saved_tensors
         grads = _latent_gradients(ctx.name, mu, logvar, seed, None, grad_z, grad_kl)
-        return (None, *grads, None, None, None)
+        return (None, None, *grads, None)
 
 
 class _Reparameterize(torch.autograd.Function):
@@ -82,15 +80,15 @@ class _Reparameterize(torch.autograd.Function):
     def forward(
         ctx: Any,
         memo: Memo,
+        options: tuple[Any, ...],
         mu: Tensor,
         logvar: Tensor | None,
         seed: Tensor | None,
         noise: Tensor | None,
-        name: str,
     ) -> Tensor:
-        z = ops.reparameterize.below_autograd(mu, logvar, seed, noise, name, memo=memo)
+        z = ops.reparameterize.below_autograd(mu, logvar, seed, noise, options=options, memo=memo)
         ctx.save_for_backward(mu, logvar, seed, noise)
-        ctx.name = name
+        ctx.name = options[-1]
         return z
 
     @staticmethod
@@ -102,7 +100,7 @@ class _Reparameterize(torch.autograd.Function):
             _, log_variance = unpack(mu, logvar)
             grad_noise = (grad_z * torch.exp(0.5 * log_variance)).to(noise.dtype)
         grads = _latent_gradients(ctx.name, mu, logvar, seed, noise, grad_z, None)
-        return (None, *grads, None, grad_noise, None)
+        return (None, None, *grads, None, grad_noise)
 
 
 def _latent_gradients(
@@ -120,7 +118,8 @@ def _latent_gradients(
     if torch.is_grad_enabled():
         mean, _ = unpack(mu, logvar)
         if noise is None and seed is not None:
-            noise = ops.normal(list(mean.shape), seed, reference.working_dtype(mu, logvar), name)
+            dtype = reference.working_dtype(mu, logvar)
+            noise = ops.normal(list(mean.shape), seed, options=(dtype, name))
 
         def formula(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, ...]:
             mu, logvar = unpack(mu, logvar)
@@ -128,7 +127,7 @@ def _latent_gradients(
             return z, reference.reduce(reference.kl_standard_normal(mu, logvar), "sample")
 
         return _second_order(formula, [mu, logvar], [grad_z, grad_kl])
-    grads = ops.latent_backward(mu, logvar, seed, noise, grad_z, grad_kl, name)
+    grads = ops.latent_backward(mu, logvar, seed, noise, grad_z, grad_kl, options=(name,))
     return grads[0], None if logvar is None else grads[1]
 
 
@@ -147,6 +146,7 @@ class _Elbo(torch.autograd.Function):
     def forward(
         ctx: Any,
         memo: Memo,
+        options: tuple[Any, ...],
         recon_x: Tensor | None,
         x: Tensor | None,
         spread: Tensor | None,
@@ -156,45 +156,43 @@ class _Elbo(torch.autograd.Function):
         kl_in: Tensor | None,
         beta: Tensor | None,
         beta_value: float,
-        is_variance: bool,
-        eps: float,
-        full: bool,
-        reduction: str,
-        dtype: torch.dtype,
-        terms: bool,
-        needed: list[bool],
-        name: str,
     ) -> Any:
-        operands = (recon_x, x, spread, mu, logvar)
-        deferred = reduction in ("sample", "element") or any(
-            t is not None and need and t.dtype == torch.float16 for t, need in zip(operands, needed, strict=True)
-        )
-        made = [False] * 5 if deferred else list(needed)
+        *how, terms, needed, name = options
+        made = memo.get("made in forward")
+        if made is None:
+            deferred = how[_REDUCTION] in ("sample", "element") or any(
+                t is not None and need and t.dtype == torch.float16
+                for t, need in zip((recon_x, x, spread, mu, logvar), needed, strict=True)
+            )
+            made = memo["made in forward"] = [False] * 5 if deferred else needed
         out = ops.elbo.below_autograd(
             recon_x, x, spread, spread_value, mu, logvar, kl_in, beta, beta_value,
-            is_variance, eps, full, reduction, dtype, terms, made, name, memo=memo,
+            options=(*how, terms, made, name), memo=memo,
         )  # fmt: skip
-        values, grads = out[: 3 if terms else 1], out[3 if terms else 1 :]
-        ctx.save_for_backward(*operands, kl_in, beta, values[-1] if terms else None, *grads)
-        ctx.options = (spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name, memo)
+        count = 3 if terms else 1
+        kl = out[2] if terms else None
+        ctx.save_for_backward(recon_x, x, spread, mu, logvar, kl_in, beta, kl, *out[count:])
+        ctx.numbers = spread_value, beta_value
+        ctx.options, ctx.made, ctx.memo = options, made, memo
         ctx.set_materialize_grads(False)
         ctx.owns_buffers = not ctx._forward_cls.returns_buffers
         if ctx.owns_buffers:
-            return tuple(values)
-        ctx.mark_non_differentiable(*grads)
-        return (*values, *grads)
+            return tuple(out[:count])
+        ctx.mark_non_differentiable(*out[count:])
+        return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name, memo = ctx.options
+        is_variance, eps, full, reduction, _, terms, needed, name = ctx.options
+        spread_value, beta_value = ctx.numbers
         recon_x, x, spread, mu, logvar, kl_in, beta, kl, *buffers = ctx.saved_tensors
         g_loss, g_nll, g_kl = incoming[:3] if terms else (incoming[0], None, None)
         if g_loss is None and g_nll is None and g_kl is None:
-            return (None,) * 18
+            return (None,) * 11
 
-        def in_schema_order(grads: Any) -> tuple:
+        def in_order_of_arguments(grads: Any) -> tuple:
             """From gradients of recon_x, x, spread, mu, logvar, kl_in, beta."""
-            return (None, *grads[:3], None, *grads[3:], *(None,) * 9)
+            return (None, None, *grads[:3], None, *grads[3:], None)
 
         if torch.is_grad_enabled():
 
@@ -206,39 +204,46 @@ class _Elbo(torch.autograd.Function):
                 )  # fmt: skip
 
             inputs = [recon_x, x, spread, mu, logvar, kl_in, beta]
-            return in_schema_order(_second_order(formula, inputs, [g_loss, g_nll, g_kl]))
+            return in_order_of_arguments(_second_order(formula, inputs, [g_loss, g_nll, g_kl]))
 
         grads: list[Tensor | None] = [None] * 7
-        if buffers and g_nll is None and g_kl is None and kl_in is None and beta is None:
+        # What the KL is multiplied by on its way into whatever was differentiated.
+        kl_factor = g_kl
+        if g_loss is not None and (not buffers or kl_in is not None or g_kl is not None):
+            kl_factor = _sum(g_loss * (beta_value if beta is None else beta), g_kl)
+        if buffers and g_nll is None and g_kl is None:
             # The usual step, in one go: the loss alone was differentiated, and all its gradients are made.
-            _place(grads, _scaled(buffers, g_loss, ctx.owns_buffers, name, memo), needed)
-            return in_schema_order(grads)
-
-        # What the NLL and the KL are multiplied by on their way into whatever was differentiated.
-        factor = _sum(g_loss, g_nll)
-        kl_factor = _sum(None if g_loss is None else g_loss * (beta_value if beta is None else beta), g_kl)
-        made_nll, made_kl = buffers[: sum(made[:3])], buffers[sum(made[:3]) :]
-        if factor is not None and any(needed[:3]):
-            if made_nll:
-                found = _scaled(made_nll, factor, ctx.owns_buffers, name, {})
-            else:
-                weight = factor * reference.scale_of(reduction, x.shape)
-                found = ops.nll_backward(recon_x, x, spread, spread_value, weight, is_variance, eps, needed[:3], name)
-            _place(grads, found, needed[:3])
-        if kl_factor is not None and any(needed[3:]):
-            if made_kl and g_kl is None:  # made with beta in them
-                found = _scaled(made_kl, g_loss, ctx.owns_buffers, name, {})
-            else:
-                weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
-                found = ops.latent_backward(mu, logvar, None, None, None, weight, name)
-                if logvar is not None:
-                    found = [g for g, need in zip(found, needed[3:], strict=True) if need]
-            _place(grads, found, [False] * 3 + needed[3:])
-        if kl_factor is not None and kl_in is not None and ctx.needs_input_grad[7]:
+            _place(grads, _scaled(buffers, g_loss, ctx.owns_buffers, name, ctx.memo), needed)
+        else:
+            made_nll, made_kl = buffers[: sum(ctx.made[:3])], buffers[sum(ctx.made[:3]) :]
+            factor = _sum(g_loss, g_nll)
+            if factor is not None and any(needed[:3]):
+                if made_nll:
+                    found = _scaled(made_nll, factor, ctx.owns_buffers, name, {})
+                else:
+                    weight = factor * reference.scale_of(reduction, x.shape)
+                    found = ops.nll_backward(
+                        recon_x, x, spread, spread_value, weight, options=(is_variance, eps, needed[:3], name)
+                    )
+                _place(grads, found, needed[:3])
+            if kl_factor is not None and any(needed[3:]):
+                if made_kl and g_kl is None:  # made with beta in them
+                    found = _scaled(made_kl, g_loss, ctx.owns_buffers, name, {})
+                else:
+                    weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
+                    found = ops.latent_backward(mu, logvar, None, None, None, weight, options=(name,))
+                    if logvar is not None:
+                        found = [g for g, need in zip(found, needed[3:], strict=True) if need]
+                _place(grads, found, [False] * 3 + needed[3:])
+        if kl_factor is not None and kl_in is not None and kl_in.requires_grad:
             grads[5] = (kl_factor * reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
-        if g_loss is not None and beta is not None and ctx.needs_input_grad[8]:
+        if g_loss is not None and beta is not None and beta.requires_grad:
             grads[6] = (g_loss * kl).sum().to(beta.dtype)
-        return in_schema_order(grads)
+        return in_order_of_arguments(grads)
+
+
+_REDUCTION = 3
+"""Position of the reduction among an objective's options."""
 
 
 class _ElboOperator(_Elbo):

@@ -20,17 +20,20 @@ Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import reduce, wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .autograd import elbo_formula
-from .backend import reference, resolve
+from .backend import Memo, current_choice, reference, resolve
 from .ops import unpack
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_KERNEL_DTYPES = _FLOATS | {torch.uint8}
 _REDUCTIONS = {"batchmean": "batchmean", "sum": "sum", "none": "sample"}
 
 
@@ -153,17 +156,64 @@ def _check_generator(generator: object) -> None:
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
 
 
-# --- dtypes -----------------------------------------------------------------------------------------------------
+# --- what is worked out once ------------------------------------------------------------------------------------
+
+
+class _Prepared(NamedTuple):
+    """What follows from the arguments of a call but for the values in them: that they are right, and how to go on."""
+
+    backend: str
+    options: tuple[Any, ...]
+    """The operator's arguments after its operands."""
+    memo: Memo
+
+
+def _remembered(prepare: Callable[..., _Prepared]) -> Callable[..., _Prepared]:
+    """Remember what ``prepare`` makes of operands of the same types, sizes, strides and dtypes.
+
+    Checking the arguments of a call takes longer than many of the kernels, and a training loop makes the same calls
+    over and over. ``prepare`` takes operands by position, the first of which decides the device, and everything else
+    by name; it must not depend on values in tensors or on numbers among the operands.
+    """
+    memory: dict[tuple, _Prepared] = {}
+
+    @wraps(prepare)
+    def recall(*operands: Any, **options: Any) -> _Prepared:
+        if torch.compiler.is_compiling():
+            return prepare(*operands, **options)
+        try:
+            key = (
+                # All that may matter of an operand but the values in it.
+                *[
+                    (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else type(t)
+                    for t in operands
+                ],
+                *options.values(),
+                torch.is_grad_enabled(),
+                torch.is_autocast_enabled(operands[0].device.type),
+                current_choice(),
+            )
+            found = memory.get(key)
+        except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, or unhashable
+            return prepare(*operands, **options)
+        if found is None:
+            found = prepare(*operands, **options)
+            if len(memory) >= _MOST_REMEMBERED:
+                memory.clear()
+            memory[key] = found
+        return found
+
+    return recall
+
+
+_MOST_REMEMBERED = 1024
 
 
 def _value_dtype(device_type: str, *operands: Tensor | float | None) -> torch.dtype:
     """The dtype of a loss over these operands."""
     dtypes = [t.dtype for t in operands if isinstance(t, Tensor) and t.dtype.is_floating_point]
-    promoted = dtypes[0]
-    for dtype in dtypes[1:]:
-        if dtype is not promoted:
-            promoted = torch.promote_types(promoted, dtype)
-    if promoted is not torch.float32 and promoted is not torch.float64 and torch.is_autocast_enabled(device_type):
+    promoted = reduce(torch.promote_types, dtypes)
+    if promoted not in (torch.float32, torch.float64) and torch.is_autocast_enabled(device_type):
         return torch.float32
     return promoted
 
@@ -173,11 +223,6 @@ def _number_pair(value: Tensor | float | None, device: torch.device) -> tuple[Te
     if isinstance(value, Tensor):
         return (value if value.device == device else value.to(device)), None
     return None, None if value is None else float(value)
-
-
-def _needs_grad(*operands: Tensor | float | None) -> list[bool]:
-    enabled = torch.is_grad_enabled()
-    return [enabled and isinstance(t, Tensor) and t.requires_grad for t in operands]
 
 
 # --- the latent -------------------------------------------------------------------------------------------------
@@ -203,21 +248,27 @@ def reparameterize(
     Returns:
         z, of mu's shape (half a packed one's) and the promoted dtype of mu and logvar.
     """
-    _check_latents(mu, logvar)
     _check_generator(generator)
+    if noise is not None and generator is not None:
+        raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
+    prepared = _prepared_sample(mu, logvar, noise, backend=backend)
+    seed = ops.draw_seed(mu.device, generator) if noise is None else None
+    if prepared.backend == "reference":
+        return _reference_sample(mu, logvar, seed, noise)
+    return ops.reparameterize(mu, logvar, seed, noise, options=prepared.options, memo=prepared.memo)
+
+
+@_remembered
+def _prepared_sample(mu: Tensor, logvar: Tensor | None, noise: Tensor | None, *, backend: str | None) -> _Prepared:
+    _check_latents(mu, logvar)
     if noise is not None:
         _check_tensor("noise", noise)
         expected = mu.shape if logvar is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
         if tuple(noise.shape) != tuple(expected):
             raise ValueError(f"noise: expected shape {tuple(expected)}, got {tuple(noise.shape)}")
         _check_same_device("noise", noise, "mu", mu)
-        if generator is not None:
-            raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
     name = resolve(mu.device.type, backend)
-    seed = ops.draw_seed(mu.device, generator) if noise is None else None
-    if name == "reference":
-        return _reference_sample(mu, logvar, seed, noise)
-    return ops.reparameterize(mu, logvar, seed, noise, name)
+    return _Prepared(name, (name,), {})
 
 
 def latent(
@@ -240,15 +291,20 @@ def latent(
     Returns:
         `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,).
     """
-    _check_latents(mu, logvar)
     _check_generator(generator)
-    name = resolve(mu.device.type, backend)
+    prepared = _prepared_latent(mu, logvar, backend=backend)
     seed = ops.draw_seed(mu.device, generator)
-    kl_dtype = _value_dtype(mu.device.type, mu, logvar)
-    if name == "reference":
-        kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), "sample").to(kl_dtype)
+    if prepared.backend == "reference":
+        kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), "sample").to(prepared.options[0])
         return Latent(_reference_sample(mu, logvar, seed, None), kl)
-    return Latent(*ops.latent(mu, logvar, seed, kl_dtype, name))
+    return Latent(*ops.latent(mu, logvar, seed, options=prepared.options, memo=prepared.memo))
+
+
+@_remembered
+def _prepared_latent(mu: Tensor, logvar: Tensor | None, *, backend: str | None) -> _Prepared:
+    _check_latents(mu, logvar)
+    name = resolve(mu.device.type, backend)
+    return _Prepared(name, (_value_dtype(mu.device.type, mu, logvar), name), {})
 
 
 def _reference_sample(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None) -> Tensor:
@@ -271,8 +327,14 @@ def kl_standard_normal(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
+    prepared = _prepared_kl(mu, logvar, reduction=reduction, backend=backend)
+    return _objective(prepared, None, None, 0.0, mu, logvar, None, 1.0)[0]
+
+
+@_remembered
+def _prepared_kl(mu: Tensor, logvar: Tensor | None, *, reduction: str, backend: str | None) -> _Prepared:
     _check_latents(mu, logvar)
-    return _elbo(None, None, 0.0, mu, logvar, None, 1.0, _checked_reduction(reduction), backend=backend)[0]
+    return _prepare_objective(None, None, None, mu, logvar, None, 1.0, _checked_reduction(reduction), backend)
 
 
 # --- the likelihood ---------------------------------------------------------------------------------------------
@@ -297,9 +359,23 @@ def gaussian_nll(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
+    prepared = _prepared_nll(recon_x, x, recon_logvar, full=full, reduction=reduction, backend=backend)
+    return _objective(prepared, recon_x, x, recon_logvar, None, None, None, 0.0)[0]
+
+
+@_remembered
+def _prepared_nll(
+    recon_x: Tensor,
+    x: Tensor,
+    recon_logvar: Tensor | float | None,
+    *,
+    full: bool,
+    reduction: str,
+    backend: str | None,
+) -> _Prepared:
     _check_reconstruction(recon_x, x, recon_logvar)
     how = _checked_reduction(reduction)
-    return _elbo(recon_x, x, recon_logvar, None, None, None, 0.0, how, full=bool(full), backend=backend)[0]
+    return _prepare_objective(recon_x, x, recon_logvar, None, None, None, 0.0, how, backend, full=full)
 
 
 def gaussian_nll_loss(
@@ -362,9 +438,17 @@ def gaussian_nll_loss(
         how = "sum" if reduction == "none" else reduction
     else:
         how = "element" if reduction == "none" else reduction
-    return _elbo(
-        input, target, spread, None, None, None, 0.0, how, full=full, variance_floor=float(eps), backend=backend
-    )[0]
+    prepared = _prepared_of_variance(input, target, spread, full=full, eps=eps, reduction=how, backend=backend)
+    return _objective(prepared, input, target, spread, None, None, None, 0.0)[0]
+
+
+@_remembered
+def _prepared_of_variance(
+    mean: Tensor, x: Tensor, var: Tensor | float, *, full: bool, eps: float, reduction: str, backend: str | None
+) -> _Prepared:
+    return _prepare_objective(
+        mean, x, var, None, None, None, 0.0, reduction, backend, full=full, variance_floor=float(eps)
+    )
 
 
 # --- the bound --------------------------------------------------------------------------------------------------
@@ -402,6 +486,38 @@ def elbo_loss(
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
         backend: overrides the process's choice for this call.
     """
+    prepared = _prepared_elbo(
+        recon_x,
+        x,
+        recon_logvar,
+        mu,
+        logvar,
+        kl,
+        beta,
+        full=full,
+        reduction=reduction,
+        return_terms=return_terms,
+        backend=backend,
+    )
+    values = _objective(prepared, recon_x, x, recon_logvar, mu, logvar, kl, beta)
+    return ELBOTerms(*values[:3]) if return_terms else values[0]
+
+
+@_remembered
+def _prepared_elbo(
+    recon_x: Tensor,
+    x: Tensor,
+    recon_logvar: Tensor | float | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    beta: float | Tensor,
+    *,
+    full: bool,
+    reduction: str,
+    return_terms: bool,
+    backend: str | None,
+) -> _Prepared:
     _check_reconstruction(recon_x, x, recon_logvar)
     if kl is None:
         _check_latents(mu, logvar)
@@ -420,13 +536,15 @@ def elbo_loss(
         raise ValueError(f"{witness}: expected on {x.device}, where x is; got it on {device}")
     _check_number("beta", beta)
     how = _checked_reduction(reduction)
-    values = _elbo(
-        recon_x, x, recon_logvar, mu, logvar, kl, beta, how, full=bool(full), terms=bool(return_terms), backend=backend
+    return _prepare_objective(
+        recon_x, x, recon_logvar, mu, logvar, kl, beta, how, backend, full=full, terms=return_terms
     )
-    return ELBOTerms(*values) if return_terms else values[0]
 
 
-def _elbo(
+# Every value is this one: an objective with both halves or either.
+
+
+def _prepare_objective(
     recon_x: Tensor | None,
     x: Tensor | None,
     spread: Tensor | float | None,
@@ -435,30 +553,48 @@ def _elbo(
     kl: Tensor | None,
     beta: float | Tensor,
     reduction: str,
+    backend: str | None,
     *,
     full: bool = False,
     variance_floor: float | None = None,
     terms: bool = False,
-    backend: str | None = None,
-) -> list[Tensor]:
-    """Every value is this one: an objective with both halves or either, over checked operands."""
+) -> _Prepared:
     witness = mu if recon_x is None else recon_x
     assert witness is not None
-    device = witness.device
-    name = resolve(device.type, backend)
-    dtype = _value_dtype(device.type, recon_x, x, spread, mu, logvar, kl)
-    is_variance, eps = variance_floor is not None, variance_floor or 0.0
-    if x is not None and x.dtype not in _FLOATS and x.dtype is not torch.uint8:
+    name = resolve(witness.device.type, backend)
+    dtype = _value_dtype(witness.device.type, recon_x, x, spread, mu, logvar, kl)
+    enabled = torch.is_grad_enabled()
+    needed = [enabled and isinstance(t, Tensor) and t.requires_grad for t in (recon_x, x, spread, mu, logvar)]
+    learned_beta = isinstance(beta, Tensor) and beta.requires_grad  # its gradient is the KL
+    options = (
+        variance_floor is not None, variance_floor or 0.0, bool(full), reduction, dtype, bool(terms) or learned_beta,
+        needed, name,
+    )  # fmt: skip
+    return _Prepared(name, options, {})
+
+
+def _objective(
+    prepared: _Prepared,
+    recon_x: Tensor | None,
+    x: Tensor | None,
+    spread: Tensor | float | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    beta: float | Tensor,
+) -> Sequence[Tensor]:
+    """The loss or, where asked for, loss, NLL and KL."""
+    witness = mu if recon_x is None else recon_x
+    assert witness is not None
+    if x is not None and x.dtype not in _KERNEL_DTYPES:
         x = x.to(torch.float32)
-    if name == "reference":
+    if prepared.backend == "reference":
+        is_variance, eps, full, reduction, dtype, *_ = prepared.options
         values = elbo_formula(recon_x, x, spread, mu, logvar, kl, beta, is_variance, eps, full, reduction)
         return [value.to(dtype) for value in values]
-    spread_tensor, spread_value = _number_pair(spread, device)
-    beta_tensor, beta_value = _number_pair(beta, device)
-    learned_beta = beta_tensor is not None and beta_tensor.requires_grad
-    needed = _needs_grad(recon_x, x, spread, mu, logvar)
-    out = ops.elbo(
+    spread_tensor, spread_value = _number_pair(spread, witness.device)
+    beta_tensor, beta_value = _number_pair(beta, witness.device)
+    return ops.elbo(
         recon_x, x, spread_tensor, spread_value, mu, logvar, kl, beta_tensor, beta_value or 0.0,
-        is_variance, eps, full, reduction, dtype, terms or learned_beta, needed, name,
+        options=prepared.options, memo=prepared.memo,
     )  # fmt: skip
-    return out[: 3 if terms else 1]

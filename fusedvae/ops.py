@@ -30,70 +30,87 @@ class Operator:
     tensors that would cost more than all the rest. So a plain eager call goes straight to the formula or the kernel,
     and through the dispatcher if a compiler traces, a mode watches, or the tensors are not plain.
 
-    Callers may pass a ``memo`` (see `backend.Memo`); it never reaches the dispatcher.
+    The arguments of an operator are its operands and, after them, its options, which are no tensors. Callers may pass
+    a ``memo`` (see `backend.Memo`); it never reaches the dispatcher.
     """
 
-    def __init__(self, name: str, kernel: Callable) -> None:
+    def __init__(self, name: str, kernel: Callable, operands: int) -> None:
         self.kernel = kernel
         self.formula: type[torch.autograd.Function] | None = None
         self.overload = getattr(torch.ops.fusedvae, name).default
+        self._operands = operands
         self._returns_list = [str(r.type) for r in self.overload._schema.returns] == ["List[Tensor]"]
 
-    def __call__(self, *args: Any, memo: Memo | None = None) -> Any:
+    def __call__(self, *operands: Any, options: tuple[Any, ...] = (), memo: Memo | None = None) -> Any:
         """Run with autograd."""
-        if torch.compiler.is_compiling() or not _is_plain_eager(args):
-            return self.overload(*args)
-        return self._differentiable(self.formula, args, {} if memo is None else memo)
+        if torch.compiler.is_compiling() or not _is_plain_eager(operands):
+            return self.overload(*operands, *options)
+        return self._differentiable(self.formula, operands, options, {} if memo is None else memo)
 
-    def _differentiable(self, formula: type[torch.autograd.Function] | None, args: tuple[Any, ...], memo: Memo) -> Any:
-        if formula is None or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
-            return self.below_autograd(*args, memo=memo)
-        out = formula.apply(memo, *args)
+    def _differentiable(
+        self,
+        formula: type[torch.autograd.Function] | None,
+        operands: tuple[Any, ...],
+        options: tuple[Any, ...],
+        memo: Memo,
+    ) -> Any:
+        if formula is None or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*operands):
+            return self.below_autograd(*operands, options=options, memo=memo)
+        out = formula.apply(memo, options, *operands)
         return list(out) if self._returns_list else out
 
-    def below_autograd(self, *args: Any, memo: Memo) -> Any:
+    def below_autograd(self, *operands: Any, options: tuple[Any, ...], memo: Memo) -> Any:
         """Run the kernel."""
-        if _is_plain_eager(args):
-            return self.kernel(*args, memo=memo)
+        if _is_plain_eager(operands):
+            return self.kernel(*operands, *options, memo=memo)
         with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*args)
+            return self.overload(*operands, *options)
 
     def register_autograd(
         self, formula: type[torch.autograd.Function], *, registered: type[torch.autograd.Function] | None = None
     ) -> None:
-        """Make ``formula`` the operator's derivative, and ``registered``, if another, that behind the dispatcher."""
+        """Make ``formula`` the operator's derivative, and ``registered``, if another, that behind the dispatcher.
+
+        A formula takes a memo, the tuple of options, and the operands.
+        """
         self.formula = formula
-        behind = registered or formula
-        _library.impl(self.overload._opname, lambda *args: self._differentiable(behind, args, {}), "Autograd")
+        behind, count = registered or formula, self._operands
+
+        def differentiable(*args: Any) -> Any:
+            return self._differentiable(behind, args[:count], args[count:], {})
+
+        _library.impl(self.overload._opname, differentiable, "Autograd")
 
 
-_PLAIN_TYPES = frozenset(
-    (Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype, torch.device, torch.Generator)
-)
-"""Types of arguments that are what they seem: no tracer's stand-ins, no tensor subclasses."""
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), float, list, torch.device, torch.Generator))
+"""Types of operands that are what they seem: no tracer's stand-ins, no tensor subclasses."""
 
 
-def _is_plain_eager(args: tuple[Any, ...]) -> bool:
+def _is_plain_eager(operands: tuple[Any, ...]) -> bool:
     return (
-        _PLAIN_TYPES.issuperset(map(type, args))
+        _PLAIN_TYPES.issuperset(map(type, operands))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
-def _operator(schema: str, *, fake: Callable, tags: tuple[torch.Tag, ...] = ()) -> Callable[[Callable], Operator]:
-    """Register the decorated function as the kernel of ``schema`` on every device type with kernels.
+def _operator(
+    operands: str, options: str, returns: str, *, fake: Callable, tags: tuple[torch.Tag, ...] = ()
+) -> Callable[[Callable], Operator]:
+    """Register the decorated function as the operator of its name, and its kernel on every device type with kernels.
 
-    The kernel takes the schema's arguments and a ``memo``.
+    The kernel takes the operands and options of the schema, and a ``memo``; ``fake`` takes the same but that, and
+    makes the outputs alone.
     """
-    name = schema.partition("(")[0]
 
     def register(kernel: Callable) -> Operator:
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        name = kernel.__name__
+        arguments = ", ".join(filter(None, (operands, options)))
+        _library.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag, *tags))
         for device in ("CPU", "CUDA"):
             _library.impl(name, lambda *args: kernel(*args, memo={}), device)
         torch.library.register_fake(f"fusedvae::{name}", fake, lib=_library)
-        return Operator(name, kernel)
+        return Operator(name, kernel, operands.count(",") + 1)
 
     return register
 
@@ -160,7 +177,9 @@ def _fake_seed(device: torch.device, generator: torch.Generator | None) -> Tenso
 
 
 @_operator(
-    "draw_seed(Device device, Generator? generator) -> Tensor",
+    "Device device, Generator? generator",
+    "",
+    "Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
     fake=_fake_seed,
 )
@@ -180,7 +199,7 @@ def _normal_out(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name
     return torch.empty(shape, dtype=dtype, device=seed.device)
 
 
-@_operator("normal(SymInt[] shape, Tensor seed, ScalarType dtype, str backend) -> Tensor", fake=_normal_out)
+@_operator("SymInt[] shape, Tensor seed", "ScalarType dtype, str backend", "Tensor", fake=_normal_out)
 def normal(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name: str, *, memo: Memo) -> Tensor:
     """The noise stream of ``seed`` in a fresh tensor."""
     out = _normal_out(shape, seed, dtype, backend_name)
@@ -203,10 +222,7 @@ def _reparameterize_out(
     return _sample_like(mu, logvar)
 
 
-@_operator(
-    "reparameterize(Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise, str backend) -> Tensor",
-    fake=_reparameterize_out,
-)
+@_operator("Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise", "str backend", "Tensor", fake=_reparameterize_out)
 def reparameterize(
     mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, backend_name: str, *, memo: Memo
 ) -> Tensor:
@@ -223,7 +239,9 @@ def _latent_out(
 
 
 @_operator(
-    "latent(Tensor mu, Tensor? logvar, Tensor seed, ScalarType kl_dtype, str backend) -> (Tensor z, Tensor kl)",
+    "Tensor mu, Tensor? logvar, Tensor seed",
+    "ScalarType kl_dtype, str backend",
+    "(Tensor z, Tensor kl)",
     fake=_latent_out,
 )
 def latent(
@@ -248,8 +266,9 @@ def _latent_grads(
 
 
 @_operator(
-    "latent_backward(Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise, Tensor? grad_z, Tensor? grad_kl, "
-    "str backend) -> Tensor[]",
+    "Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise, Tensor? grad_z, Tensor? grad_kl",
+    "str backend",
+    "Tensor[]",
     fake=_latent_grads,
 )
 def latent_backward(
@@ -298,12 +317,6 @@ def _elbo_out(
     return values, _like(recon_x, x, spread, mu, logvar, needed=needed)
 
 
-_ELBO_OPERANDS = (
-    "Tensor? recon_x, Tensor? x, Tensor? spread, float? spread_value, Tensor? mu, Tensor? logvar, Tensor? kl_in, "
-    "Tensor? beta, float beta_value"
-)
-
-
 def _fake_elbo(
     recon_x: Tensor | None,
     x: Tensor | None,
@@ -328,8 +341,10 @@ def _fake_elbo(
 
 
 @_operator(
-    f"elbo({_ELBO_OPERANDS}, bool is_variance, float eps, bool full, str reduction, ScalarType dtype, bool terms, "
-    "bool[] needed, str backend) -> Tensor[]",
+    "Tensor? recon_x, Tensor? x, Tensor? spread, float? spread_value, Tensor? mu, Tensor? logvar, Tensor? kl_in, "
+    "Tensor? beta, float beta_value",
+    "bool is_variance, float eps, bool full, str reduction, ScalarType dtype, bool terms, bool[] needed, str backend",
+    "Tensor[]",
     fake=_fake_elbo,
 )
 def elbo(
@@ -389,8 +404,9 @@ def _nll_grads(
 
 
 @_operator(
-    "nll_backward(Tensor recon_x, Tensor x, Tensor? spread, float? spread_value, Tensor weight, bool is_variance, "
-    "float eps, bool[] needed, str backend) -> Tensor[]",
+    "Tensor recon_x, Tensor x, Tensor? spread, float? spread_value, Tensor weight",
+    "bool is_variance, float eps, bool[] needed, str backend",
+    "Tensor[]",
     fake=_nll_grads,
 )
 def nll_backward(

@@ -132,6 +132,11 @@ def unavailable(name: str, device_type: str) -> str | None:
     return None if name == "reference" else kernels(name).unavailable(device_type)
 
 
+def current_choice() -> str:
+    """What `use_backend` has chosen: a name, or "auto"."""
+    return _choice
+
+
 def resolve(device_type: str, requested: str | None = None) -> str:
     """The backend that serves the device type: the call's own choice, else that of `use_backend`.
 
