@@ -1,10 +1,11 @@
 // The extension module: tasks, addresses and a thread count in, kernels out. Knows nothing of torch.
 //
 // A task says how a kernel walks its operands: everything about a call but where they lie. It is made once for
-// operands of some sizes, strides and dtypes, and runs on any that have these. Making one takes the form of each
-// operand in order: (dtype code, batch stride, outer stride, inner stride) of one in memory, () of a number, None of
-// one that is not there. A run takes, in the same order, an address for each operand in memory and the value of each
-// number. The caller answers for the memory, and has imported torch, whose OpenMP runtime the kernels then share.
+// tensors of some sizes, strides and dtypes, and runs on any that have these. Making one takes the form of each operand
+// in order: (tensor, byte offset, dtype code, batch stride, outer stride, inner stride) for one that lies in a tensor
+// of the run, (number,) for one that is a number, None for one that is not there; tensor and number are positions among
+// what a run takes, addresses and numbers. The caller answers for the memory, and has imported torch, whose OpenMP
+// runtime the kernels then share.
 
 #include <pybind11/pybind11.h>
 
@@ -32,26 +33,29 @@ class Planned {
     if (form.is_none()) return;
     operand.given = true;
     const auto parts = form.cast<py::tuple>();
-    if (parts.size() == 4) {
-      operand.dtype = static_cast<DType>(parts[0].cast<int>());
-      for (size_t i = 0; i < 3; ++i) operand.stride[i] = parts[i + 1].cast<int64_t>();
-    } else if (!parts.empty()) {
-      throw py::value_error("an operand's form has four parts, or none for a number");
+    Slot slot{reinterpret_cast<char*>(&operand) - reinterpret_cast<char*>(&task), parts[0].cast<size_t>(), -1};
+    if (parts.size() == 6) {
+      slot.offset = parts[1].cast<int64_t>();
+      operand.dtype = static_cast<DType>(parts[2].cast<int>());
+      for (size_t i = 0; i < 3; ++i) operand.stride[i] = parts[i + 3].cast<int64_t>();
+    } else if (parts.size() != 1) {
+      throw py::value_error("an operand's form has six parts, or one for a number");
     }
-    slots_.push_back({reinterpret_cast<char*>(&operand) - reinterpret_cast<char*>(&task), !parts.empty()});
+    slots_.push_back(slot);
+    if (slot.source >= sources_) sources_ = slot.source + 1;
   }
 
-  // The task with what it runs on filled in.
-  Task on(const py::tuple& operands) const {
-    if (operands.size() != slots_.size()) throw py::value_error("the task has another number of operands");
+  // The task on these addresses and numbers.
+  Task on(const py::tuple& sources) const {
+    if (sources.size() < sources_) throw py::value_error("the task has more operands");
     Task filled = task;
-    for (size_t i = 0; i < slots_.size(); ++i) {
-      Operand& operand = *reinterpret_cast<Operand*>(reinterpret_cast<char*>(&filled) + slots_[i].offset);
-      PyObject* const value = PyTuple_GET_ITEM(operands.ptr(), static_cast<Py_ssize_t>(i));
-      if (slots_[i].in_memory)
-        operand.data = PyLong_AsVoidPtr(value);
+    for (const Slot& slot : slots_) {
+      Operand& operand = *reinterpret_cast<Operand*>(reinterpret_cast<char*>(&filled) + slot.member);
+      PyObject* const source = PyTuple_GET_ITEM(sources.ptr(), static_cast<Py_ssize_t>(slot.source));
+      if (slot.offset >= 0)
+        operand.data = static_cast<char*>(PyLong_AsVoidPtr(source)) + slot.offset;
       else
-        operand.value = PyFloat_AsDouble(value);
+        operand.value = PyFloat_AsDouble(source);
     }
     if (PyErr_Occurred()) throw py::error_already_set();
     return filled;
@@ -59,10 +63,12 @@ class Planned {
 
  private:
   struct Slot {
-    std::ptrdiff_t offset;
-    bool in_memory;
+    std::ptrdiff_t member;  // of the operand in the task
+    size_t source;
+    int64_t offset;  // in bytes; -1 for a number
   };
   std::vector<Slot> slots_;
+  size_t sources_ = 0;
 };
 
 const int64_t* seed_at(uintptr_t address) {
@@ -77,8 +83,8 @@ void add_nll(Planned<Task>& plan, NllTask& task, const py::tuple& extent, const 
   task.extent = extent_of(extent);
   task.is_variance = is_variance;
   task.eps = eps;
-  Operand* const operands[] = {&task.recon_x, &task.x,      &task.spread,     &task.weight,
-                               &task.value,   &task.grad_recon_x, &task.grad_x, &task.grad_spread};
+  Operand* const operands[] = {&task.recon_x,      &task.x,      &task.spread,     &task.weight, &task.value,
+                               &task.grad_recon_x, &task.grad_x, &task.grad_spread};
   for (size_t i = 0; i < 8; ++i) plan.add(*operands[i], forms[i]);
 }
 
@@ -87,8 +93,8 @@ void add_latent(Planned<Task>& plan, LatentTask& task, const py::tuple& extent, 
                 const py::tuple& forms) {
   task.extent = extent_of(extent);
   task.index = {index[0].cast<int64_t>(), index[1].cast<int64_t>(), index[2].cast<int64_t>()};
-  Operand* const operands[] = {&task.mu, &task.logvar,  &task.noise,       &task.grad_z, &task.grad_kl,
-                               &task.z,  &task.grad_mu, &task.grad_logvar, &task.kl};
+  Operand* const operands[] = {&task.mu,      &task.logvar,      &task.noise,   &task.grad_z, &task.z,
+                               &task.grad_mu, &task.grad_logvar, &task.grad_kl, &task.kl};
   for (size_t i = 0; i < 9; ++i) plan.add(*operands[i], forms[i]);
 }
 
@@ -117,7 +123,8 @@ Planned<ElboTask> elbo_task(const py::object& nll, const py::object& kl, const p
     add_latent(plan, task.kl, a[0], a[1], a[2]);
   }
   Operand* const operands[] = {&task.kl_in, &task.beta, &task.loss, &task.nll_out, &task.kl_out};
-  for (size_t i = 0; i < 5; ++i) plan.add(*operands[i], others[i]);
+  if (others.size() > 5) throw py::value_error("more operands than a task has room for");
+  for (size_t i = 0; i < others.size(); ++i) plan.add(*operands[i], others[i]);
   task.kl_in_count = kl_in_count;
   task.values = static_cast<Values>(values);
   task.scale = scale;
@@ -128,15 +135,15 @@ Planned<ElboTask> elbo_task(const py::object& nll, const py::object& kl, const p
 // A run of a kernel on the CPU.
 template <class Task>
 auto run(void (*Kernels::*kernel)(const Task&, int)) {
-  return [kernel](const Planned<Task>& plan, const py::tuple& operands, int threads) {
-    const Task task = plan.on(operands);
+  return [kernel](const Planned<Task>& plan, const py::tuple& sources, int threads) {
+    const Task task = plan.on(sources);
     py::gil_scoped_release release;
     (kernels().*kernel)(task, threads);
   };
 }
 
-void run_latent(const Planned<LatentTask>& plan, const py::tuple& operands, uintptr_t seed, int threads) {
-  LatentTask task = plan.on(operands);
+void run_latent(const Planned<LatentTask>& plan, const py::tuple& sources, uintptr_t seed, int threads) {
+  LatentTask task = plan.on(sources);
   task.seed = seed_at(seed);
   py::gil_scoped_release release;
   kernels().latent(task, threads);

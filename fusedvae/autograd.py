@@ -20,13 +20,13 @@ from .ops import unpack
 _Grads = tuple[Tensor | None, ...]
 
 
-def _second_order(formula: Callable[..., Any], inputs: list[Tensor | None], grads: list[Tensor | None]) -> _Grads:
+def _second_order(formula: Callable[..., Any], inputs: list[Any], grads: list[Tensor | None]) -> _Grads:
     """Differentiable gradients of a reference formula, None for the inputs that need none.
 
     ``formula`` takes the inputs and returns as many tensors as there are incoming ``grads``.
     """
     with torch.enable_grad():
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
         outputs = formula(*inputs)
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
         found = iter(
@@ -34,7 +34,7 @@ def _second_order(formula: Callable[..., Any], inputs: list[Tensor | None], grad
                 [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
             )
         )
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
+    return tuple(next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs)
 
 
 def _scaled(grads: list[Tensor], factor: Tensor | None, in_place: bool, backend_name: str, memo: Memo) -> list[Tensor]:
@@ -59,8 +59,10 @@ class _Latent(torch.autograd.Function):
     """z and the per-sample KL; the noise is made again from the seed."""
 
     @staticmethod
-    def forward(ctx: Any, memo: Memo, options: tuple[Any, ...], mu: Tensor, logvar: Tensor | None, seed: Tensor) -> Any:
-        z, kl = ops.latent.below_autograd(mu, logvar, seed, options=options, memo=memo)
+    def forward(
+        ctx: Any, memo: Memo | None, options: tuple[Any, ...], mu: Tensor, logvar: Tensor | None, seed: Tensor
+    ) -> Any:
+        z, kl = ops.latent.below_autograd(memo, options, mu, logvar, seed)
         ctx.save_for_backward(mu, logvar, seed)
         ctx.name = options[-1]
         ctx.set_materialize_grads(False)
@@ -79,14 +81,14 @@ class _Reparameterize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        memo: Memo,
+        memo: Memo | None,
         options: tuple[Any, ...],
         mu: Tensor,
         logvar: Tensor | None,
         seed: Tensor | None,
         noise: Tensor | None,
     ) -> Tensor:
-        z = ops.reparameterize.below_autograd(mu, logvar, seed, noise, options=options, memo=memo)
+        z = ops.reparameterize.below_autograd(memo, options, mu, logvar, seed, noise)
         ctx.save_for_backward(mu, logvar, seed, noise)
         ctx.name = options[-1]
         return z
@@ -137,80 +139,66 @@ class _Elbo(torch.autograd.Function):
     Scalars arrive with their gradients made, and backward scales those. Per-sample and per-element values would
     move more that way (9N elements against 8N), and float16 gradients made before the incoming factor (a loss
     scaler's 65536) would underflow: those are made in backward, from the operands.
-    """
 
-    returns_buffers = False
-    """Whether the gradient buffers are outputs, as the operator's schema has it, and so not ours to write to."""
+    Behind the dispatcher (no memo) the gradient buffers are outputs, as the operator's schema has it and compilers and
+    tracers must see them, and so not ours to write to.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        memo: Memo,
+        memo: Memo | None,
         options: tuple[Any, ...],
         recon_x: Tensor | None,
         x: Tensor | None,
-        spread: Tensor | None,
-        spread_value: float | None,
+        spread: Tensor | float | None,
         mu: Tensor | None,
         logvar: Tensor | None,
         kl_in: Tensor | None,
-        beta: Tensor | None,
-        beta_value: float,
+        beta: Tensor | float | None,
     ) -> Any:
-        *how, terms, needed, name = options
-        made = memo.get("made in forward")
-        if made is None:
-            deferred = how[_REDUCTION] in ("sample", "element") or any(
-                t is not None and need and t.dtype == torch.float16
-                for t, need in zip((recon_x, x, spread, mu, logvar), needed, strict=True)
-            )
-            made = memo["made in forward"] = [False] * 5 if deferred else needed
-        out = ops.elbo.below_autograd(
-            recon_x, x, spread, spread_value, mu, logvar, kl_in, beta, beta_value,
-            options=(*how, terms, made, name), memo=memo,
-        )  # fmt: skip
-        count = 3 if terms else 1
-        kl = out[2] if terms else None
-        ctx.save_for_backward(recon_x, x, spread, mu, logvar, kl_in, beta, kl, *out[count:])
-        ctx.numbers = spread_value, beta_value
-        ctx.options, ctx.made, ctx.memo = options, made, memo
+        ctx.memo = {} if memo is None else memo
+        inner = ctx.memo.get("options in forward")
+        if inner is None:
+            inner = _options_in_forward(options, (recon_x, x, spread, mu, logvar))
+            ctx.memo["options in forward"] = inner
+        out = ops.elbo.below_autograd(memo, inner, recon_x, x, spread, mu, logvar, kl_in, beta)
+        terms = options[_TERMS]
+        values, grads = out[: 3 if terms else 1], out[3 if terms else 1 :]
+        spread, ctx.spread_value = (spread, None) if isinstance(spread, Tensor) else (None, spread)
+        beta, ctx.beta_value = (beta, None) if isinstance(beta, Tensor) else (None, beta)
+        kl = values[-1] if terms else None
+        ctx.save_for_backward(recon_x, x, spread, mu, logvar, kl_in, beta, kl, *grads)
+        ctx.options, ctx.made, ctx.owns_buffers = options, inner[_NEEDED], memo is not None
         ctx.set_materialize_grads(False)
-        ctx.owns_buffers = not ctx._forward_cls.returns_buffers
         if ctx.owns_buffers:
-            return tuple(out[:count])
-        ctx.mark_non_differentiable(*out[count:])
+            return tuple(values)
+        ctx.mark_non_differentiable(*grads)
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         is_variance, eps, full, reduction, _, terms, needed, name = ctx.options
-        spread_value, beta_value = ctx.numbers
         recon_x, x, spread, mu, logvar, kl_in, beta, kl, *buffers = ctx.saved_tensors
+        spread, beta = ctx.spread_value if spread is None else spread, ctx.beta_value if beta is None else beta
         g_loss, g_nll, g_kl = incoming[:3] if terms else (incoming[0], None, None)
         if g_loss is None and g_nll is None and g_kl is None:
-            return (None,) * 11
-
-        def in_order_of_arguments(grads: Any) -> tuple:
-            """From gradients of recon_x, x, spread, mu, logvar, kl_in, beta."""
-            return (None, None, *grads[:3], None, *grads[3:], None)
+            return (None,) * 9
 
         if torch.is_grad_enabled():
 
-            def formula(*t: Tensor | None) -> tuple[Tensor, ...]:
-                recon_x, x, spread, mu, logvar, kl_in, beta = t
-                return elbo_formula(
-                    recon_x, x, spread_value if spread is None else spread, mu, logvar, kl_in,
-                    beta_value if beta is None else beta, is_variance, eps, full, reduction,
-                )  # fmt: skip
+            def formula(*operands: Any) -> tuple[Tensor, ...]:
+                how: tuple[Any, ...] = (is_variance, eps, full, reduction)
+                return elbo_formula(*operands, *how)
 
             inputs = [recon_x, x, spread, mu, logvar, kl_in, beta]
-            return in_order_of_arguments(_second_order(formula, inputs, [g_loss, g_nll, g_kl]))
+            return (None, None, *_second_order(formula, inputs, [g_loss, g_nll, g_kl]))
 
-        grads: list[Tensor | None] = [None] * 7
+        grads: list[Tensor | None] = [None] * 7  # of the operands
         # What the KL is multiplied by on its way into whatever was differentiated.
         kl_factor = g_kl
         if g_loss is not None and (not buffers or kl_in is not None or g_kl is not None):
-            kl_factor = _sum(g_loss * (beta_value if beta is None else beta), g_kl)
+            kl_factor = _sum(g_loss * beta, g_kl)
         if buffers and g_nll is None and g_kl is None:
             # The usual step, in one go: the loss alone was differentiated, and all its gradients are made.
             _place(grads, _scaled(buffers, g_loss, ctx.owns_buffers, name, ctx.memo), needed)
@@ -222,9 +210,8 @@ class _Elbo(torch.autograd.Function):
                     found = _scaled(made_nll, factor, ctx.owns_buffers, name, {})
                 else:
                     weight = factor * reference.scale_of(reduction, x.shape)
-                    found = ops.nll_backward(
-                        recon_x, x, spread, spread_value, weight, options=(is_variance, eps, needed[:3], name)
-                    )
+                    how = (is_variance, eps, needed[:3], name)
+                    found = ops.nll_backward(recon_x, x, spread, weight, options=how)
                 _place(grads, found, needed[:3])
             if kl_factor is not None and any(needed[3:]):
                 if made_kl and g_kl is None:  # made with beta in them
@@ -237,19 +224,22 @@ class _Elbo(torch.autograd.Function):
                 _place(grads, found, [False] * 3 + needed[3:])
         if kl_factor is not None and kl_in is not None and kl_in.requires_grad:
             grads[5] = (kl_factor * reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
-        if g_loss is not None and beta is not None and beta.requires_grad:
+        if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
             grads[6] = (g_loss * kl).sum().to(beta.dtype)
-        return in_order_of_arguments(grads)
+        return (None, None, *grads)
 
 
-_REDUCTION = 3
-"""Position of the reduction among an objective's options."""
+_REDUCTION, _TERMS, _NEEDED = 3, 5, 6
+"""Positions among an objective's options."""
 
 
-class _ElboOperator(_Elbo):
-    """The same behind the dispatcher, where compilers and tracers see every output."""
-
-    returns_buffers = True
+def _options_in_forward(options: tuple[Any, ...], operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An objective's options with those gradients needed that are made in the forward pass: all or none."""
+    needed = options[_NEEDED]
+    deferred = options[_REDUCTION] in ("sample", "element") or any(
+        need and t.dtype == torch.float16 for t, need in zip(operands, needed, strict=True)
+    )
+    return (*options[:_NEEDED], [False] * 5, *options[_NEEDED + 1 :]) if deferred else options
 
 
 def _place(grads: list[Tensor | None], found: list[Tensor], needed: list[bool]) -> None:
@@ -298,4 +288,4 @@ def elbo_formula(
 
 ops.latent.register_autograd(_Latent)
 ops.reparameterize.register_autograd(_Reparameterize)
-ops.elbo.register_autograd(_Elbo, registered=_ElboOperator)
+ops.elbo.register_autograd(_Elbo)

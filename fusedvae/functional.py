@@ -20,8 +20,8 @@ Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
-from functools import reduce, wraps
+from collections.abc import Callable
+from functools import partial, reduce, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import ops
 from .autograd import elbo_formula
-from .backend import Memo, current_choice, reference, resolve
+from .backend import current_choice, reference, resolve
 from .ops import unpack
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -158,34 +158,30 @@ def _check_generator(generator: object) -> None:
 
 # --- what is worked out once ------------------------------------------------------------------------------------
 
-
-class _Prepared(NamedTuple):
-    """What follows from the arguments of a call but for the values in them: that they are right, and how to go on."""
-
-    backend: str
-    options: tuple[Any, ...]
-    """The operator's arguments after its operands."""
-    memo: Memo
+_Call = Callable[..., Any]
+"""What computes an operation of operands that have been checked."""
 
 
-def _remembered(prepare: Callable[..., _Prepared]) -> Callable[..., _Prepared]:
-    """Remember what ``prepare`` makes of operands of the same types, sizes, strides and dtypes.
+def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
+    """Remember what ``prepare`` returned for operands of the same types, sizes, strides and dtypes.
 
-    Checking the arguments of a call takes longer than many of the kernels, and a training loop makes the same calls
-    over and over. ``prepare`` takes operands by position, the first of which decides the device, and everything else
-    by name; it must not depend on values in tensors or on numbers among the operands.
+    Checking the arguments of a call and finding its way takes longer than many of the kernels, and a training loop
+    makes the same calls over and over. ``prepare`` takes operands by position, the first of which decides the device,
+    and everything else by name; it must not depend on values in tensors or on numbers among the operands.
     """
-    memory: dict[tuple, _Prepared] = {}
+    memory: dict[tuple, _Call] = {}
 
     @wraps(prepare)
-    def recall(*operands: Any, **options: Any) -> _Prepared:
-        if torch.compiler.is_compiling():
+    def recall(*operands: Any, **options: Any) -> _Call:
+        if ops.is_watched():
             return prepare(*operands, **options)
         try:
             key = (
                 # All that may matter of an operand but the values in it.
                 *[
-                    (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else type(t)
+                    (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+                    if isinstance(t, Tensor)
+                    else type(t)
                     for t in operands
                 ],
                 *options.values(),
@@ -193,15 +189,15 @@ def _remembered(prepare: Callable[..., _Prepared]) -> Callable[..., _Prepared]:
                 torch.is_autocast_enabled(operands[0].device.type),
                 current_choice(),
             )
-            found = memory.get(key)
+            call = memory.get(key)
         except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, or unhashable
             return prepare(*operands, **options)
-        if found is None:
-            found = prepare(*operands, **options)
+        if call is None:
+            call = prepare(*operands, **options)
             if len(memory) >= _MOST_REMEMBERED:
                 memory.clear()
-            memory[key] = found
-        return found
+            memory[key] = call
+        return call
 
     return recall
 
@@ -216,13 +212,6 @@ def _value_dtype(device_type: str, *operands: Tensor | float | None) -> torch.dt
     if promoted not in (torch.float32, torch.float64) and torch.is_autocast_enabled(device_type):
         return torch.float32
     return promoted
-
-
-def _number_pair(value: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float | None]:
-    """An operand that may be a tensor or a number, as the operators take it."""
-    if isinstance(value, Tensor):
-        return (value if value.device == device else value.to(device)), None
-    return None, None if value is None else float(value)
 
 
 # --- the latent -------------------------------------------------------------------------------------------------
@@ -251,15 +240,12 @@ def reparameterize(
     _check_generator(generator)
     if noise is not None and generator is not None:
         raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
-    prepared = _prepared_sample(mu, logvar, noise, backend=backend)
-    seed = ops.draw_seed(mu.device, generator) if noise is None else None
-    if prepared.backend == "reference":
-        return _reference_sample(mu, logvar, seed, noise)
-    return ops.reparameterize(mu, logvar, seed, noise, options=prepared.options, memo=prepared.memo)
+    call = _sample_call(mu, logvar, noise, backend=backend)
+    return call(mu, logvar, ops.draw_seed(mu.device, generator) if noise is None else None, noise)
 
 
 @_remembered
-def _prepared_sample(mu: Tensor, logvar: Tensor | None, noise: Tensor | None, *, backend: str | None) -> _Prepared:
+def _sample_call(mu: Tensor, logvar: Tensor | None, noise: Tensor | None, *, backend: str | None) -> _Call:
     _check_latents(mu, logvar)
     if noise is not None:
         _check_tensor("noise", noise)
@@ -268,7 +254,18 @@ def _prepared_sample(mu: Tensor, logvar: Tensor | None, noise: Tensor | None, *,
             raise ValueError(f"noise: expected shape {tuple(expected)}, got {tuple(noise.shape)}")
         _check_same_device("noise", noise, "mu", mu)
     name = resolve(mu.device.type, backend)
-    return _Prepared(name, (name,), {})
+    if name == "reference":
+        return _reference_sample
+    return ops.reparameterize.prepared(mu, logvar, None, noise, options=(name,))
+
+
+def _reference_sample(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None) -> Tensor:
+    mean, log_variance = unpack(mu, logvar)
+    if noise is None:
+        assert seed is not None
+        noise = reference.normal(tuple(mean.shape), seed, reference.working_dtype(mean, log_variance))
+    z = reference.sample(mean, log_variance, noise)
+    return z.to(torch.promote_types(mean.dtype, log_variance.dtype))
 
 
 def latent(
@@ -292,28 +289,23 @@ def latent(
         `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,).
     """
     _check_generator(generator)
-    prepared = _prepared_latent(mu, logvar, backend=backend)
-    seed = ops.draw_seed(mu.device, generator)
-    if prepared.backend == "reference":
-        kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), "sample").to(prepared.options[0])
-        return Latent(_reference_sample(mu, logvar, seed, None), kl)
-    return Latent(*ops.latent(mu, logvar, seed, options=prepared.options, memo=prepared.memo))
+    call = _latent_call(mu, logvar, backend=backend)
+    return Latent(*call(mu, logvar, ops.draw_seed(mu.device, generator)))
 
 
 @_remembered
-def _prepared_latent(mu: Tensor, logvar: Tensor | None, *, backend: str | None) -> _Prepared:
+def _latent_call(mu: Tensor, logvar: Tensor | None, *, backend: str | None) -> _Call:
     _check_latents(mu, logvar)
     name = resolve(mu.device.type, backend)
-    return _Prepared(name, (_value_dtype(mu.device.type, mu, logvar), name), {})
+    kl_dtype = _value_dtype(mu.device.type, mu, logvar)
+    if name == "reference":
+        return partial(_reference_latent, kl_dtype)
+    return ops.latent.prepared(mu, logvar, None, options=(kl_dtype, name))
 
 
-def _reference_sample(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None) -> Tensor:
-    mean, log_variance = unpack(mu, logvar)
-    if noise is None:
-        assert seed is not None
-        noise = reference.normal(tuple(mean.shape), seed, reference.working_dtype(mean, log_variance))
-    z = reference.sample(mean, log_variance, noise)
-    return z.to(torch.promote_types(mean.dtype, log_variance.dtype))
+def _reference_latent(kl_dtype: torch.dtype, mu: Tensor, logvar: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
+    kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), "sample")
+    return _reference_sample(mu, logvar, seed, None), kl.to(kl_dtype)
 
 
 def kl_standard_normal(
@@ -327,14 +319,14 @@ def kl_standard_normal(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
-    prepared = _prepared_kl(mu, logvar, reduction=reduction, backend=backend)
-    return _objective(prepared, None, None, 0.0, mu, logvar, None, 1.0)[0]
+    call = _kl_call(mu, logvar, reduction=reduction, backend=backend)
+    return call(None, None, None, mu, logvar, None, 1.0)[0]
 
 
 @_remembered
-def _prepared_kl(mu: Tensor, logvar: Tensor | None, *, reduction: str, backend: str | None) -> _Prepared:
+def _kl_call(mu: Tensor, logvar: Tensor | None, *, reduction: str, backend: str | None) -> _Call:
     _check_latents(mu, logvar)
-    return _prepare_objective(None, None, None, mu, logvar, None, 1.0, _checked_reduction(reduction), backend)
+    return _objective_call(None, None, None, mu, logvar, None, 1.0, _checked_reduction(reduction), backend)
 
 
 # --- the likelihood ---------------------------------------------------------------------------------------------
@@ -359,12 +351,12 @@ def gaussian_nll(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
-    prepared = _prepared_nll(recon_x, x, recon_logvar, full=full, reduction=reduction, backend=backend)
-    return _objective(prepared, recon_x, x, recon_logvar, None, None, None, 0.0)[0]
+    call = _nll_call(recon_x, x, recon_logvar, full=full, reduction=reduction, backend=backend)
+    return call(recon_x, x, recon_logvar, None, None, None, 0.0)[0]
 
 
 @_remembered
-def _prepared_nll(
+def _nll_call(
     recon_x: Tensor,
     x: Tensor,
     recon_logvar: Tensor | float | None,
@@ -372,10 +364,10 @@ def _prepared_nll(
     full: bool,
     reduction: str,
     backend: str | None,
-) -> _Prepared:
+) -> _Call:
     _check_reconstruction(recon_x, x, recon_logvar)
     how = _checked_reduction(reduction)
-    return _prepare_objective(recon_x, x, recon_logvar, None, None, None, 0.0, how, backend, full=full)
+    return _objective_call(recon_x, x, recon_logvar, None, None, None, 0.0, how, backend, full=full)
 
 
 def gaussian_nll_loss(
@@ -438,17 +430,15 @@ def gaussian_nll_loss(
         how = "sum" if reduction == "none" else reduction
     else:
         how = "element" if reduction == "none" else reduction
-    prepared = _prepared_of_variance(input, target, spread, full=full, eps=eps, reduction=how, backend=backend)
-    return _objective(prepared, input, target, spread, None, None, None, 0.0)[0]
+    call = _variance_call(input, target, spread, full=full, eps=eps, reduction=how, backend=backend)
+    return call(input, target, spread, None, None, None, 0.0)[0]
 
 
 @_remembered
-def _prepared_of_variance(
+def _variance_call(
     mean: Tensor, x: Tensor, var: Tensor | float, *, full: bool, eps: float, reduction: str, backend: str | None
-) -> _Prepared:
-    return _prepare_objective(
-        mean, x, var, None, None, None, 0.0, reduction, backend, full=full, variance_floor=float(eps)
-    )
+) -> _Call:
+    return _objective_call(mean, x, var, None, None, None, 0.0, reduction, backend, full=full, floor=float(eps))
 
 
 # --- the bound --------------------------------------------------------------------------------------------------
@@ -486,7 +476,7 @@ def elbo_loss(
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
         backend: overrides the process's choice for this call.
     """
-    prepared = _prepared_elbo(
+    call = _elbo_call(
         recon_x,
         x,
         recon_logvar,
@@ -499,12 +489,12 @@ def elbo_loss(
         return_terms=return_terms,
         backend=backend,
     )
-    values = _objective(prepared, recon_x, x, recon_logvar, mu, logvar, kl, beta)
+    values = call(recon_x, x, recon_logvar, mu, logvar, kl, beta)
     return ELBOTerms(*values[:3]) if return_terms else values[0]
 
 
 @_remembered
-def _prepared_elbo(
+def _elbo_call(
     recon_x: Tensor,
     x: Tensor,
     recon_logvar: Tensor | float | None,
@@ -517,7 +507,7 @@ def _prepared_elbo(
     reduction: str,
     return_terms: bool,
     backend: str | None,
-) -> _Prepared:
+) -> _Call:
     _check_reconstruction(recon_x, x, recon_logvar)
     if kl is None:
         _check_latents(mu, logvar)
@@ -536,15 +526,10 @@ def _prepared_elbo(
         raise ValueError(f"{witness}: expected on {x.device}, where x is; got it on {device}")
     _check_number("beta", beta)
     how = _checked_reduction(reduction)
-    return _prepare_objective(
-        recon_x, x, recon_logvar, mu, logvar, kl, beta, how, backend, full=full, terms=return_terms
-    )
+    return _objective_call(recon_x, x, recon_logvar, mu, logvar, kl, beta, how, backend, full=full, terms=return_terms)
 
 
-# Every value is this one: an objective with both halves or either.
-
-
-def _prepare_objective(
+def _objective_call(
     recon_x: Tensor | None,
     x: Tensor | None,
     spread: Tensor | float | None,
@@ -556,45 +541,44 @@ def _prepare_objective(
     backend: str | None,
     *,
     full: bool = False,
-    variance_floor: float | None = None,
+    floor: float | None = None,
     terms: bool = False,
-) -> _Prepared:
+) -> _Call:
+    """What computes an objective with both halves or either: a sequence of the loss or, with ``terms``, loss, NLL, KL.
+
+    With a ``floor``, ``spread`` is a variance, not its logarithm, and at least that.
+    """
     witness = mu if recon_x is None else recon_x
     assert witness is not None
-    name = resolve(witness.device.type, backend)
-    dtype = _value_dtype(witness.device.type, recon_x, x, spread, mu, logvar, kl)
+    device = witness.device
+    name = resolve(device.type, backend)
+    dtype = _value_dtype(device.type, recon_x, x, spread, mu, logvar, kl)
     enabled = torch.is_grad_enabled()
     needed = [enabled and isinstance(t, Tensor) and t.requires_grad for t in (recon_x, x, spread, mu, logvar)]
     learned_beta = isinstance(beta, Tensor) and beta.requires_grad  # its gradient is the KL
-    options = (
-        variance_floor is not None, variance_floor or 0.0, bool(full), reduction, dtype, bool(terms) or learned_beta,
-        needed, name,
-    )  # fmt: skip
-    return _Prepared(name, options, {})
+    how = floor is not None, floor or 0.0, bool(full), reduction
+    if name == "reference":
+        return partial(_reference_objective, how, dtype)
+    options = (*how, dtype, bool(terms) or learned_beta, needed, name)
+
+    def in_kernel_form(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Targets of a dtype that kernels know, numbers in memory on the device."""
+        recon_x, x, spread, mu, logvar, kl, beta = operands
+        if x is not None and x.dtype not in _KERNEL_DTYPES:
+            x = x.to(torch.float32)
+        spread, beta = (t.to(device) if isinstance(t, Tensor) else t for t in (spread, beta))
+        return recon_x, x, spread, mu, logvar, kl, beta
+
+    operands = (recon_x, x, spread, mu, logvar, kl, beta)
+    converted = in_kernel_form(operands)
+    call = ops.elbo.prepared(*converted, options=options)
+    if all(a is b for a, b in zip(operands, converted, strict=True)):
+        return call
+    return lambda *operands: call(*in_kernel_form(operands))
 
 
-def _objective(
-    prepared: _Prepared,
-    recon_x: Tensor | None,
-    x: Tensor | None,
-    spread: Tensor | float | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    beta: float | Tensor,
-) -> Sequence[Tensor]:
-    """The loss or, where asked for, loss, NLL and KL."""
-    witness = mu if recon_x is None else recon_x
-    assert witness is not None
+def _reference_objective(how: tuple[Any, ...], dtype: torch.dtype, *operands: Any) -> list[Tensor]:
+    recon_x, x, *rest = operands
     if x is not None and x.dtype not in _KERNEL_DTYPES:
         x = x.to(torch.float32)
-    if prepared.backend == "reference":
-        is_variance, eps, full, reduction, dtype, *_ = prepared.options
-        values = elbo_formula(recon_x, x, spread, mu, logvar, kl, beta, is_variance, eps, full, reduction)
-        return [value.to(dtype) for value in values]
-    spread_tensor, spread_value = _number_pair(spread, witness.device)
-    beta_tensor, beta_value = _number_pair(beta, witness.device)
-    return ops.elbo(
-        recon_x, x, spread_tensor, spread_value, mu, logvar, kl, beta_tensor, beta_value or 0.0,
-        options=prepared.options, memo=prepared.memo,
-    )  # fmt: skip
+    return [value.to(dtype) for value in elbo_formula(recon_x, x, *rest, *how)]

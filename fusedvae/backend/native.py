@@ -8,7 +8,7 @@ extension knows nothing of torch; torch is imported first, so that it finds torc
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedvae.layout import Described, Strides, canonical, dense_strides, described, expanded
 
-from . import Latents, Memo, Reconstruction
+from . import ElboOperands, LatentOperands, Memo, NllOperands, Objective
 from .reference import HALF_LOG_2PI
 
 try:
@@ -37,13 +37,13 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _TOTAL, _SAMPLE, _ELEMENT = 0, 1, 2
 
 _Form = tuple[int, ...] | None
-"""An operand as the extension describes it: (dtype code, three strides), () for a number, None for nothing."""
+"""An operand as the extension describes it: see csrc/bindings.cpp."""
 
 
 class _Copy(NamedTuple):
     """An operand that the kernels cannot walk, and the tensor that stands in for it."""
 
-    position: int
+    field: int
     is_output: bool
     shape: tuple[int, ...]
     strides: Strides
@@ -54,81 +54,131 @@ class _Plan(NamedTuple):
 
     task: Any
     copies: tuple[_Copy, ...] = ()
+    unpacked: bool = False
+    """Whether it takes packed operands apart, since their halves are among the copies."""
 
-    def run(self, operands: Sequence[Tensor | float | None], *extra: int) -> None:
+    def run(self, operands: Any, *extra: int) -> None:
         """Run on operands of the sizes, strides and dtypes that the plan was made for."""
-        originals = operands
         if self.copies:
-            operands = list(originals)
-            for copy in self.copies:
-                operands[copy.position] = _stand_in(originals[copy.position], copy)
-        values = tuple([t.data_ptr() if isinstance(t, Tensor) else t for t in operands if t is not None])
-        self.task.run(values, *extra, torch.get_num_threads())
-        for copy in self.copies:
-            if copy.is_output:
-                original, computed = originals[copy.position], operands[copy.position]
-                assert isinstance(original, Tensor)
-                assert isinstance(computed, Tensor)
-                original.copy_(computed.sum_to_size(original.shape))
+            self._run_with_copies(operands, *extra)
+        else:
+            sources = tuple([t.data_ptr() if isinstance(t, Tensor) else t for t in operands if t is not None])
+            self.task.run(sources, *extra, torch.get_num_threads())
+
+    def _run_with_copies(self, operands: Any, *extra: int) -> None:
+        if self.unpacked:
+            operands = operands.unpacked()
+        walked = list(operands)
+        for field, is_output, shape, strides in self.copies:
+            original = operands[field]
+            walked[field] = torch.empty_strided(shape, strides, dtype=original.dtype, device=original.device)
+            if not is_output:
+                walked[field].copy_(original)
+        _Plan(self.task).run(walked, *extra)
+        for field, is_output, _, _ in self.copies:
+            if is_output:
+                operands[field].copy_(walked[field].sum_to_size(operands[field].shape))
 
 
-def _stand_in(original: Any, copy: _Copy) -> Tensor:
-    dense = torch.empty_strided(copy.shape, copy.strides, dtype=original.dtype, device=original.device)
-    return dense if copy.is_output else dense.copy_(original)
+# --- plans, from descriptions of the operands -------------------------------------------------------------------------
 
 
-# --- plans, from descriptions of the operands in the order of csrc/cpu/kernels.h --------------------------------------
+class _Part(NamedTuple):
+    """What a kernel takes for an operand: a field of the call's operands, or half of a packed one."""
+
+    field: int
+    described: Described
+    offset: int = 0
+
+
+_ABSENT = _Part(-1, None)
+
+
+class _Parts:
+    """The parts of a call's operands, by field name."""
+
+    def __init__(self, fields: Sequence[str], descriptions: Sequence[Described]) -> None:
+        self._parts = {name: _Part(k, d) for k, (name, d) in enumerate(zip(fields, descriptions, strict=True))}
+        present = [k for k, d in enumerate(descriptions) if d is not None]
+        self._sources = {field: position for position, field in enumerate(present)}
+
+    def __getitem__(self, name: str) -> _Part:
+        return self._parts.get(name, _ABSENT)
+
+    def pair(self, mean: str, logvar: str, *, packed: bool) -> tuple[_Part, _Part]:
+        """The parts of a mean and a log-variance, or the halves of the field that has both."""
+        whole = self[mean]
+        if not packed or not whole.described:
+            return whole, self[logvar]
+        shape, strides, dtype = whole.described
+        channels = shape[1] // 2
+        half = torch.Size((shape[0], channels, *shape[2:])), strides, dtype
+        return _Part(whole.field, half), _Part(whole.field, half, channels * strides[1] * dtype.itemsize)
+
+    def form(self, part: _Part, strides: Strides) -> _Form:
+        """The form of a part that is walked with ``strides``."""
+        if part.described is None:
+            return None
+        source = self._sources[part.field]
+        return (source, part.offset, _DTYPES[part.described[2]], *strides) if part.described else (source,)
+
+    def values(self, name: str) -> _Form:
+        """The form of a vector of values a sample, or of one value."""
+        part = self[name]
+        return self.form(part, (part.described[1][0] if part.described[1] else 0, 0, 0) if part.described else ())
 
 
 class _Walk(NamedTuple):
     extent: tuple[int, ...]
     logical: Strides
-    forms: tuple[_Form, ...]
+    strides: list[Strides]
+    """Of each part; () of those that are no tensors."""
     copies: tuple[_Copy, ...]
 
 
 def _walk(
-    shape: torch.Size, operands: Sequence[Described], first_output: int, *, keep_batch: bool, indexed: bool = False
+    shape: torch.Size, parts: Sequence[_Part], first_output: int, *, keep_batch: bool, indexed: bool = False
 ) -> _Walk:
     """How to walk operands that broadcast to ``shape``; those from ``first_output`` on are written to."""
-    tensors = [(k, operand) for k, operand in enumerate(operands) if operand]
-    strides = tuple([expanded(own, steps, shape) for _, (own, steps, _) in tensors])
-    layout = canonical(tuple(shape), strides, keep_batch=keep_batch, indexed=indexed)
-    forms: list[_Form] = [None if operand is None else () for operand in operands]
-    for (k, (_, _, dtype)), steps in zip(tensors, layout.strides, strict=True):
-        forms[k] = (_DTYPES[dtype], *steps)
-    positions = [tensors[c][0] for c in sorted(layout.copies)]
-    copies = tuple([_Copy(k, k >= first_output, shape, layout.dense) for k in positions])
-    return _Walk(layout.extent, layout.logical, tuple(forms), copies)
+    tensors = [(k, part.field, part.described) for k, part in enumerate(parts) if part.described]
+    layout = canonical(
+        tuple(shape),
+        tuple([expanded(own, steps, shape) for _, _, (own, steps, _) in tensors]),
+        keep_batch=keep_batch,
+        indexed=indexed,
+    )
+    strides: list[Strides] = [()] * len(parts)
+    for (k, _, _), steps in zip(tensors, layout.strides, strict=True):
+        strides[k] = steps
+    copied = [tensors[c] for c in sorted(layout.copies)]
+    copies = tuple([_Copy(field, k >= first_output, shape, layout.dense) for k, field, _ in copied])
+    return _Walk(layout.extent, layout.logical, strides, copies)
 
 
-_RECON_X, _GRAD_SPREAD = 0, 7  # positions in an NllTask
-
-
-def _walk_nll(shape: torch.Size, operands: Sequence[Described], keep_batch: bool) -> _Walk:
-    walk = _walk(shape, operands, 4, keep_batch=keep_batch)
-    recon_x, grad_spread = operands[_RECON_X], operands[_GRAD_SPREAD]
+def _walk_nll(shape: torch.Size, parts: list[_Part], keep_batch: bool) -> _Walk:
+    """How to walk the operands of a csrc/cpu/kernels.h NllTask."""
+    walk = _walk(shape, parts, 4, keep_batch=keep_batch)
+    recon_x, grad_spread = parts[0].described, parts[-1].described
     assert recon_x
-    if not grad_spread or _can_sum(walk, grad_spread[0], shape):
+    if not grad_spread or _can_sum(walk, parts[-1].field, grad_spread[0], shape):
         return walk
     # Broadcast in a pattern that the kernels cannot sum over: they write it out, and PyTorch adds it up.
     strides = dense_strides(shape, expanded(recon_x[0], recon_x[1], shape))
-    written_out = (shape, strides, grad_spread[2])
-    walk = _walk(shape, [*operands[:_GRAD_SPREAD], written_out], 4, keep_batch=keep_batch)
-    if any(copy.position == _GRAD_SPREAD for copy in walk.copies):
+    written_out = _Part(parts[-1].field, (shape, strides, grad_spread[2]))
+    walk = _walk(shape, [*parts[:-1], written_out], 4, keep_batch=keep_batch)
+    if any(copy.field == written_out.field for copy in walk.copies):
         return walk
-    return walk._replace(copies=(*walk.copies, _Copy(_GRAD_SPREAD, True, shape, strides)))
+    return walk._replace(copies=(*walk.copies, _Copy(written_out.field, True, shape, strides)))
 
 
-def _can_sum(walk: _Walk, own_shape: torch.Size, shape: torch.Size) -> bool:
+def _can_sum(walk: _Walk, field: int, own_shape: torch.Size, shape: torch.Size) -> bool:
     """Whether the kernels can sum this gradient over what it is broadcast along (csrc/cpu/kernels.h, NllTask)."""
     if own_shape == shape:
         return True
-    form = walk.forms[_GRAD_SPREAD]
     # Sums of nothing are zero, but the kernels see no extent to make them for.
-    if not form or shape.numel() == 0 or any(copy.position == _GRAD_SPREAD for copy in walk.copies):
+    if shape.numel() == 0 or any(copy.field == field for copy in walk.copies):
         return False
-    (batch, outer, inner), (s0, s1, s2) = walk.extent, form[1:]
+    (batch, outer, inner), (s0, s1, s2) = walk.extent, walk.strides[-1]
     summed_batch, summed_outer = s0 == 0 and batch > 1, s1 == 0 and outer > 1
     if s2 == 0 and inner > 1:
         return True
@@ -136,73 +186,88 @@ def _can_sum(walk: _Walk, own_shape: torch.Size, shape: torch.Size) -> bool:
     return kept or (s2 == 1 and s0 == 0 and s1 == 0)
 
 
-_GRAD_KL, _KL = 4, 8  # positions in a LatentTask of those with one value a sample
+def _nll_arguments(
+    parts: _Parts, objective: Objective, *, keep_batch: bool
+) -> tuple[tuple[Any, ...], tuple[_Copy, ...]]:
+    """What makes the extension's NllTask, and the copies around it."""
+    packed = parts["spread"].described is None
+    mean, spread = parts.pair("recon_x", "spread", packed=packed)
+    grad_mean, grad_spread = parts.pair("grad_recon_x", "grad_spread", packed=packed)
+    value = parts["loss"] if objective.reduction == "element" else _ABSENT
+    operands = [mean, parts["x"], spread, parts["weight"], value, grad_mean, parts["grad_x"], grad_spread]
+    assert mean.described
+    walk = _walk_nll(mean.described[0], operands, keep_batch)
+    forms = tuple(map(parts.form, operands, walk.strides))
+    return (walk.extent, forms, objective.is_variance, objective.eps), walk.copies
 
 
-def _walk_latent(shape: torch.Size, operands: Sequence[Described], keep_batch: bool, indexed: bool) -> _Walk:
-    elements = [None if k in (_GRAD_KL, _KL) else operand for k, operand in enumerate(operands)]
-    walk = _walk(shape, elements, 5, keep_batch=keep_batch, indexed=indexed)
-    forms = [_values(operands[k]) if k in (_GRAD_KL, _KL) else form for k, form in enumerate(walk.forms)]
-    return walk._replace(forms=tuple(forms))
-
-
-def _values(operand: Described) -> _Form:
-    """The form of a vector of values a sample, or of one value."""
-    if not operand:
-        return operand
-    _, strides, dtype = operand
-    return _DTYPES[dtype], strides[0] if strides else 0, 0, 0
-
-
-@lru_cache(maxsize=1024)
-def _nll_plan(shape: torch.Size, operands: tuple[Described, ...], is_variance: bool, eps: float) -> _Plan:
-    walk = _walk_nll(shape, operands, keep_batch=False)
-    return _Plan(_C.NllTask(walk.extent, walk.forms, is_variance, eps), walk.copies)
-
-
-@lru_cache(maxsize=1024)
-def _latent_plan(shape: torch.Size, operands: tuple[Described, ...], indexed: bool) -> _Plan:
-    keep_batch = operands[_GRAD_KL] is not None or operands[_KL] is not None
-    walk = _walk_latent(shape, operands, keep_batch, indexed)
-    return _Plan(_C.LatentTask(walk.extent, walk.logical, walk.forms), walk.copies)
-
-
-_NLL_OPERANDS, _LATENT_OPERANDS = 8, 9
+def _latent_arguments(
+    parts: _Parts, per_sample: tuple[_Form, _Form], *, keep_batch: bool, indexed: bool
+) -> tuple[tuple[Any, ...], tuple[_Copy, ...]]:
+    """What makes the extension's LatentTask, and the copies around it; ``per_sample`` is grad_kl and kl."""
+    packed = parts["logvar"].described is None
+    mu, logvar = parts.pair("mu", "logvar", packed=packed)
+    grad_mu, grad_logvar = parts.pair("grad_mu", "grad_logvar", packed=packed)
+    operands = [mu, logvar, parts["noise"], parts["grad_z"], parts["z"], grad_mu, grad_logvar]
+    assert mu.described
+    walk = _walk(mu.described[0], operands, 4, keep_batch=keep_batch, indexed=indexed)
+    forms = (*map(parts.form, operands, walk.strides), *per_sample)
+    return (walk.extent, walk.logical, forms), walk.copies
 
 
 @lru_cache(maxsize=1024)
-def _elbo_plan(
-    operands: tuple[Described, ...],
-    x_shape: torch.Size | None,
-    latent_shape: torch.Size | None,
-    is_variance: bool,
-    eps: float,
-    values: int,
-    scale: float,
-    constant: float,
-) -> _Plan:
-    likelihood, rest = operands[:_NLL_OPERANDS], operands[_NLL_OPERANDS:]
-    divergence, others = rest[:_LATENT_OPERANDS], rest[_LATENT_OPERANDS:]
+def _elbo_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
+    parts = _Parts(ElboOperands._fields, descriptions)
+    by_element, by_sample = objective.reduction == "element", objective.reduction == "sample"
     nll = kl = None
     copies: tuple[_Copy, ...] = ()
-    if x_shape is not None:
-        walk = _walk_nll(x_shape, likelihood, keep_batch=values == _SAMPLE)
-        nll = (walk.extent, walk.forms, is_variance, eps)
-        copies = walk.copies
-    if latent_shape is not None:
-        walk = _walk_latent(latent_shape, divergence, keep_batch=values == _SAMPLE, indexed=False)
-        kl = (walk.extent, walk.logical, walk.forms)
-        copies += tuple([copy._replace(position=_NLL_OPERANDS + copy.position) for copy in walk.copies])
-    kl_in = others[0]
-    kl_in_count = kl_in[0].numel() if kl_in else 0
-    forms = tuple(map(_values, others))
-    return _Plan(_C.ElboTask(nll, kl, forms, kl_in_count, values, scale, constant), copies)
+    if parts["recon_x"].described:
+        nll, copies = _nll_arguments(parts, objective, keep_batch=by_sample)
+    if parts["mu"].described:
+        kl, more = _latent_arguments(parts, (None, None), keep_batch=by_sample, indexed=False)
+        copies += more
+    kl_in = parts["kl_in"].described
+    others = ("kl_in", "beta") if by_element else ("kl_in", "beta", "loss", "nll", "kl")
+    task = _C.ElboTask(
+        nll,
+        kl,
+        tuple(map(parts.values, others)),
+        kl_in[0].numel() if kl_in else 0,
+        _ELEMENT if by_element else _SAMPLE if by_sample else _TOTAL,
+        objective.scale,
+        HALF_LOG_2PI if objective.full else 0.0,
+    )
+    return _Plan(task, copies)
 
 
 @lru_cache(maxsize=1024)
-def _scale_plan(tensors: tuple[tuple[int, torch.dtype], ...], factor: Described) -> _Plan:
-    forms = tuple([(_DTYPES[dtype], 0, 0, 1) for _, dtype in tensors])
-    return _Plan(_C.ScaleTask(forms, tuple([count for count, _ in tensors]), _values(factor)))
+def _nll_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
+    arguments, copies = _nll_arguments(_Parts(NllOperands._fields, descriptions), objective, keep_batch=False)
+    return _Plan(_C.NllTask(*arguments), copies)
+
+
+@lru_cache(maxsize=1024)
+def _latent_plan(descriptions: tuple[Described, ...], indexed: bool) -> _Plan:
+    parts = _Parts(LatentOperands._fields, descriptions)
+    per_sample = parts.values("grad_kl"), parts.values("kl")
+    arguments, copies = _latent_arguments(parts, per_sample, keep_batch=per_sample != (None, None), indexed=indexed)
+    return _Plan(_C.LatentTask(*arguments), copies)
+
+
+@lru_cache(maxsize=1024)
+def _scale_plan(descriptions: tuple[Described, ...]) -> _Plan:
+    names = [str(k) for k in range(len(descriptions))]
+    parts = _Parts(names, descriptions)
+    forms = tuple([parts.form(parts[name], (0, 0, 1)) for name in names[:-1]])
+    counts = tuple([d[0].numel() if d else 0 for d in descriptions[:-1]])
+    return _Plan(_C.ScaleTask(forms, counts, parts.values(names[-1])))
+
+
+def _planned(make: Callable[..., _Plan], operands: Any, *options: Any) -> _Plan:
+    plan = make(tuple(map(described, operands)), *options)
+    if plan.copies and (unpacked := operands.unpacked()) is not operands:
+        return make(tuple(map(described, unpacked)), *options)._replace(unpacked=True)
+    return plan
 
 
 # --- the backend ----------------------------------------------------------------------------------------------------
@@ -222,82 +287,42 @@ class _Native:
     def normal(self, out: Tensor, seed: Tensor) -> None:
         _C.normal(out.data_ptr(), _DTYPES[out.dtype], out.numel(), seed.data_ptr(), torch.get_num_threads())
 
-    def latent(
-        self,
-        latents: Latents,
-        *,
-        seed: Tensor | None = None,
-        noise: Tensor | None = None,
-        z: Tensor | None = None,
-        kl: Tensor | None = None,
-        grad_z: Tensor | None = None,
-        grad_kl: Tensor | None = None,
-        memo: Memo,
-    ) -> None:
-        mu, logvar, grad_mu, grad_logvar = latents
-        operands = (mu, logvar, noise, grad_z, grad_kl, z, grad_mu, grad_logvar, kl)
+    def latent(self, operands: LatentOperands, seed: Tensor | None, memo: Memo) -> None:
         plan = memo.get("latent")
         if plan is None:
-            plan = _latent_plan(mu.shape, tuple(map(described, operands)), seed is not None)
-            memo["latent"] = plan
+            plan = memo["latent"] = _planned(_latent_plan, operands, seed is not None)
         plan.run(operands, 0 if seed is None else seed.data_ptr())
 
-    def elbo(
-        self,
-        reconstruction: Reconstruction | None,
-        latents: Latents | None,
-        kl_in: Tensor | None,
-        beta: Tensor | float,
-        reduction: str,
-        scale: float,
-        loss: Tensor,
-        nll: Tensor | None,
-        kl: Tensor | None,
-        memo: Memo,
-    ) -> None:
-        by_element = reduction == "element"
-        likelihood: tuple[Any, ...] = (None,) * _NLL_OPERANDS
-        divergence: tuple[Any, ...] = (None,) * _LATENT_OPERANDS
-        if reconstruction is not None:
-            recon_x, x, spread, _, _, _, *grads = reconstruction
-            likelihood = (recon_x, x, spread, None, loss if by_element else None, *grads)
-        if latents is not None:
-            mu, logvar, grad_mu, grad_logvar = latents
-            divergence = (mu, logvar, None, None, None, None, grad_mu, grad_logvar, None)
-        values = (None, None, None) if by_element else (loss, nll, kl)
-        operands = (*likelihood, *divergence, kl_in, beta, *values)
+    def elbo(self, objective: Objective, operands: ElboOperands, memo: Memo) -> None:
         plan = memo.get("elbo")
         if plan is None:
-            r = reconstruction
-            plan = memo["elbo"] = _elbo_plan(
-                tuple(map(described, operands)),
-                None if r is None else r.x.shape,
-                None if latents is None else latents.mu.shape,
-                r is not None and r.is_variance,
-                0.0 if r is None else r.eps,
-                {"sample": _SAMPLE, "element": _ELEMENT}.get(reduction, _TOTAL),
-                scale,
-                HALF_LOG_2PI if r is not None and r.full else 0.0,
-            )
+            plan = memo["elbo"] = _planned(_elbo_plan, operands, objective)
         plan.run(operands)
-        if by_element:
-            assert reconstruction is not None
-            if reconstruction.full:
-                loss += HALF_LOG_2PI
-            if nll is not None:
-                nll.copy_(loss)
+        if objective.reduction == "element":
+            self._finish_elements(objective, operands)
 
-    def nll_backward(self, r: Reconstruction, weight: Tensor) -> None:
+    @staticmethod
+    def _finish_elements(objective: Objective, operands: ElboOperands) -> None:
+        """The constant, which the kernels add to sums only, and the term that is the loss over again."""
+        assert operands.loss is not None
+        if objective.full:
+            operands.loss.add_(HALF_LOG_2PI)
+        if operands.nll is not None:
+            operands.nll.copy_(operands.loss)
+
+    def nll_backward(self, objective: Objective, operands: NllOperands, memo: Memo) -> None:
+        weight = operands.weight
         if weight.dim() == 1:
-            weight = weight.view(-1, *[1] * (r.x.dim() - 1))
-        operands = (r.recon_x, r.x, r.spread, weight, None, r.grad_recon_x, r.grad_x, r.grad_spread)
-        _nll_plan(r.x.shape, tuple(map(described, operands)), r.is_variance, r.eps).run(operands)
+            weight = weight.view(-1, *[1] * (operands.x.dim() - 1))
+            operands = operands._replace(weight=weight)
+        _planned(_nll_plan, operands, objective).run(operands)
 
     def scale_(self, tensors: list[Tensor], factor: Tensor, memo: Memo) -> None:
+        operands = (*tensors, factor)
         plan = memo.get("scale")
         if plan is None:
-            plan = memo["scale"] = _scale_plan(tuple([(t.numel(), t.dtype) for t in tensors]), described(factor))
-        plan.run((*tensors, factor))
+            plan = memo["scale"] = _scale_plan(tuple(map(described, operands)))
+        plan.run(operands)
 
 
 def _absence() -> str:
