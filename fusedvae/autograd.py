@@ -157,30 +157,29 @@ class _Elbo(torch.autograd.Function):
         kl_in: Tensor | None,
         beta: Tensor | float | None,
     ) -> Any:
-        ctx.memo = {} if memo is None else memo
-        inner = ctx.memo.get("options in forward")
+        kept = {} if memo is None else memo
+        inner = kept.get("options in forward")
         if inner is None:
-            inner = _options_in_forward(options, (recon_x, x, spread, mu, logvar))
-            ctx.memo["options in forward"] = inner
+            inner = kept["options in forward"] = _options_in_forward(options, (recon_x, x, spread, mu, logvar))
         out = ops.elbo.below_autograd(memo, inner, recon_x, x, spread, mu, logvar, kl_in, beta)
         terms = options[_TERMS]
         values, grads = out[: 3 if terms else 1], out[3 if terms else 1 :]
-        spread, ctx.spread_value = (spread, None) if isinstance(spread, Tensor) else (None, spread)
-        beta, ctx.beta_value = (beta, None) if isinstance(beta, Tensor) else (None, beta)
-        kl = values[-1] if terms else None
-        ctx.save_for_backward(recon_x, x, spread, mu, logvar, kl_in, beta, kl, *grads)
-        ctx.options, ctx.made, ctx.owns_buffers = options, inner[_NEEDED], memo is not None
+        spread, spread_value = (spread, None) if isinstance(spread, Tensor) else (None, spread)
+        beta, beta_value = (beta, None) if isinstance(beta, Tensor) else (None, beta)
+        ctx.save_for_backward(recon_x, x, spread, mu, logvar, kl_in, beta, values[-1] if terms else None, *grads)
+        ctx.rest = spread_value, beta_value, options, inner[_NEEDED], memo is not None, kept
         ctx.set_materialize_grads(False)
-        if ctx.owns_buffers:
+        if memo is not None:
             return tuple(values)
         ctx.mark_non_differentiable(*grads)
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        is_variance, eps, full, reduction, _, terms, needed, name = ctx.options
         recon_x, x, spread, mu, logvar, kl_in, beta, kl, *buffers = ctx.saved_tensors
-        spread, beta = ctx.spread_value if spread is None else spread, ctx.beta_value if beta is None else beta
+        spread_value, beta_value, options, made, owns_buffers, kept = ctx.rest
+        is_variance, eps, full, reduction, _, terms, needed, name = options
+        spread, beta = spread_value if spread is None else spread, beta_value if beta is None else beta
         g_loss, g_nll, g_kl = incoming[:3] if terms else (incoming[0], None, None)
         if g_loss is None and g_nll is None and g_kl is None:
             return (None,) * 9
@@ -201,13 +200,13 @@ class _Elbo(torch.autograd.Function):
             kl_factor = _sum(g_loss * beta, g_kl)
         if buffers and g_nll is None and g_kl is None:
             # The usual step, in one go: the loss alone was differentiated, and all its gradients are made.
-            _place(grads, _scaled(buffers, g_loss, ctx.owns_buffers, name, ctx.memo), needed)
+            _place(grads, _scaled(buffers, g_loss, owns_buffers, name, kept), needed)
         else:
-            made_nll, made_kl = buffers[: sum(ctx.made[:3])], buffers[sum(ctx.made[:3]) :]
+            made_nll, made_kl = buffers[: sum(made[:3])], buffers[sum(made[:3]) :]
             factor = _sum(g_loss, g_nll)
             if factor is not None and any(needed[:3]):
                 if made_nll:
-                    found = _scaled(made_nll, factor, ctx.owns_buffers, name, {})
+                    found = _scaled(made_nll, factor, owns_buffers, name, {})
                 else:
                     weight = factor * reference.scale_of(reduction, x.shape)
                     how = (is_variance, eps, needed[:3], name)
@@ -215,7 +214,7 @@ class _Elbo(torch.autograd.Function):
                 _place(grads, found, needed[:3])
             if kl_factor is not None and any(needed[3:]):
                 if made_kl and g_kl is None:  # made with beta in them
-                    found = _scaled(made_kl, g_loss, ctx.owns_buffers, name, {})
+                    found = _scaled(made_kl, g_loss, owns_buffers, name, {})
                 else:
                     weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
                     found = ops.latent_backward(mu, logvar, None, None, None, weight, options=(name,))

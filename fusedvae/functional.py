@@ -186,7 +186,7 @@ def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
                 ],
                 *options.values(),
                 torch.is_grad_enabled(),
-                torch.is_autocast_enabled(operands[0].device.type),
+                torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(operands[0].device.type),
                 current_choice(),
             )
             call = memory.get(key)

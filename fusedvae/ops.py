@@ -9,7 +9,7 @@ A log-variance may be None beside a mean: both are packed in the mean's tensor t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -148,12 +148,12 @@ def _operator(
 # --- outputs ----------------------------------------------------------------------------------------------------
 
 
-def _like(operands: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
+def _like(operands: tuple[Any, ...], needed: list[bool]) -> list[Tensor | None]:
     """A gradient buffer for each operand that needs one."""
-    return [torch.empty_like(t) if need else None for t, need in zip(operands, needed, strict=True)]
+    return [torch.empty_like(t) if need else None for t, need in zip(operands, needed)]  # noqa: B905 - a hot path
 
 
-def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+def _present(tensors: list[Tensor | None]) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 
@@ -286,33 +286,22 @@ def latent_backward(
 # --- the bound --------------------------------------------------------------------------------------------------
 
 
-def _elbo_out(
-    options: tuple,
-    recon_x: Tensor | None,
-    x: Tensor | None,
-    spread: Tensor | float | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl_in: Tensor | None,
-    beta: Tensor | float | None,
-) -> tuple[list[Tensor], list[Tensor | None]]:
+def _elbo_out(options: tuple, operands: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor | None]]:
     """The value buffers, one or three, and the gradient buffers of the operands that need them."""
     _, _, _, reduction, dtype, terms, needed, _ = options
-    witness = x if x is not None else mu
-    assert witness is not None
+    recon_x, x, spread, mu, logvar, _, _ = operands
     if reduction == "element":
-        assert recon_x is not None
         values = [torch.empty_like(recon_x, dtype=dtype)]
     else:
-        shape = witness.shape[:1] if reduction == "sample" else ()
-        values = [witness.new_empty(shape, dtype=dtype)]
+        witness = mu if x is None else x
+        values = [witness.new_empty(witness.shape[:1] if reduction == "sample" else (), dtype=dtype)]
     if terms:
         values += [torch.empty_like(values[0]), torch.empty_like(values[0])]
     return values, _like((recon_x, x, spread, mu, logvar), needed)
 
 
 def _fake_elbo(options: tuple, *operands: Any) -> list[Tensor]:
-    values, grads = _elbo_out(options, *operands)
+    values, grads = _elbo_out(options, operands)
     return values + _present(grads)
 
 
@@ -322,33 +311,22 @@ def _fake_elbo(options: tuple, *operands: Any) -> list[Tensor]:
     "Tensor[]",
     fake=_fake_elbo,
 )
-def elbo(
-    memo: Memo,
-    options: tuple,
-    recon_x: Tensor | None,
-    x: Tensor | None,
-    spread: Tensor | float | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl_in: Tensor | None,
-    beta: Tensor | float | None,
-) -> list[Tensor]:
+def elbo(memo: Memo, options: tuple, *operands: Any) -> list[Tensor]:
     """loss = nll + beta * kl: the value (with ``terms``: loss, nll, kl), then the gradients of loss.
 
     A gradient follows for each of recon_x, x, spread, mu, logvar that is ``needed``. Without mu, the KL is that of
     ``kl_in`` (a value a sample) or absent; without recon_x, the NLL is absent.
     """
-    values, grads = _elbo_out(options, recon_x, x, spread, mu, logvar, kl_in, beta)
+    values, grads = _elbo_out(options, operands)
     objective = memo.get("objective")
     if objective is None:
         is_variance, eps, full, reduction, *_ = options
-        witness = x if x is not None else mu
-        assert witness is not None
-        scale = scale_of(reduction, witness.shape)
+        x, mu = operands[1], operands[3]
+        scale = scale_of(reduction, mu.shape if x is None else x.shape)
         objective = memo["objective"] = Objective(is_variance, eps, full, reduction, scale)
-    terms = values if len(values) == 3 else (values[0], None, None)
-    operands = ElboOperands(recon_x, x, spread, mu, logvar, kl_in, beta, *terms, *grads)
-    backend.kernels(options[-1]).elbo(objective, operands, memo)
+    loss, nll, kl = values if len(values) == 3 else (values[0], None, None)
+    operands = (*operands, loss, nll, kl, *grads)
+    backend.kernels(options[-1]).elbo(objective, ElboOperands(*operands), memo)
     return values + _present(grads)
 
 
