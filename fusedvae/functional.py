@@ -65,6 +65,8 @@ def _check_tensor(name: str, value: object, *, integers: bool = False) -> None:
     ):
         kinds = "a float" + (" or integer" if integers else "")
         raise TypeError(f"{name}: expected {kinds} tensor, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got one of layout {value.layout}")
 
 
 def _check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

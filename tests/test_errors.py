@@ -40,6 +40,7 @@ RECONSTRUCTION = [
     ({"recon_x": META}, ValueError, "x: expected on meta, where recon_x is; got it on cpu"),
     ({"x": 0.5}, TypeError, "x: expected a tensor, got float"),
     ({"x": COMPLEX}, TypeError, "x: expected a float or integer tensor, got torch.complex64"),
+    ({"x": X.to_sparse()}, TypeError, "x: expected a strided tensor, got one of layout torch.sparse_coo"),
     ({"x": torch.zeros(4, 1)}, ValueError, "x: expected the shape of recon_x (4, 6), got (4, 1)"),
     ({"x": META}, ValueError, "x: expected on cpu, where recon_x is; got it on meta"),
     (
@@ -84,6 +85,7 @@ LATENTS = [
     ({"mu": None}, TypeError, "mu: expected a tensor, got NoneType"),
     ({"mu": LATENT.long()}, TypeError, "mu: expected a float tensor, got torch.int64"),
     ({"mu": LATENT.to(torch.complex64)}, TypeError, "mu: expected a float tensor, got torch.complex64"),
+    ({"mu": LATENT.to_sparse()}, TypeError, "mu: expected a strided tensor, got one of layout torch.sparse_coo"),
     ({"mu": torch.zeros(4, 2)}, ValueError, "logvar: expected the shape of mu (4, 2), got (4, 3)"),
     ({"mu": META_LATENT}, ValueError, "logvar: expected on meta, where mu is; got it on cpu"),
     (
