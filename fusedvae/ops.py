@@ -23,6 +23,15 @@ from .backend.reference import scale_of
 _library = torch.library.Library("fusedvae", "DEF")
 
 
+def _find_any_requires_grad() -> Callable[..., bool]:
+    """PyTorch's own test of whether an argument needs a gradient; the same in Python where it has none (2.6)."""
+    found = getattr(torch._C, "_any_requires_grad", None)
+    return found or (lambda *operands: any(isinstance(t, Tensor) and t.requires_grad for t in operands))
+
+
+_any_requires_grad = _find_any_requires_grad()
+
+
 class Operator:
     """A registered operator, callable without the dispatcher's overhead where nothing needs the dispatcher.
 
@@ -81,7 +90,7 @@ class Operator:
 
     def _differentiable(self, operands: tuple[Any, ...]) -> Callable | None:
         """What runs this with its derivative recorded, if there is a need to."""
-        if self.formula is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
+        if self.formula is not None and torch.is_grad_enabled() and _any_requires_grad(*operands):
             return self.formula.apply
         return None
 

@@ -1,5 +1,5 @@
-// Arithmetic on vectors of the instruction set this file is compiled for: GCC's vector types, and the elementary
-// functions as branch-free polynomials. Accurate to about an ulp; NaN and infinity come out as from libm.
+// Arithmetic on vectors of the instruction set this file is compiled for: the vector types of GCC and Clang, and the
+// elementary functions as branch-free polynomials. Accurate to about an ulp; NaN and infinity come out as from libm.
 #pragma once
 
 #include <cmath>
@@ -13,6 +13,17 @@
 #endif
 
 #include "math/target.h"
+
+// The lanes of two vectors that the indices name. Clang and GCC from 12 on have the one builtin, GCC before that the
+// other.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FUSEDVAE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#if !defined(FUSEDVAE_SHUFFLE)
+#define FUSEDVAE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
 
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
@@ -280,14 +291,14 @@ FUSEDVAE_INLINE vi half_words(vq first, vq second) {
 // Lanes of a and b by turns: a0 b0 a1 b1 ..., in two vectors.
 FUSEDVAE_INLINE void interleave(vf a, vf b, vf* low, vf* high) {
 #if defined(__AVX512F__)
-  *low = __builtin_shuffle(a, b, vi{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-  *high = __builtin_shuffle(a, b, vi{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  *low = FUSEDVAE_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  *high = FUSEDVAE_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #elif defined(__AVX2__)
-  *low = __builtin_shuffle(a, b, vi{0, 8, 1, 9, 2, 10, 3, 11});
-  *high = __builtin_shuffle(a, b, vi{4, 12, 5, 13, 6, 14, 7, 15});
+  *low = FUSEDVAE_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  *high = FUSEDVAE_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
-  *low = __builtin_shuffle(a, b, vi{0, 4, 1, 5});
-  *high = __builtin_shuffle(a, b, vi{2, 6, 3, 7});
+  *low = FUSEDVAE_SHUFFLE(a, b, 0, 4, 1, 5);
+  *high = FUSEDVAE_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
 
