@@ -1,9 +1,15 @@
-// The extension module: pointers, sizes and strides in, kernels out. Knows nothing of torch.
+// The extension module: tasks, addresses and a thread count in, kernels out. Knows nothing of torch.
 //
-// An operand is a tuple (address, dtype code, batch stride, outer stride, inner stride), a number, or None. The caller
-// answers for the memory behind the addresses, and has imported torch, whose OpenMP runtime the kernels then share.
+// A task says how a kernel walks its operands: everything about a call but where they lie. It is made once for
+// tensors of some sizes, strides and dtypes, and runs on any that have these. Making one takes the form of each operand
+// in order: (tensor, byte offset, dtype code, batch stride, outer stride, inner stride) for one that lies in a tensor
+// of the run, (number,) for one that is a number, None for one that is not there; tensor and number are positions among
+// what a run takes, addresses and numbers. The caller answers for the memory, and has imported torch, whose OpenMP
+// runtime the kernels then share.
 
 #include <pybind11/pybind11.h>
+
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "operand.h"
@@ -11,146 +17,159 @@
 namespace py = pybind11;
 using namespace fusedvae;
 
-namespace pybind11::detail {
+namespace {
 
-// Operands and extents are parsed by hand: dozens of integers a call, on the path of every training step.
-inline int64_t integer_at(PyObject* tuple, Py_ssize_t i) {
-  return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+Extent extent_of(const py::tuple& sizes) {
+  return {sizes[0].cast<int64_t>(), sizes[1].cast<int64_t>(), sizes[2].cast<int64_t>()};
 }
 
-template <>
-struct type_caster<Operand> {
-  PYBIND11_TYPE_CASTER(Operand, const_name("Operand"));
+// A kernel's task, and those of its operands that each run fills in.
+template <class Task>
+class Planned {
+ public:
+  Task task;
 
-  bool load(handle source, bool) {
-    PyObject* p = source.ptr();
-    if (p == Py_None) return true;
-    value.given = true;
-    if (PyTuple_Check(p)) {
-      if (PyTuple_GET_SIZE(p) != 5) return false;
-      value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(p, 0));
-      value.dtype = static_cast<DType>(integer_at(p, 1));
-      for (int i = 0; i < 3; ++i) value.stride[i] = integer_at(p, 2 + i);
-    } else {
-      value.value = PyFloat_AsDouble(p);
+  void add(Operand& operand, const py::handle& form) {
+    if (form.is_none()) return;
+    operand.given = true;
+    const auto parts = form.cast<py::tuple>();
+    Slot slot{reinterpret_cast<char*>(&operand) - reinterpret_cast<char*>(&task), parts[0].cast<size_t>(), -1};
+    if (parts.size() == 6) {
+      slot.offset = parts[1].cast<int64_t>();
+      operand.dtype = static_cast<DType>(parts[2].cast<int>());
+      for (size_t i = 0; i < 3; ++i) operand.stride[i] = parts[i + 3].cast<int64_t>();
+    } else if (parts.size() != 1) {
+      throw py::value_error("an operand's form has six parts, or one for a number");
     }
-    if (!PyErr_Occurred()) return true;
-    PyErr_Clear();
-    return false;
+    slots_.push_back(slot);
+    if (slot.source >= sources_) sources_ = slot.source + 1;
   }
-};
 
-template <class T, int64_t T::* a, int64_t T::* b, int64_t T::* c>
-struct triple_caster {
-  PYBIND11_TYPE_CASTER(T, const_name("Triple"));
-
-  bool load(handle source, bool) {
-    PyObject* p = source.ptr();
-    if (!PyTuple_Check(p) || PyTuple_GET_SIZE(p) != 3) return false;
-    value.*a = integer_at(p, 0);
-    value.*b = integer_at(p, 1);
-    value.*c = integer_at(p, 2);
-    if (!PyErr_Occurred()) return true;
-    PyErr_Clear();
-    return false;
+  // The task on these addresses and numbers.
+  Task on(const py::tuple& sources) const {
+    if (sources.size() < sources_) throw py::value_error("the task has more operands");
+    Task filled = task;
+    for (const Slot& slot : slots_) {
+      Operand& operand = *reinterpret_cast<Operand*>(reinterpret_cast<char*>(&filled) + slot.member);
+      PyObject* const source = PyTuple_GET_ITEM(sources.ptr(), static_cast<Py_ssize_t>(slot.source));
+      if (slot.offset >= 0)
+        operand.data = static_cast<char*>(PyLong_AsVoidPtr(source)) + slot.offset;
+      else
+        operand.value = PyFloat_AsDouble(source);
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return filled;
   }
+
+ private:
+  struct Slot {
+    std::ptrdiff_t member;  // of the operand in the task
+    size_t source;
+    int64_t offset;  // in bytes; -1 for a number
+  };
+  std::vector<Slot> slots_;
+  size_t sources_ = 0;
 };
-template <>
-struct type_caster<Extent> : triple_caster<Extent, &Extent::batch, &Extent::outer, &Extent::inner> {};
-template <>
-struct type_caster<IndexStrides>
-    : triple_caster<IndexStrides, &IndexStrides::batch, &IndexStrides::outer, &IndexStrides::inner> {};
-
-}  // namespace pybind11::detail
-
-namespace {
 
 const int64_t* seed_at(uintptr_t address) {
   return reinterpret_cast<const int64_t*>(address);
 }
 
-NllTask nll_task(const py::tuple& a) {
-  NllTask task;
-  task.extent = a[0].cast<Extent>();
-  Operand* const operands[] = {&task.recon_x,      &task.x,      &task.spread,     &task.value,
+// Forms in the order of the structs in cpu/kernels.h.
+
+template <class Task>
+void add_nll(Planned<Task>& plan, NllTask& task, const py::tuple& extent, const py::tuple& forms, bool is_variance,
+             double eps) {
+  task.extent = extent_of(extent);
+  task.is_variance = is_variance;
+  task.eps = eps;
+  Operand* const operands[] = {&task.recon_x,      &task.x,      &task.spread,     &task.weight, &task.value,
                                &task.grad_recon_x, &task.grad_x, &task.grad_spread};
-  for (size_t i = 0; i < 7; ++i) *operands[i] = a[i + 1].cast<Operand>();
-  task.is_variance = a[8].cast<bool>();
-  task.eps = a[9].cast<double>();
-  return task;
+  for (size_t i = 0; i < 8; ++i) plan.add(*operands[i], forms[i]);
 }
 
-LatentTask kl_task(const py::tuple& a) {
-  LatentTask task;
-  task.extent = a[0].cast<Extent>();
-  Operand* const operands[] = {&task.mu, &task.logvar, &task.grad_mu, &task.grad_logvar};
-  for (size_t i = 0; i < 4; ++i) *operands[i] = a[i + 1].cast<Operand>();
-  return task;
+template <class Task>
+void add_latent(Planned<Task>& plan, LatentTask& task, const py::tuple& extent, const py::tuple& index,
+                const py::tuple& forms) {
+  task.extent = extent_of(extent);
+  task.index = {index[0].cast<int64_t>(), index[1].cast<int64_t>(), index[2].cast<int64_t>()};
+  Operand* const operands[] = {&task.mu,      &task.logvar,      &task.noise,   &task.grad_z, &task.z,
+                               &task.grad_mu, &task.grad_logvar, &task.grad_kl, &task.kl};
+  for (size_t i = 0; i < 9; ++i) plan.add(*operands[i], forms[i]);
 }
 
-void normal(Operand out, int64_t count, uintptr_t seed, int threads) {
-  NormalTask task;
-  task.out = out;
-  task.count = count;
-  task.seed = static_cast<uint64_t>(*seed_at(seed));
-  py::gil_scoped_release release;
-  kernels().normal(task, threads);
+Planned<NllTask> nll_task(const py::tuple& extent, const py::tuple& forms, bool is_variance, double eps) {
+  Planned<NllTask> plan;
+  add_nll(plan, plan.task, extent, forms, is_variance, eps);
+  return plan;
 }
 
-void latent(Extent extent, IndexStrides index, Operand mu, Operand logvar, Operand noise, Operand grad_z,
-            uintptr_t seed, Operand grad_kl, Operand z, Operand grad_mu, Operand grad_logvar, Operand kl, int threads) {
-  LatentTask task;
-  task.extent = extent;
-  task.index = index;
-  task.mu = mu;
-  task.logvar = logvar;
-  task.noise = noise;
-  task.grad_z = grad_z;
+Planned<LatentTask> latent_task(const py::tuple& extent, const py::tuple& index, const py::tuple& forms) {
+  Planned<LatentTask> plan;
+  add_latent(plan, plan.task, extent, index, forms);
+  return plan;
+}
+
+Planned<ElboTask> elbo_task(const py::object& nll, const py::object& kl, const py::tuple& others, int64_t kl_in_count,
+                            int values, double scale, double constant) {
+  Planned<ElboTask> plan;
+  ElboTask& task = plan.task;
+  if ((task.has_nll = !nll.is_none())) {
+    const auto a = nll.cast<py::tuple>();
+    add_nll(plan, task.nll, a[0], a[1], a[2].cast<bool>(), a[3].cast<double>());
+  }
+  if ((task.has_kl = !kl.is_none())) {
+    const auto a = kl.cast<py::tuple>();
+    add_latent(plan, task.kl, a[0], a[1], a[2]);
+  }
+  Operand* const operands[] = {&task.kl_in, &task.beta, &task.loss, &task.nll_out, &task.kl_out};
+  if (others.size() > 5) throw py::value_error("more operands than a task has room for");
+  for (size_t i = 0; i < others.size(); ++i) plan.add(*operands[i], others[i]);
+  task.kl_in_count = kl_in_count;
+  task.values = static_cast<Values>(values);
+  task.scale = scale;
+  task.constant = constant;
+  return plan;
+}
+
+// A run of a kernel on the CPU.
+template <class Task>
+auto run(void (*Kernels::*kernel)(const Task&, int)) {
+  return [kernel](const Planned<Task>& plan, const py::tuple& sources, int threads) {
+    const Task task = plan.on(sources);
+    py::gil_scoped_release release;
+    (kernels().*kernel)(task, threads);
+  };
+}
+
+void run_latent(const Planned<LatentTask>& plan, const py::tuple& sources, uintptr_t seed, int threads) {
+  LatentTask task = plan.on(sources);
   task.seed = seed_at(seed);
-  task.grad_kl = grad_kl;
-  task.z = z;
-  task.grad_mu = grad_mu;
-  task.grad_logvar = grad_logvar;
-  task.kl = kl;
   py::gil_scoped_release release;
   kernels().latent(task, threads);
 }
 
-void elbo(const py::object& nll, const py::object& kl, Operand kl_in, int64_t kl_in_count, Operand beta, int values,
-          double scale, double constant, Operand loss, Operand nll_out, Operand kl_out, int threads) {
-  ElboTask task;
-  if ((task.has_nll = !nll.is_none())) task.nll = nll_task(nll);
-  if ((task.has_kl = !kl.is_none())) task.kl = kl_task(kl);
-  task.kl_in = kl_in;
-  task.kl_in_count = kl_in_count;
-  task.beta = beta;
-  task.values = static_cast<Values>(values);
-  task.scale = scale;
-  task.constant = constant;
-  task.loss = loss;
-  task.nll_out = nll_out;
-  task.kl_out = kl_out;
-  py::gil_scoped_release release;
-  kernels().elbo(task, threads);
-}
-
-void nll_backward(const py::tuple& nll, Operand weight, int threads) {
-  NllTask task = nll_task(nll);
-  task.weight = weight;
-  py::gil_scoped_release release;
-  kernels().nll(task, threads);
-}
-
-void scale(const py::list& tensors, Operand factor, int threads) {
-  for (const py::handle item : tensors) {
-    const auto pair = item.cast<py::tuple>();
-    ScaleTask task;
-    task.tensor = pair[0].cast<Operand>();
-    task.count = pair[1].cast<int64_t>();
-    task.factor = factor;
-    py::gil_scoped_release release;
-    kernels().scale(task, threads);
+Planned<ScaleTask> scale_task(const py::tuple& forms, const py::tuple& counts, const py::tuple& factor) {
+  if (forms.size() > ScaleTask::kMost) throw py::value_error("more tensors than a task has room for");
+  Planned<ScaleTask> plan;
+  for (size_t i = 0; i < forms.size(); ++i) {
+    plan.add(plan.task.tensors[i], forms[i]);
+    plan.task.counts[i] = counts[i].cast<int64_t>();
   }
+  plan.add(plan.task.factor, factor);
+  return plan;
+}
+
+void normal(uintptr_t out, int dtype, int64_t count, uintptr_t seed, int threads) {
+  NormalTask task;
+  task.out.given = true;
+  task.out.data = reinterpret_cast<void*>(out);
+  task.out.dtype = static_cast<DType>(dtype);
+  task.out.stride[2] = 1;
+  task.count = count;
+  task.seed = static_cast<uint64_t>(*seed_at(seed));
+  py::gil_scoped_release release;
+  kernels().normal(task, threads);
 }
 
 }  // namespace
@@ -159,8 +178,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedvae's compiled kernels";
   m.def("cpu_isa", [] { return kernels().isa; }, "The instruction set that the CPU kernels use.");
   m.def("normal", &normal);
-  m.def("latent", &latent);
-  m.def("elbo", &elbo);
-  m.def("nll_backward", &nll_backward);
-  m.def("scale", &scale);
+  py::class_<Planned<NllTask>>(m, "NllTask").def(py::init(&nll_task)).def("run", run<NllTask>(&Kernels::nll));
+  py::class_<Planned<LatentTask>>(m, "LatentTask").def(py::init(&latent_task)).def("run", &run_latent);
+  py::class_<Planned<ElboTask>>(m, "ElboTask").def(py::init(&elbo_task)).def("run", run<ElboTask>(&Kernels::elbo));
+  py::class_<Planned<ScaleTask>>(m, "ScaleTask").def(py::init(&scale_task)).def("run", run<ScaleTask>(&Kernels::scale));
 }

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from . import backend, ops
-from .backend import reference
+from .backend import Memo, reference
 from .ops import unpack
 
 _Grads = tuple[Tensor | None, ...]
 
 
-def _second_order(formula: Callable[..., Any], inputs: list[Tensor | None], grads: list[Tensor | None]) -> _Grads:
+def _second_order(formula: Callable[..., Any], inputs: list[Any], grads: list[Tensor | None]) -> _Grads:
     """Differentiable gradients of a reference formula, None for the inputs that need none.
 
     ``formula`` takes the inputs and returns as many tensors as there are incoming ``grads``.
     """
     with torch.enable_grad():
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
         outputs = formula(*inputs)
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
         found = iter(
@@ -34,10 +34,10 @@ def _second_order(formula: Callable[..., Any], inputs: list[Tensor | None], grad
                 [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
             )
         )
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
+    return tuple(next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs)
 
 
-def _scaled(grads: list[Tensor], factor: Tensor | None, in_place: bool, backend_name: str) -> list[Tensor]:
+def _scaled(grads: list[Tensor], factor: Tensor | None, in_place: bool, backend_name: str, memo: Memo) -> list[Tensor]:
     """The gradients made in the forward pass, times the incoming factor.
 
     Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
@@ -46,7 +46,7 @@ def _scaled(grads: list[Tensor], factor: Tensor | None, in_place: bool, backend_
     assert factor is not None
     if not in_place or torch._C._autograd._get_current_graph_task_keep_graph():
         return [g * factor for g in grads]
-    backend.kernels(backend_name).scale_(grads, factor)
+    backend.kernels(backend_name).scale_(grads, factor, memo)
     return grads
 
 
@@ -59,10 +59,12 @@ class _Latent(torch.autograd.Function):
     """z and the per-sample KL; the noise is made again from the seed."""
 
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, name: str) -> Any:
-        z, kl = ops.latent.below_autograd(mu, logvar, seed, kl_dtype, name)
+    def forward(
+        ctx: Any, memo: Memo | None, options: tuple[Any, ...], mu: Tensor, logvar: Tensor | None, seed: Tensor
+    ) -> Any:
+        z, kl = ops.latent.below_autograd(memo, options, mu, logvar, seed)
         ctx.save_for_backward(mu, logvar, seed)
-        ctx.name = name
+        ctx.name = options[-1]
         ctx.set_materialize_grads(False)
         return z, kl
 
@@ -70,7 +72,7 @@ class _Latent(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
         mu, logvar, seed = ctx.saved_tensors
         grads = _latent_gradients(ctx.name, mu, logvar, seed, None, grad_z, grad_kl)
-        return (*grads, None, None, None)
+        return (None, None, *grads, None)
 
 
 class _Reparameterize(torch.autograd.Function):
@@ -78,11 +80,17 @@ class _Reparameterize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, name: str
+        ctx: Any,
+        memo: Memo | None,
+        options: tuple[Any, ...],
+        mu: Tensor,
+        logvar: Tensor | None,
+        seed: Tensor | None,
+        noise: Tensor | None,
     ) -> Tensor:
-        z = ops.reparameterize.below_autograd(mu, logvar, seed, noise, name)
+        z = ops.reparameterize.below_autograd(memo, options, mu, logvar, seed, noise)
         ctx.save_for_backward(mu, logvar, seed, noise)
-        ctx.name = name
+        ctx.name = options[-1]
         return z
 
     @staticmethod
@@ -94,7 +102,7 @@ class _Reparameterize(torch.autograd.Function):
             _, log_variance = unpack(mu, logvar)
             grad_noise = (grad_z * torch.exp(0.5 * log_variance)).to(noise.dtype)
         grads = _latent_gradients(ctx.name, mu, logvar, seed, noise, grad_z, None)
-        return (*grads, None, grad_noise, None)
+        return (None, None, *grads, None, grad_noise)
 
 
 def _latent_gradients(
@@ -112,7 +120,8 @@ def _latent_gradients(
     if torch.is_grad_enabled():
         mean, _ = unpack(mu, logvar)
         if noise is None and seed is not None:
-            noise = ops.normal(list(mean.shape), seed, reference.working_dtype(mu, logvar), name)
+            dtype = reference.working_dtype(mu, logvar)
+            noise = ops.normal(list(mean.shape), seed, options=(dtype, name))
 
         def formula(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, ...]:
             mu, logvar = unpack(mu, logvar)
@@ -120,7 +129,7 @@ def _latent_gradients(
             return z, reference.reduce(reference.kl_standard_normal(mu, logvar), "sample")
 
         return _second_order(formula, [mu, logvar], [grad_z, grad_kl])
-    grads = ops.latent_backward(mu, logvar, seed, noise, grad_z, grad_kl, name)
+    grads = ops.latent_backward(mu, logvar, seed, noise, grad_z, grad_kl, options=(name,))
     return grads[0], None if logvar is None else grads[1]
 
 
@@ -130,112 +139,106 @@ class _Elbo(torch.autograd.Function):
     Scalars arrive with their gradients made, and backward scales those. Per-sample and per-element values would
     move more that way (9N elements against 8N), and float16 gradients made before the incoming factor (a loss
     scaler's 65536) would underflow: those are made in backward, from the operands.
-    """
 
-    returns_buffers = False
-    """Whether the gradient buffers are outputs, as the operator's schema has it, and so not ours to write to."""
+    Behind the dispatcher (no memo) the gradient buffers are outputs, as the operator's schema has it and compilers and
+    tracers must see them, and so not ours to write to.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        memo: Memo | None,
+        options: tuple[Any, ...],
         recon_x: Tensor | None,
         x: Tensor | None,
-        spread: Tensor | None,
-        spread_value: float | None,
+        spread: Tensor | float | None,
         mu: Tensor | None,
         logvar: Tensor | None,
         kl_in: Tensor | None,
-        beta: Tensor | None,
-        beta_value: float,
-        is_variance: bool,
-        eps: float,
-        full: bool,
-        reduction: str,
-        dtype: torch.dtype,
-        terms: bool,
-        needed: list[bool],
-        name: str,
+        beta: Tensor | float | None,
     ) -> Any:
-        operands = (recon_x, x, spread, mu, logvar)
-        deferred = reduction in ("sample", "element") or any(
-            t is not None and need and t.dtype == torch.float16 for t, need in zip(operands, needed, strict=True)
-        )
-        made = [False] * 5 if deferred else list(needed)
-        out = ops.elbo.below_autograd(
-            recon_x, x, spread, spread_value, mu, logvar, kl_in, beta, beta_value,
-            is_variance, eps, full, reduction, dtype, terms, made, name,
-        )  # fmt: skip
+        kept = {} if memo is None else memo
+        inner = kept.get("options in forward")
+        if inner is None:
+            inner = kept["options in forward"] = _options_in_forward(options, (recon_x, x, spread, mu, logvar))
+        out = ops.elbo.below_autograd(memo, inner, recon_x, x, spread, mu, logvar, kl_in, beta)
+        terms = options[_TERMS]
         values, grads = out[: 3 if terms else 1], out[3 if terms else 1 :]
-        ctx.save_for_backward(*operands, kl_in, beta, values[-1] if terms else None, *grads)
-        ctx.options = (spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name)
+        spread, spread_value = (spread, None) if isinstance(spread, Tensor) else (None, spread)
+        beta, beta_value = (beta, None) if isinstance(beta, Tensor) else (None, beta)
+        ctx.save_for_backward(recon_x, x, spread, mu, logvar, kl_in, beta, values[-1] if terms else None, *grads)
+        ctx.rest = spread_value, beta_value, options, inner[_NEEDED], memo is not None, kept
         ctx.set_materialize_grads(False)
-        ctx.owns_buffers = not ctx._forward_cls.returns_buffers
-        if ctx.owns_buffers:
+        if memo is not None:
             return tuple(values)
         ctx.mark_non_differentiable(*grads)
-        return (*values, *grads)
+        return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        spread_value, beta_value, is_variance, eps, full, reduction, terms, needed, made, name = ctx.options
         recon_x, x, spread, mu, logvar, kl_in, beta, kl, *buffers = ctx.saved_tensors
+        spread_value, beta_value, options, made, owns_buffers, kept = ctx.rest
+        is_variance, eps, full, reduction, _, terms, needed, name = options
+        spread, beta = spread_value if spread is None else spread, beta_value if beta is None else beta
         g_loss, g_nll, g_kl = incoming[:3] if terms else (incoming[0], None, None)
         if g_loss is None and g_nll is None and g_kl is None:
-            return (None,) * 17
-
-        def in_schema_order(grads: Any) -> tuple:
-            """From gradients of recon_x, x, spread, mu, logvar, kl_in, beta."""
-            return (*grads[:3], None, *grads[3:], *(None,) * 9)
+            return (None,) * 9
 
         if torch.is_grad_enabled():
 
-            def formula(*t: Tensor | None) -> tuple[Tensor, ...]:
-                recon_x, x, spread, mu, logvar, kl_in, beta = t
-                return elbo_formula(
-                    recon_x, x, spread_value if spread is None else spread, mu, logvar, kl_in,
-                    beta_value if beta is None else beta, is_variance, eps, full, reduction,
-                )  # fmt: skip
+            def formula(*operands: Any) -> tuple[Tensor, ...]:
+                how: tuple[Any, ...] = (is_variance, eps, full, reduction)
+                return elbo_formula(*operands, *how)
 
             inputs = [recon_x, x, spread, mu, logvar, kl_in, beta]
-            return in_schema_order(_second_order(formula, inputs, [g_loss, g_nll, g_kl]))
+            return (None, None, *_second_order(formula, inputs, [g_loss, g_nll, g_kl]))
 
-        grads: list[Tensor | None] = [None] * 7
-        if buffers and g_nll is None and g_kl is None and kl_in is None and beta is None:
+        grads: list[Tensor | None] = [None] * 7  # of the operands
+        # What the KL is multiplied by on its way into whatever was differentiated.
+        kl_factor = g_kl
+        if g_loss is not None and (not buffers or kl_in is not None or g_kl is not None):
+            kl_factor = _sum(g_loss * beta, g_kl)
+        if buffers and g_nll is None and g_kl is None:
             # The usual step, in one go: the loss alone was differentiated, and all its gradients are made.
-            _place(grads, _scaled(buffers, g_loss, ctx.owns_buffers, name), needed)
-            return in_schema_order(grads)
-
-        # What the NLL and the KL are multiplied by on their way into whatever was differentiated.
-        factor = _sum(g_loss, g_nll)
-        kl_factor = _sum(None if g_loss is None else g_loss * (beta_value if beta is None else beta), g_kl)
-        made_nll, made_kl = buffers[: sum(made[:3])], buffers[sum(made[:3]) :]
-        if factor is not None and any(needed[:3]):
-            if made_nll:
-                found = _scaled(made_nll, factor, ctx.owns_buffers, name)
-            else:
-                weight = factor * reference.scale_of(reduction, x.shape)
-                found = ops.nll_backward(recon_x, x, spread, spread_value, weight, is_variance, eps, needed[:3], name)
-            _place(grads, found, needed[:3])
-        if kl_factor is not None and any(needed[3:]):
-            if made_kl and g_kl is None:  # made with beta in them
-                found = _scaled(made_kl, g_loss, ctx.owns_buffers, name)
-            else:
-                weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
-                found = ops.latent_backward(mu, logvar, None, None, None, weight, name)
-                if logvar is not None:
-                    found = [g for g, need in zip(found, needed[3:], strict=True) if need]
-            _place(grads, found, [False] * 3 + needed[3:])
-        if kl_factor is not None and kl_in is not None and ctx.needs_input_grad[6]:
+            _place(grads, _scaled(buffers, g_loss, owns_buffers, name, kept), needed)
+        else:
+            made_nll, made_kl = buffers[: sum(made[:3])], buffers[sum(made[:3]) :]
+            factor = _sum(g_loss, g_nll)
+            if factor is not None and any(needed[:3]):
+                if made_nll:
+                    found = _scaled(made_nll, factor, owns_buffers, name, {})
+                else:
+                    weight = factor * reference.scale_of(reduction, x.shape)
+                    how = (is_variance, eps, needed[:3], name)
+                    found = ops.nll_backward(recon_x, x, spread, weight, options=how)
+                _place(grads, found, needed[:3])
+            if kl_factor is not None and any(needed[3:]):
+                if made_kl and g_kl is None:  # made with beta in them
+                    found = _scaled(made_kl, g_loss, owns_buffers, name, {})
+                else:
+                    weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
+                    found = ops.latent_backward(mu, logvar, None, None, None, weight, options=(name,))
+                    if logvar is not None:
+                        found = [g for g, need in zip(found, needed[3:], strict=True) if need]
+                _place(grads, found, [False] * 3 + needed[3:])
+        if kl_factor is not None and kl_in is not None and kl_in.requires_grad:
             grads[5] = (kl_factor * reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
-        if g_loss is not None and beta is not None and ctx.needs_input_grad[7]:
+        if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
             grads[6] = (g_loss * kl).sum().to(beta.dtype)
-        return in_schema_order(grads)
+        return (None, None, *grads)
 
 
-class _ElboOperator(_Elbo):
-    """The same behind the dispatcher, where compilers and tracers see every output."""
+_REDUCTION, _TERMS, _NEEDED = 3, 5, 6
+"""Positions among an objective's options."""
 
-    returns_buffers = True
+
+def _options_in_forward(options: tuple[Any, ...], operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An objective's options with those gradients needed that are made in the forward pass: all or none."""
+    needed = options[_NEEDED]
+    deferred = options[_REDUCTION] in ("sample", "element") or any(
+        need and t.dtype == torch.float16 for t, need in zip(operands, needed, strict=True)
+    )
+    return (*options[:_NEEDED], [False] * 5, *options[_NEEDED + 1 :]) if deferred else options
 
 
 def _place(grads: list[Tensor | None], found: list[Tensor], needed: list[bool]) -> None:
@@ -284,4 +287,4 @@ def elbo_formula(
 
 ops.latent.register_autograd(_Latent)
 ops.reparameterize.register_autograd(_Reparameterize)
-ops.elbo.register_autograd(_Elbo, registered=_ElboOperator)
+ops.elbo.register_autograd(_Elbo)

@@ -20,17 +20,20 @@ Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial, reduce, wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .autograd import elbo_formula
-from .backend import reference, resolve
+from .backend import current_choice, reference, resolve
 from .ops import unpack
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_KERNEL_DTYPES = _FLOATS | {torch.uint8}
 _REDUCTIONS = {"batchmean": "batchmean", "sum": "sum", "none": "sample"}
 
 
@@ -62,6 +65,8 @@ def _check_tensor(name: str, value: object, *, integers: bool = False) -> None:
     ):
         kinds = "a float" + (" or integer" if integers else "")
         raise TypeError(f"{name}: expected {kinds} tensor, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got one of layout {value.layout}")
 
 
 def _check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -153,31 +158,62 @@ def _check_generator(generator: object) -> None:
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
 
 
-# --- dtypes -----------------------------------------------------------------------------------------------------
+# --- what is worked out once ------------------------------------------------------------------------------------
+
+_Call = Callable[..., Any]
+"""What computes an operation of operands that have been checked."""
+
+
+def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
+    """Remember what ``prepare`` returned for operands of the same types, sizes, strides and dtypes.
+
+    Checking the arguments of a call and finding its way takes longer than many of the kernels, and a training loop
+    makes the same calls over and over. ``prepare`` takes operands by position, the first of which decides the device,
+    and everything else by name; it must not depend on values in tensors or on numbers among the operands.
+    """
+    memory: dict[tuple, _Call] = {}
+
+    @wraps(prepare)
+    def recall(*operands: Any, **options: Any) -> _Call:
+        if ops.is_watched():
+            return prepare(*operands, **options)
+        try:
+            key = (
+                # All that may matter of an operand but the values in it.
+                *[
+                    (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+                    if isinstance(t, Tensor)
+                    else type(t)
+                    for t in operands
+                ],
+                *options.values(),
+                torch.is_grad_enabled(),
+                torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(operands[0].device.type),
+                current_choice(),
+            )
+            call = memory.get(key)
+        except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, or unhashable
+            return prepare(*operands, **options)
+        if call is None:
+            call = prepare(*operands, **options)
+            if len(memory) >= _MOST_REMEMBERED:
+                memory.clear()
+            memory[key] = call
+        return call
+
+    return recall
+
+
+_MOST_REMEMBERED = 1024
 
 
 def _value_dtype(device_type: str, *operands: Tensor | float | None) -> torch.dtype:
     """The dtype of a loss over these operands."""
     dtypes = [t.dtype for t in operands if isinstance(t, Tensor) and t.dtype.is_floating_point]
-    promoted = dtypes[0]
-    for dtype in dtypes[1:]:
-        if dtype is not promoted:
-            promoted = torch.promote_types(promoted, dtype)
-    if promoted is not torch.float32 and promoted is not torch.float64 and torch.is_autocast_enabled(device_type):
+    promoted = reduce(torch.promote_types, dtypes)
+    if promoted not in (torch.float32, torch.float64) and torch.is_autocast_enabled(device_type):
         return torch.float32
     return promoted
-
-
-def _number_pair(value: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float | None]:
-    """An operand that may be a tensor or a number, as the operators take it."""
-    if isinstance(value, Tensor):
-        return (value if value.device == device else value.to(device)), None
-    return None, None if value is None else float(value)
-
-
-def _needs_grad(*operands: Tensor | float | None) -> list[bool]:
-    enabled = torch.is_grad_enabled()
-    return [enabled and isinstance(t, Tensor) and t.requires_grad for t in operands]
 
 
 # --- the latent -------------------------------------------------------------------------------------------------
@@ -203,21 +239,35 @@ def reparameterize(
     Returns:
         z, of mu's shape (half a packed one's) and the promoted dtype of mu and logvar.
     """
-    _check_latents(mu, logvar)
     _check_generator(generator)
+    if noise is not None and generator is not None:
+        raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
+    call = _sample_call(mu, logvar, noise, backend=backend)
+    return call(mu, logvar, ops.draw_seed(mu.device, generator) if noise is None else None, noise)
+
+
+@_remembered
+def _sample_call(mu: Tensor, logvar: Tensor | None, noise: Tensor | None, *, backend: str | None) -> _Call:
+    _check_latents(mu, logvar)
     if noise is not None:
         _check_tensor("noise", noise)
         expected = mu.shape if logvar is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
         if tuple(noise.shape) != tuple(expected):
             raise ValueError(f"noise: expected shape {tuple(expected)}, got {tuple(noise.shape)}")
         _check_same_device("noise", noise, "mu", mu)
-        if generator is not None:
-            raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
     name = resolve(mu.device.type, backend)
-    seed = ops.draw_seed(mu.device, generator) if noise is None else None
     if name == "reference":
-        return _reference_sample(mu, logvar, seed, noise)
-    return ops.reparameterize(mu, logvar, seed, noise, name)
+        return _reference_sample
+    return ops.reparameterize.prepared(mu, logvar, None, noise, options=(name,))
+
+
+def _reference_sample(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None) -> Tensor:
+    mean, log_variance = unpack(mu, logvar)
+    if noise is None:
+        assert seed is not None
+        noise = reference.normal(tuple(mean.shape), seed, reference.working_dtype(mean, log_variance))
+    z = reference.sample(mean, log_variance, noise)
+    return z.to(torch.promote_types(mean.dtype, log_variance.dtype))
 
 
 def latent(
@@ -240,24 +290,24 @@ def latent(
     Returns:
         `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,).
     """
-    _check_latents(mu, logvar)
     _check_generator(generator)
+    call = _latent_call(mu, logvar, backend=backend)
+    return Latent(*call(mu, logvar, ops.draw_seed(mu.device, generator)))
+
+
+@_remembered
+def _latent_call(mu: Tensor, logvar: Tensor | None, *, backend: str | None) -> _Call:
+    _check_latents(mu, logvar)
     name = resolve(mu.device.type, backend)
-    seed = ops.draw_seed(mu.device, generator)
     kl_dtype = _value_dtype(mu.device.type, mu, logvar)
     if name == "reference":
-        kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), "sample").to(kl_dtype)
-        return Latent(_reference_sample(mu, logvar, seed, None), kl)
-    return Latent(*ops.latent(mu, logvar, seed, kl_dtype, name))
+        return partial(_reference_latent, kl_dtype)
+    return ops.latent.prepared(mu, logvar, None, options=(kl_dtype, name))
 
 
-def _reference_sample(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None) -> Tensor:
-    mean, log_variance = unpack(mu, logvar)
-    if noise is None:
-        assert seed is not None
-        noise = reference.normal(tuple(mean.shape), seed, reference.working_dtype(mean, log_variance))
-    z = reference.sample(mean, log_variance, noise)
-    return z.to(torch.promote_types(mean.dtype, log_variance.dtype))
+def _reference_latent(kl_dtype: torch.dtype, mu: Tensor, logvar: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
+    kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), "sample")
+    return _reference_sample(mu, logvar, seed, None), kl.to(kl_dtype)
 
 
 def kl_standard_normal(
@@ -271,8 +321,14 @@ def kl_standard_normal(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
+    call = _kl_call(mu, logvar, reduction=reduction, backend=backend)
+    return call(None, None, None, mu, logvar, None, 1.0)[0]
+
+
+@_remembered
+def _kl_call(mu: Tensor, logvar: Tensor | None, *, reduction: str, backend: str | None) -> _Call:
     _check_latents(mu, logvar)
-    return _elbo(None, None, 0.0, mu, logvar, None, 1.0, _checked_reduction(reduction), backend=backend)[0]
+    return _objective_call(None, None, None, mu, logvar, None, 1.0, _checked_reduction(reduction), backend)
 
 
 # --- the likelihood ---------------------------------------------------------------------------------------------
@@ -297,9 +353,23 @@ def gaussian_nll(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
+    call = _nll_call(recon_x, x, recon_logvar, full=full, reduction=reduction, backend=backend)
+    return call(recon_x, x, recon_logvar, None, None, None, 0.0)[0]
+
+
+@_remembered
+def _nll_call(
+    recon_x: Tensor,
+    x: Tensor,
+    recon_logvar: Tensor | float | None,
+    *,
+    full: bool,
+    reduction: str,
+    backend: str | None,
+) -> _Call:
     _check_reconstruction(recon_x, x, recon_logvar)
     how = _checked_reduction(reduction)
-    return _elbo(recon_x, x, recon_logvar, None, None, None, 0.0, how, full=bool(full), backend=backend)[0]
+    return _objective_call(recon_x, x, recon_logvar, None, None, None, 0.0, how, backend, full=full)
 
 
 def gaussian_nll_loss(
@@ -327,7 +397,7 @@ def gaussian_nll_loss(
 
     Raises:
         ValueError: a negative variance (not looked for in compiled code, where torch's own check would break the
-            graph), a variance of another shape, or an unknown reduction.
+            graph), a variance or target of another shape, or an unknown reduction.
     """
     _check_tensor("input", input)
     _check_tensor("target", target, integers=True)
@@ -354,17 +424,30 @@ def gaussian_nll_loss(
         spread = float(var)
     else:
         raise TypeError(f"var: expected a tensor or a number, got {type(var).__name__}")
+    if not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     if input.shape != target.shape:
-        input, target = torch.broadcast_tensors(input, target)
+        try:
+            input, target = torch.broadcast_tensors(input, target)
+        except RuntimeError:
+            raise ValueError(
+                f"target: expected a shape that broadcasts with input's {tuple(input.shape)}, got {tuple(target.shape)}"
+            ) from None
     if input.dim() == 0:
         input, target = input.view(1), target.view(1)
         spread = spread.view(1) if isinstance(spread, Tensor) else spread
         how = "sum" if reduction == "none" else reduction
     else:
         how = "element" if reduction == "none" else reduction
-    return _elbo(
-        input, target, spread, None, None, None, 0.0, how, full=full, variance_floor=float(eps), backend=backend
-    )[0]
+    call = _variance_call(input, target, spread, full=full, eps=eps, reduction=how, backend=backend)
+    return call(input, target, spread, None, None, None, 0.0)[0]
+
+
+@_remembered
+def _variance_call(
+    mean: Tensor, x: Tensor, var: Tensor | float, *, full: bool, eps: float, reduction: str, backend: str | None
+) -> _Call:
+    return _objective_call(mean, x, var, None, None, None, 0.0, reduction, backend, full=full, floor=float(eps))
 
 
 # --- the bound --------------------------------------------------------------------------------------------------
@@ -402,6 +485,38 @@ def elbo_loss(
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
         backend: overrides the process's choice for this call.
     """
+    call = _elbo_call(
+        recon_x,
+        x,
+        recon_logvar,
+        mu,
+        logvar,
+        kl,
+        beta,
+        full=full,
+        reduction=reduction,
+        return_terms=return_terms,
+        backend=backend,
+    )
+    values = call(recon_x, x, recon_logvar, mu, logvar, kl, beta)
+    return ELBOTerms(*values[:3]) if return_terms else values[0]
+
+
+@_remembered
+def _elbo_call(
+    recon_x: Tensor,
+    x: Tensor,
+    recon_logvar: Tensor | float | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    beta: float | Tensor,
+    *,
+    full: bool,
+    reduction: str,
+    return_terms: bool,
+    backend: str | None,
+) -> _Call:
     _check_reconstruction(recon_x, x, recon_logvar)
     if kl is None:
         _check_latents(mu, logvar)
@@ -420,13 +535,10 @@ def elbo_loss(
         raise ValueError(f"{witness}: expected on {x.device}, where x is; got it on {device}")
     _check_number("beta", beta)
     how = _checked_reduction(reduction)
-    values = _elbo(
-        recon_x, x, recon_logvar, mu, logvar, kl, beta, how, full=bool(full), terms=bool(return_terms), backend=backend
-    )
-    return ELBOTerms(*values) if return_terms else values[0]
+    return _objective_call(recon_x, x, recon_logvar, mu, logvar, kl, beta, how, backend, full=full, terms=return_terms)
 
 
-def _elbo(
+def _objective_call(
     recon_x: Tensor | None,
     x: Tensor | None,
     spread: Tensor | float | None,
@@ -435,30 +547,47 @@ def _elbo(
     kl: Tensor | None,
     beta: float | Tensor,
     reduction: str,
+    backend: str | None,
     *,
     full: bool = False,
-    variance_floor: float | None = None,
+    floor: float | None = None,
     terms: bool = False,
-    backend: str | None = None,
-) -> list[Tensor]:
-    """Every value is this one: an objective with both halves or either, over checked operands."""
+) -> _Call:
+    """What computes an objective with both halves or either: a sequence of the loss or, with ``terms``, loss, NLL, KL.
+
+    With a ``floor``, ``spread`` is a variance, not its logarithm, and at least that.
+    """
     witness = mu if recon_x is None else recon_x
     assert witness is not None
     device = witness.device
     name = resolve(device.type, backend)
     dtype = _value_dtype(device.type, recon_x, x, spread, mu, logvar, kl)
-    is_variance, eps = variance_floor is not None, variance_floor or 0.0
-    if x is not None and x.dtype not in _FLOATS and x.dtype is not torch.uint8:
-        x = x.to(torch.float32)
+    enabled = torch.is_grad_enabled()
+    needed = [enabled and isinstance(t, Tensor) and t.requires_grad for t in (recon_x, x, spread, mu, logvar)]
+    learned_beta = isinstance(beta, Tensor) and beta.requires_grad  # its gradient is the KL
+    how = floor is not None, floor or 0.0, bool(full), reduction
     if name == "reference":
-        values = elbo_formula(recon_x, x, spread, mu, logvar, kl, beta, is_variance, eps, full, reduction)
-        return [value.to(dtype) for value in values]
-    spread_tensor, spread_value = _number_pair(spread, device)
-    beta_tensor, beta_value = _number_pair(beta, device)
-    learned_beta = beta_tensor is not None and beta_tensor.requires_grad
-    needed = _needs_grad(recon_x, x, spread, mu, logvar)
-    out = ops.elbo(
-        recon_x, x, spread_tensor, spread_value, mu, logvar, kl, beta_tensor, beta_value or 0.0,
-        is_variance, eps, full, reduction, dtype, terms or learned_beta, needed, name,
-    )  # fmt: skip
-    return out[: 3 if terms else 1]
+        return partial(_reference_objective, how, dtype)
+    options = (*how, dtype, bool(terms) or learned_beta, needed, name)
+
+    def in_kernel_form(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Targets of a dtype that kernels know, numbers in memory on the device."""
+        recon_x, x, spread, mu, logvar, kl, beta = operands
+        if x is not None and x.dtype not in _KERNEL_DTYPES:
+            x = x.to(torch.float32)
+        spread, beta = (t.to(device) if isinstance(t, Tensor) else t for t in (spread, beta))
+        return recon_x, x, spread, mu, logvar, kl, beta
+
+    operands = (recon_x, x, spread, mu, logvar, kl, beta)
+    converted = in_kernel_form(operands)
+    call = ops.elbo.prepared(*converted, options=options)
+    if all(a is b for a, b in zip(operands, converted, strict=True)):
+        return call
+    return lambda *operands: call(*in_kernel_form(operands))
+
+
+def _reference_objective(how: tuple[Any, ...], dtype: torch.dtype, *operands: Any) -> list[Tensor]:
+    recon_x, x, *rest = operands
+    if x is not None and x.dtype not in _KERNEL_DTYPES:
+        x = x.to(torch.float32)
+    return [value.to(dtype) for value in elbo_formula(recon_x, x, *rest, *how)]

@@ -3,7 +3,7 @@
 A kernel sees each operand as ``data[b * s0 + o * s1 + i * s2]`` over an extent (batch, outer, inner), with
 ``s2`` 1 (contiguous) or 0 (broadcast). Contiguous and channels_last tensors, the halves of a packed tensor and
 broadcast operands all have this form, so they need no copies. Everything here is arithmetic on sizes and
-strides: no tensors, and cached, so that a training loop plans each of its shapes once.
+strides: nothing here reads a tensor, and plans are cached, so that a training loop makes each of its own once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,19 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 Strides = tuple[int, ...]
+Described = tuple[torch.Size, Strides, torch.dtype] | tuple[()] | None
+"""What matters of an operand to a plan: shape, strides and dtype of a tensor, () for a number, None for nothing."""
+
+
+def described(operand: Tensor | float | None) -> Described:
+    """The description of an operand."""
+    if isinstance(operand, Tensor):
+        return operand.shape, operand.stride(), operand.dtype
+    return None if operand is None else ()
 
 
 class Layout(NamedTuple):
@@ -28,6 +40,13 @@ class Layout(NamedTuple):
     """Operands that do not fit the form and must be copied to ``dense`` strides first."""
     dense: Strides
     """Strides over the logical shape of a dense tensor in this layout's memory order."""
+
+
+def expanded(shape: Sequence[int], strides: Strides, target: Sequence[int]) -> Strides:
+    """Strides of a tensor expanded to ``target``: 0 where it is broadcast."""
+    lead = len(target) - len(shape)
+    sizes = zip(shape, target[lead:], strides, strict=True)
+    return (0,) * lead + tuple([0 if size == 1 != whole else step for size, whole, step in sizes])
 
 
 def contiguous_strides(shape: Sequence[int]) -> Strides:

@@ -1,23 +1,24 @@
 """The operators: schemas, output allocation and kernels, registered with torch.library.
 
-Five operators carry everything. Each allocates its outputs (the same code describes them to torch.compile),
-takes packed operands apart, and hands plain tensors to the backend named by its last argument. The autograd
-formulas are in `fusedvae.autograd`, the checks and conveniences in `fusedvae.functional`.
+Each allocates its outputs (the same code describes them to torch.compile) and hands them and its operands to the
+backend that its last option names. The autograd formulas are in `fusedvae.autograd`, the checks and conveniences in
+`fusedvae.functional`.
 
-Optional operands come in pairs where a number may stand for a tensor: ``spread``/``spread_value`` (both None: the
-decoder's output is packed) and ``beta``/``beta_value``.
+A log-variance may be None beside a mean: both are packed in the mean's tensor then, halves along dimension 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backend
-from .backend import Latents, Reconstruction
+from .backend import ElboOperands, LatentOperands, Memo, NllOperands, Objective
 from .backend.reference import scale_of
 
 _library = torch.library.Library("fusedvae", "DEF")
@@ -29,73 +30,179 @@ class Operator:
     The dispatcher boxes and unboxes every argument of a Python kernel, twice with an autograd formula: for small
     tensors that would cost more than all the rest. So a plain eager call goes straight to the formula or the kernel,
     and through the dispatcher if a compiler traces, a mode watches, or the tensors are not plain.
+
+    Kernels and formulas are called as ``f(memo, options, *operands)``: a `backend.Memo`, the arguments that are no
+    operands, and the operands. The memo is None where a formula runs behind the dispatcher, which cannot pass one on.
     """
 
-    def __init__(self, name: str, kernel: Callable) -> None:
+    def __init__(
+        self, kernel: Callable, fake: Callable, operands: str, options: str, returns: str, tags: tuple[torch.Tag, ...]
+    ) -> None:
         self.kernel = kernel
         self.formula: type[torch.autograd.Function] | None = None
-        self.overload = getattr(torch.ops.fusedvae, name).default
-        self._returns_list = [str(r.type) for r in self.overload._schema.returns] == ["List[Tensor]"]
+        self._name = kernel.__name__
+        self._kinds = [operand.rsplit(" ", 1)[0] for operand in operands.split(", ")]
+        self._returns_list = returns.endswith("[]")
+        arguments = ", ".join(filter(None, (_schema(operands), options)))
+        _library.define(f"{self._name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag, *tags))
+        for device in ("CPU", "CUDA"):
+            _library.impl(self._name, self._behind_the_dispatcher(lambda *args: kernel({}, *args)), device)
+        torch.library.register_fake(f"fusedvae::{self._name}", self._behind_the_dispatcher(fake), lib=_library)
+        self.overload = getattr(torch.ops.fusedvae, self._name).default
 
-    def __call__(self, *args: Any) -> Any:
-        """Run with autograd."""
-        if torch.compiler.is_compiling() or not _is_plain_eager(args):
-            return self.overload(*args)
-        return self._differentiable(self.formula, args)
+    def __call__(self, *operands: Any, options: tuple[Any, ...] = ()) -> Any:
+        """Run, with autograd."""
+        return self.prepared(*operands, options=options)(*operands)
 
-    def _differentiable(self, formula: type[torch.autograd.Function] | None, args: tuple[Any, ...]) -> Any:
-        if formula is None or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
-            return self.below_autograd(*args)
-        out = formula.apply(*args)
-        return list(out) if self._returns_list else out
+    def prepared(self, *operands: Any, options: tuple[Any, ...] = ()) -> Callable[..., Any]:
+        """What runs this on ``operands``, or any others of the same types, sizes, strides and dtypes.
 
-    def below_autograd(self, *args: Any) -> Any:
-        """Run the kernel."""
-        if _is_plain_eager(args):
-            return self.kernel(*args)
+        It may be used for as long as gradients are wanted as now and `is_watched` stays as it is.
+        """
+        if is_watched() or not _PLAIN_TYPES.issuperset(map(type, operands)):
+            return partial(self._dispatch, options)
+        return partial(self._differentiable(operands) or self.kernel, {}, options)
+
+    def below_autograd(self, memo: Memo | None, options: tuple[Any, ...], *operands: Any) -> Any:
+        """Run the kernel, for a formula that was called with ``memo``."""
+        if memo is not None:
+            return self.kernel(memo, options, *operands)
         with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*args)
+            return self._dispatch(options, *operands)
 
-    def register_autograd(
-        self, formula: type[torch.autograd.Function], *, registered: type[torch.autograd.Function] | None = None
-    ) -> None:
-        """Make ``formula`` the operator's derivative, and ``registered``, if another, that behind the dispatcher."""
+    def register_autograd(self, formula: type[torch.autograd.Function]) -> None:
+        """Make ``formula`` the operator's derivative."""
         self.formula = formula
-        behind = registered or formula
-        _library.impl(self.overload._opname, lambda *args: self._differentiable(behind, args), "Autograd")
+
+        def run(options: tuple[Any, ...], *operands: Any) -> Any:
+            outputs = (self._differentiable(operands) or self.below_autograd)(None, options, *operands)
+            return list(outputs) if self._returns_list else outputs
+
+        _library.impl(self._name, self._behind_the_dispatcher(run), "Autograd")
+
+    def _differentiable(self, operands: tuple[Any, ...]) -> Callable | None:
+        """What runs this with its derivative recorded, if there is a need to."""
+        wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands)
+        # PyTorch has the formula say that it knows no forward mode, rather than lose a tangent.
+        wanted = wanted or (forward_ad._current_level >= 0 and any(map(_has_tangent, operands)))
+        return self.formula.apply if self.formula is not None and wanted else None
+
+    def _dispatch(self, options: tuple[Any, ...], *operands: Any) -> Any:
+        flat: list[Any] = []
+        for kind, operand in zip(self._kinds, operands, strict=True):
+            flat.append(operand)
+            if kind == _TENSOR_OR_NUMBER:
+                flat[-1:] = (operand, None) if operand is None or isinstance(operand, Tensor) else (None, operand)
+        return self.overload(*flat, *options)
+
+    def _behind_the_dispatcher(self, function: Callable) -> Callable:
+        """``function`` of options and operands as a function of the schema's arguments."""
+
+        def run(*arguments: Any) -> Any:
+            rest = list(arguments)
+            operands = []
+            for kind in self._kinds:
+                operand = rest.pop(0)
+                if kind == _TENSOR_OR_NUMBER:
+                    number = rest.pop(0)
+                    operand = number if operand is None else operand
+                operands.append(operand)
+            return function(tuple(rest), *operands)
+
+        return run
 
 
-_PLAIN_TYPES = frozenset(
-    (Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype, torch.device, torch.Generator)
-)
-"""Types of arguments that are what they seem: no tracer's stand-ins, no tensor subclasses."""
+_TENSOR_OR_NUMBER = "Tensor|float?"
+"""The kind of an operand that may be a tensor, a number or absent: of two arguments in a schema."""
 
 
-def _is_plain_eager(args: tuple[Any, ...]) -> bool:
+def _schema(operands: str) -> str:
+    def arguments(operand: str) -> str:
+        kind, name = operand.rsplit(" ", 1)
+        return f"Tensor? {name}, float? {name}_value" if kind == _TENSOR_OR_NUMBER else operand
+
+    return ", ".join(map(arguments, operands.split(", ")))
+
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, list, torch.device, torch.Generator))
+"""Types of operands that are what they seem: no tracer's stand-ins, no tensor subclasses."""
+
+
+def _has_tangent(operand: Any) -> bool:
+    return isinstance(operand, Tensor) and forward_ad.unpack_dual(operand).tangent is not None
+
+
+def is_watched() -> bool:
+    """Whether something must see operators called: a compiler, a transform of torch.func, a dispatch mode."""
     return (
-        _PLAIN_TYPES.issuperset(map(type, args))
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
 def _operator(
-    schema: str, *, tags: tuple[torch.Tag, ...] = (), fake: Callable | None = None
+    operands: str, options: str, returns: str, *, fake: Callable, tags: tuple[torch.Tag, ...] = ()
 ) -> Callable[[Callable], Operator]:
-    """Register the decorated function as the kernel of ``schema`` on every device type with kernels."""
-    name = schema.partition("(")[0]
+    """Register the decorated function as the kernel of the operator of its name, on every device type with kernels.
 
-    def register(kernel: Callable) -> Operator:
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, kernel, device)
-        torch.library.register_fake(f"fusedvae::{name}", fake or kernel, lib=_library)
-        return Operator(name, kernel)
-
-    return register
+    ``fake`` is called as the kernel is, without a memo, and makes the outputs.
+    """
+    return lambda kernel: Operator(kernel, fake, operands, options, returns, tags)
 
 
-# --- operands ---------------------------------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------------------------
+
+
+def _like(operands: tuple[Any, ...], needed: list[bool]) -> list[Tensor | None]:
+    """A gradient buffer for each operand that needs one."""
+    return [torch.empty_like(t) if need else None for t, need in zip(operands, needed)]  # noqa: B905 - a hot path
+
+
+def _present(tensors: list[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+# --- noise ------------------------------------------------------------------------------------------------------
+
+
+def _fake_seed(options: tuple, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+@_operator(
+    "Device device, Generator? generator",
+    "",
+    "Tensor",
+    fake=_fake_seed,
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+def draw_seed(memo: Memo, options: tuple, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """A 64-bit seed from torch's generator, kept on the device.
+
+    An operator of its own, so that a compiled program draws the very seed that an eager one does.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+
+
+# No tensor argument tells the dispatcher which device this is for.
+_library.impl("draw_seed", lambda *operands: draw_seed.kernel({}, (), *operands), "BackendSelect")
+
+
+def _normal_out(options: tuple, shape: list[int], seed: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=options[0], device=seed.device)
+
+
+@_operator("SymInt[] shape, Tensor seed", "ScalarType dtype, str backend", "Tensor", fake=_normal_out)
+def normal(memo: Memo, options: tuple, shape: list[int], seed: Tensor) -> Tensor:
+    """The noise stream of ``seed`` in a fresh tensor."""
+    out = _normal_out(options, shape, seed)
+    backend.kernels(options[-1]).normal(out, seed)
+    return out
+
+
+# --- the latent -------------------------------------------------------------------------------------------------
 
 
 def halves(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,301 +216,148 @@ def unpack(mean: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:
     return halves(mean) if logvar is None else (mean, logvar)
 
 
-def _reconstruction(
-    recon_x: Tensor,
-    x: Tensor,
-    spread: Tensor | None,
-    spread_value: float | None,
-    is_variance: bool,
-    eps: float,
-    full: bool,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> Reconstruction:
-    grad_recon_x, grad_x, grad_spread = grads
-    operand: Tensor | float
-    if spread is not None:
-        operand = spread
-    elif spread_value is not None:
-        operand = spread_value
-    else:
-        recon_x, operand = halves(recon_x)
-        if grad_recon_x is not None:
-            grad_recon_x, grad_spread = halves(grad_recon_x)
-    return Reconstruction(recon_x, x, operand, is_variance, eps, full, grad_recon_x, grad_x, grad_spread)
-
-
-def _latents(mu: Tensor, logvar: Tensor | None, grad_mu: Tensor | None, grad_logvar: Tensor | None) -> Latents:
-    if logvar is None:
-        mu, logvar = halves(mu)
-        if grad_mu is not None:
-            grad_mu, grad_logvar = halves(grad_mu)
-    return Latents(mu, logvar, grad_mu, grad_logvar)
-
-
-def _like(*operands: Tensor | None, needed: list[bool]) -> list[Tensor | None]:
-    """A gradient buffer for each operand that needs one."""
-    return [torch.empty_like(t) if need and t is not None else None for t, need in zip(operands, needed, strict=True)]
-
-
-def _present(tensors: list[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
-# --- noise ------------------------------------------------------------------------------------------------------
-
-
-def _fake_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    return torch.empty((), dtype=torch.int64, device=device)
-
-
-@_operator(
-    "draw_seed(Device device, Generator? generator) -> Tensor",
-    tags=(torch.Tag.nondeterministic_seeded,),
-    fake=_fake_seed,
-)
-def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """A 64-bit seed from torch's generator, kept on the device.
-
-    An operator of its own, so that a compiled program draws the very seed that an eager one does.
-    """
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
-
-
-# No tensor argument tells the dispatcher which device this is for.
-_library.impl("draw_seed", draw_seed.kernel, "BackendSelect")
-
-
-def _normal_out(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name: str) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=seed.device)
-
-
-@_operator("normal(SymInt[] shape, Tensor seed, ScalarType dtype, str backend) -> Tensor", fake=_normal_out)
-def normal(shape: list[int], seed: Tensor, dtype: torch.dtype, backend_name: str) -> Tensor:
-    """The noise stream of ``seed`` in a fresh tensor."""
-    out = _normal_out(shape, seed, dtype, backend_name)
-    backend.kernels(backend_name).normal(out, seed)
-    return out
-
-
-# --- the latent -------------------------------------------------------------------------------------------------
-
-
 def _sample_like(mu: Tensor, logvar: Tensor | None) -> Tensor:
     if logvar is None:
-        mu, logvar = halves(mu)
+        return torch.empty_like(halves(mu)[0])
     return torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
 
 
 def _reparameterize_out(
-    mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, backend_name: str
+    options: tuple, mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None
 ) -> Tensor:
     return _sample_like(mu, logvar)
 
 
-@_operator(
-    "reparameterize(Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise, str backend) -> Tensor",
-    fake=_reparameterize_out,
-)
+@_operator("Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise", "str backend", "Tensor", fake=_reparameterize_out)
 def reparameterize(
-    mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None, backend_name: str
+    memo: Memo, options: tuple, mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None
 ) -> Tensor:
     """z = mu + exp(logvar / 2) * noise, the noise given or made from the seed."""
     z = _sample_like(mu, logvar)
-    backend.kernels(backend_name).latent(_latents(mu, logvar, None, None), seed=seed, noise=noise, z=z)
+    backend.kernels(options[-1]).latent(LatentOperands(mu, logvar, noise, z=z), seed, memo)
     return z
 
 
-def _latent_out(
-    mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, backend_name: str
-) -> tuple[Tensor, Tensor]:
-    return _sample_like(mu, logvar), mu.new_empty(mu.shape[:1], dtype=kl_dtype)
+def _latent_out(options: tuple, mu: Tensor, logvar: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
+    return _sample_like(mu, logvar), mu.new_empty(mu.shape[:1], dtype=options[0])
 
 
 @_operator(
-    "latent(Tensor mu, Tensor? logvar, Tensor seed, ScalarType kl_dtype, str backend) -> (Tensor z, Tensor kl)",
+    "Tensor mu, Tensor? logvar, Tensor seed",
+    "ScalarType kl_dtype, str backend",
+    "(Tensor z, Tensor kl)",
     fake=_latent_out,
 )
-def latent(
-    mu: Tensor, logvar: Tensor | None, seed: Tensor, kl_dtype: torch.dtype, backend_name: str
-) -> tuple[Tensor, Tensor]:
+def latent(memo: Memo, options: tuple, mu: Tensor, logvar: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
     """The sample and its KL to the standard normal, one value a sample, in one pass."""
-    z, kl = _latent_out(mu, logvar, seed, kl_dtype, backend_name)
-    backend.kernels(backend_name).latent(_latents(mu, logvar, None, None), seed=seed, z=z, kl=kl)
+    z, kl = _latent_out(options, mu, logvar, seed)
+    backend.kernels(options[-1]).latent(LatentOperands(mu, logvar, z=z, kl=kl), seed, memo)
     return z, kl
 
 
 def _latent_grads(
+    options: tuple,
     mu: Tensor,
     logvar: Tensor | None,
     seed: Tensor | None,
     noise: Tensor | None,
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
-    backend_name: str,
 ) -> list[Tensor]:
-    return _present(_like(mu, logvar, needed=[True, True]))
+    return [torch.empty_like(mu)] if logvar is None else [torch.empty_like(mu), torch.empty_like(logvar)]
 
 
 @_operator(
-    "latent_backward(Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise, Tensor? grad_z, Tensor? grad_kl, "
-    "str backend) -> Tensor[]",
+    "Tensor mu, Tensor? logvar, Tensor? seed, Tensor? noise, Tensor? grad_z, Tensor? grad_kl",
+    "str backend",
+    "Tensor[]",
     fake=_latent_grads,
 )
 def latent_backward(
+    memo: Memo,
+    options: tuple,
     mu: Tensor,
     logvar: Tensor | None,
     seed: Tensor | None,
     noise: Tensor | None,
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
-    backend_name: str,
 ) -> list[Tensor]:
     """Gradients of sum(grad_z * z) + sum(grad_kl * kl): of mu and logvar, or of the packed tensor."""
-    grads = _latent_grads(mu, logvar, seed, noise, grad_z, grad_kl, backend_name)
-    backend.kernels(backend_name).latent(
-        _latents(mu, logvar, grads[0], grads[-1]), seed=seed, noise=noise, grad_z=grad_z, grad_kl=grad_kl
-    )
+    grads = _latent_grads(options, mu, logvar, seed, noise, grad_z, grad_kl)
+    operands = LatentOperands(mu, logvar, noise, grad_z, grad_kl, None, None, *grads)
+    backend.kernels(options[-1]).latent(operands, seed, memo)
     return grads
 
 
 # --- the bound --------------------------------------------------------------------------------------------------
 
 
-def _elbo_out(
-    recon_x: Tensor | None,
-    x: Tensor | None,
-    spread: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl_in: Tensor | None,
-    reduction: str,
-    dtype: torch.dtype,
-    terms: bool,
-    needed: list[bool],
-) -> tuple[list[Tensor], list[Tensor | None]]:
+def _elbo_out(options: tuple, operands: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor | None]]:
     """The value buffers, one or three, and the gradient buffers of the operands that need them."""
-    witness = next(t for t in (x, mu, kl_in) if t is not None)
-    count = 3 if terms else 1
+    _, _, _, reduction, dtype, terms, needed, _ = options
+    recon_x, x, spread, mu, logvar, _, _ = operands
     if reduction == "element":
-        assert recon_x is not None
-        values = [torch.empty_like(recon_x, dtype=dtype) for _ in range(count)]
+        values = [torch.empty_like(recon_x, dtype=dtype)]
     else:
-        shape = witness.shape[:1] if reduction == "sample" else ()
-        values = [witness.new_empty(shape, dtype=dtype) for _ in range(count)]
-    return values, _like(recon_x, x, spread, mu, logvar, needed=needed)
+        witness = mu if x is None else x
+        values = [witness.new_empty(witness.shape[:1] if reduction == "sample" else (), dtype=dtype)]
+    if terms:
+        values += [torch.empty_like(values[0]), torch.empty_like(values[0])]
+    return values, _like((recon_x, x, spread, mu, logvar), needed)
 
 
-_ELBO_OPERANDS = (
-    "Tensor? recon_x, Tensor? x, Tensor? spread, float? spread_value, Tensor? mu, Tensor? logvar, Tensor? kl_in, "
-    "Tensor? beta, float beta_value"
-)
-
-
-def _fake_elbo(
-    recon_x: Tensor | None,
-    x: Tensor | None,
-    spread: Tensor | None,
-    spread_value: float | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl_in: Tensor | None,
-    beta: Tensor | None,
-    beta_value: float,
-    is_variance: bool,
-    eps: float,
-    full: bool,
-    reduction: str,
-    dtype: torch.dtype,
-    terms: bool,
-    needed: list[bool],
-    backend_name: str,
-) -> list[Tensor]:
-    values, grads = _elbo_out(recon_x, x, spread, mu, logvar, kl_in, reduction, dtype, terms, needed)
+def _fake_elbo(options: tuple, *operands: Any) -> list[Tensor]:
+    values, grads = _elbo_out(options, operands)
     return values + _present(grads)
 
 
 @_operator(
-    f"elbo({_ELBO_OPERANDS}, bool is_variance, float eps, bool full, str reduction, ScalarType dtype, bool terms, "
-    "bool[] needed, str backend) -> Tensor[]",
+    "Tensor? recon_x, Tensor? x, Tensor|float? spread, Tensor? mu, Tensor? logvar, Tensor? kl_in, Tensor|float? beta",
+    "bool is_variance, float eps, bool full, str reduction, ScalarType dtype, bool terms, bool[] needed, str backend",
+    "Tensor[]",
     fake=_fake_elbo,
 )
-def elbo(
-    recon_x: Tensor | None,
-    x: Tensor | None,
-    spread: Tensor | None,
-    spread_value: float | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl_in: Tensor | None,
-    beta: Tensor | None,
-    beta_value: float,
-    is_variance: bool,
-    eps: float,
-    full: bool,
-    reduction: str,
-    dtype: torch.dtype,
-    terms: bool,
-    needed: list[bool],
-    backend_name: str,
-) -> list[Tensor]:
+def elbo(memo: Memo, options: tuple, *operands: Any) -> list[Tensor]:
     """loss = nll + beta * kl: the value (with ``terms``: loss, nll, kl), then the gradients of loss.
 
     A gradient follows for each of recon_x, x, spread, mu, logvar that is ``needed``. Without mu, the KL is that of
     ``kl_in`` (a value a sample) or absent; without recon_x, the NLL is absent.
     """
-    values, grads = _elbo_out(recon_x, x, spread, mu, logvar, kl_in, reduction, dtype, terms, needed)
-    reconstruction = latents = None
-    scale = 1.0
-    if recon_x is not None and x is not None:
-        buffers = (grads[0], grads[1], grads[2])
-        reconstruction = _reconstruction(recon_x, x, spread, spread_value, is_variance, eps, full, buffers)
-        scale = scale_of(reduction, x.shape)
-    if mu is not None:
-        latents = _latents(mu, logvar, grads[3], grads[4])
-        scale = scale_of(reduction, mu.shape)
-    loss, nll, kl = values if terms else (values[0], None, None)
-    weight = beta_value if beta is None else beta
-    backend.kernels(backend_name).elbo(reconstruction, latents, kl_in, weight, reduction, scale, loss, nll, kl)
+    values, grads = _elbo_out(options, operands)
+    objective = memo.get("objective")
+    if objective is None:
+        is_variance, eps, full, reduction, *_ = options
+        x, mu = operands[1], operands[3]
+        scale = scale_of(reduction, mu.shape if x is None else x.shape)
+        objective = memo["objective"] = Objective(is_variance, eps, full, reduction, scale)
+    loss, nll, kl = values if len(values) == 3 else (values[0], None, None)
+    operands = (*operands, loss, nll, kl, *grads)
+    backend.kernels(options[-1]).elbo(objective, ElboOperands(*operands), memo)
     return values + _present(grads)
 
 
 def _nll_grads(
-    recon_x: Tensor,
-    x: Tensor,
-    spread: Tensor | None,
-    spread_value: float | None,
-    weight: Tensor,
-    is_variance: bool,
-    eps: float,
-    needed: list[bool],
-    backend_name: str,
+    options: tuple, recon_x: Tensor, x: Tensor, spread: Tensor | float | None, weight: Tensor
 ) -> list[Tensor]:
-    return _present(_like(recon_x, x, spread, needed=needed))
+    return _present(_like((recon_x, x, spread), options[2]))
 
 
 @_operator(
-    "nll_backward(Tensor recon_x, Tensor x, Tensor? spread, float? spread_value, Tensor weight, bool is_variance, "
-    "float eps, bool[] needed, str backend) -> Tensor[]",
+    "Tensor recon_x, Tensor x, Tensor|float? spread, Tensor weight",
+    "bool is_variance, float eps, bool[] needed, str backend",
+    "Tensor[]",
     fake=_nll_grads,
 )
 def nll_backward(
-    recon_x: Tensor,
-    x: Tensor,
-    spread: Tensor | None,
-    spread_value: float | None,
-    weight: Tensor,
-    is_variance: bool,
-    eps: float,
-    needed: list[bool],
-    backend_name: str,
+    memo: Memo, options: tuple, recon_x: Tensor, x: Tensor, spread: Tensor | float | None, weight: Tensor
 ) -> list[Tensor]:
     """Gradients of sum(weight * nll) for each of recon_x, x, spread that is ``needed``.
 
     ``weight`` is 0-dim, one value a sample, or of x's shape.
     """
-    grads = _like(recon_x, x, spread, needed=needed)
-    reconstruction = _reconstruction(
-        recon_x, x, spread, spread_value, is_variance, eps, False, (grads[0], grads[1], grads[2])
-    )
-    backend.kernels(backend_name).nll_backward(reconstruction, weight)
+    is_variance, eps, needed, name = options
+    grads = _like((recon_x, x, spread), needed)
+    objective = Objective(is_variance, eps, False, "element", 1.0)
+    backend.kernels(name).nll_backward(objective, NllOperands(recon_x, x, spread, weight, *grads), memo)
     return _present(grads)

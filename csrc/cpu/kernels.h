@@ -51,9 +51,11 @@ struct ElboTask {
   Operand loss, nll_out, kl_out;
 };
 
+// Gradients times the incoming factor, in place; nothing is touched when it is 1.
 struct ScaleTask {
-  Operand tensor;  // contiguous
-  int64_t count = 0;
+  static constexpr int kMost = 5;  // an objective's gradients: of recon_x, x, spread, mu and logvar
+  Operand tensors[kMost];          // contiguous
+  int64_t counts[kMost] = {};
   Operand factor;
 };
 

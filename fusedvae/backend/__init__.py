@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,30 +19,114 @@ NAMES = ("native", "triton", "reference")
 """Every backend, in the order in which "auto" tries them."""
 
 
-class Reconstruction(NamedTuple):
-    """The likelihood half of an objective: operands, and the gradient buffers to fill (None: not wanted)."""
+class Objective(NamedTuple):
+    """What an objective is, but for its operands."""
+
+    is_variance: bool
+    """Whether ``spread`` is the variance, not its logarithm."""
+    eps: float
+    """The variance's lower bound."""
+    full: bool
+    """Whether the NLL has its constant, log(2 pi) / 2 an element."""
+    reduction: str
+    """"sample" gives a value a sample, "element" a value an element (likelihood only), all else a total."""
+    scale: float
+    """What the total is multiplied by."""
+
+
+class ElboOperands(NamedTuple):
+    """Operands of an objective, then the buffers to fill; None where there is none, or none is wanted.
+
+    Packed operands come whole: with ``spread`` None, ``recon_x`` holds mean and log-variance, halves along
+    dimension 1, and so does its gradient; with ``logvar`` None, so does ``mu``. See `unpacked`.
+    """
+
+    recon_x: Tensor | None
+    x: Tensor | None
+    spread: Tensor | float | None
+    """recon_logvar or the variance; a tensor broadcasts to recon_x's shape."""
+    mu: Tensor | None
+    logvar: Tensor | None
+    kl_in: Tensor | None
+    """The KL of each sample, instead of mu and logvar."""
+    beta: Tensor | float | None
+    loss: Tensor | None
+    nll: Tensor | None
+    kl: Tensor | None
+    grad_recon_x: Tensor | None
+    grad_x: Tensor | None
+    grad_spread: Tensor | None
+    """Of the tensor spread's own shape: the gradient is summed over the dimensions it is broadcast along."""
+    grad_mu: Tensor | None
+    grad_logvar: Tensor | None
+
+    def unpacked(self) -> ElboOperands:
+        """The same with packed operands as views of their halves."""
+        operands = self
+        if self.recon_x is not None and self.spread is None:
+            (mean, spread), (grad, grad_spread) = _halves(self.recon_x), _halves(self.grad_recon_x)
+            operands = operands._replace(recon_x=mean, spread=spread, grad_recon_x=grad, grad_spread=grad_spread)
+        if self.mu is not None and self.logvar is None:
+            (mu, logvar), (grad_mu, grad_logvar) = _halves(self.mu), _halves(self.grad_mu)
+            operands = operands._replace(mu=mu, logvar=logvar, grad_mu=grad_mu, grad_logvar=grad_logvar)
+        return operands
+
+
+class NllOperands(NamedTuple):
+    """Operands and gradient buffers of a likelihood, as in `ElboOperands`, and the weight of each value."""
 
     recon_x: Tensor
     x: Tensor
-    spread: Tensor | float
-    """recon_logvar, or the variance where ``is_variance``; a tensor broadcasts to recon_x's shape."""
-    is_variance: bool
-    eps: float
-    """The variance's lower bound; unused for a log-variance."""
-    full: bool
-    grad_recon_x: Tensor | None = None
-    grad_x: Tensor | None = None
-    grad_spread: Tensor | None = None
-    """Of the tensor spread's own shape: the gradient is summed over the dimensions it is broadcast along."""
+    spread: Tensor | float | None
+    weight: Tensor
+    """One for all, one a sample, or of x's shape."""
+    grad_recon_x: Tensor | None
+    grad_x: Tensor | None
+    grad_spread: Tensor | None
+
+    def unpacked(self) -> NllOperands:
+        """The same with packed operands as views of their halves."""
+        if self.spread is not None:
+            return self
+        (mean, spread), (grad, grad_spread) = _halves(self.recon_x), _halves(self.grad_recon_x)
+        return self._replace(recon_x=mean, spread=spread, grad_recon_x=grad, grad_spread=grad_spread)
 
 
-class Latents(NamedTuple):
-    """The divergence half of an objective: operands, and the gradient buffers to fill (None: not wanted)."""
+class LatentOperands(NamedTuple):
+    """Operands of a pass over the latent, then the buffers to fill; None where there is none, or none is wanted.
+
+    Packed operands come whole: with ``logvar`` None, ``mu`` and ``grad_mu`` hold both. See `unpacked`.
+    """
 
     mu: Tensor
-    logvar: Tensor
+    logvar: Tensor | None
+    noise: Tensor | None = None
+    grad_z: Tensor | None = None
+    grad_kl: Tensor | None = None
+    z: Tensor | None = None
+    kl: Tensor | None = None
     grad_mu: Tensor | None = None
     grad_logvar: Tensor | None = None
+
+    def unpacked(self) -> LatentOperands:
+        """The same with packed operands as views of their halves."""
+        if self.logvar is not None:
+            return self
+        (mu, logvar), (grad_mu, grad_logvar) = _halves(self.mu), _halves(self.grad_mu)
+        return self._replace(mu=mu, logvar=logvar, grad_mu=grad_mu, grad_logvar=grad_logvar)
+
+
+def _halves(packed: Tensor | None) -> tuple[Any, Any]:
+    if packed is None:
+        return None, None
+    first, second = packed.chunk(2, 1)
+    return first, second
+
+
+Memo = dict[str, Any]
+"""A place for what is worked out of a call's sizes, strides, dtypes and options.
+
+The caller passes the same one to calls that agree in all of these, and an empty one where it keeps none."""
 
 
 class KernelBackend(Protocol):
@@ -57,47 +141,24 @@ class KernelBackend(Protocol):
     def normal(self, out: Tensor, seed: Tensor) -> None:
         """Fill ``out`` with the noise stream of ``seed`` (0-dim int64, on the same device)."""
 
-    def latent(
-        self,
-        latents: Latents,
-        *,
-        seed: Tensor | None = None,
-        noise: Tensor | None = None,
-        z: Tensor | None = None,
-        kl: Tensor | None = None,
-        grad_z: Tensor | None = None,
-        grad_kl: Tensor | None = None,
-    ) -> None:
+    def latent(self, operands: LatentOperands, seed: Tensor | None, memo: Memo) -> None:
         """One pass over the latent: sample ``z``, per-sample ``kl``, gradients; each where asked for.
 
-        The noise comes from ``seed`` or ``noise``; neither is needed if neither z nor grad_z is. The gradients
-        in ``latents`` are those of sum(grad_z * z) + sum(grad_kl * kl).
+        The noise comes from ``seed`` or ``noise``; neither is needed if neither z nor grad_z is. The gradients are
+        those of sum(grad_z * z) + sum(grad_kl * kl).
         """
 
-    def elbo(
-        self,
-        reconstruction: Reconstruction | None,
-        latents: Latents | None,
-        kl_in: Tensor | None,
-        beta: Tensor | float,
-        reduction: str,
-        scale: float,
-        loss: Tensor,
-        nll: Tensor | None,
-        kl: Tensor | None,
-    ) -> None:
+    def elbo(self, objective: Objective, operands: ElboOperands, memo: Memo) -> None:
         """Fill loss = nll + beta * kl, and its terms where asked for, and the gradients of ``loss``.
 
-        The KL comes from ``latents`` or, a value a sample, from ``kl_in``. Either half may be absent. Reduction
-        "sample" gives a value a sample, "element" a value an element (reconstruction only), anything else
-        ``scale`` times the total.
+        The KL comes from mu and logvar or, a value a sample, from ``kl_in``. Either half may be absent.
         """
 
-    def nll_backward(self, reconstruction: Reconstruction, weight: Tensor) -> None:
-        """Gradients of sum(weight * nll); ``weight`` has recon_x's shape, or is one value a sample."""
+    def nll_backward(self, objective: Objective, operands: NllOperands, memo: Memo) -> None:
+        """Gradients of sum(weight * nll)."""
 
-    def scale_(self, tensors: list[Tensor], factor: Tensor) -> None:
-        """Multiply each tensor by the 0-dim ``factor`` in place; touch nothing when it is 1. No host sync."""
+    def scale_(self, tensors: list[Tensor], factor: Tensor, memo: Memo) -> None:
+        """Multiply each dense tensor by the 0-dim ``factor`` in place; touch nothing when it is 1. No host sync."""
 
 
 class BackendInfo(NamedTuple):
@@ -124,12 +185,17 @@ def unavailable(name: str, device_type: str) -> str | None:
     return None if name == "reference" else kernels(name).unavailable(device_type)
 
 
+def current_choice() -> str:
+    """What `use_backend` has chosen: a name, or "auto"."""
+    return _choice
+
+
 def resolve(device_type: str, requested: str | None = None) -> str:
     """The backend that serves the device type: the call's own choice, else that of `use_backend`.
 
     Raises RuntimeError, with reason and remedy, if a backend asked for by name is unavailable; "auto" cannot fail.
     """
-    return _resolve(device_type, _choice if requested is None else _checked(requested))
+    return _resolve(device_type, _choice if requested is None else checked_name(requested))
 
 
 @torch.compiler.assume_constant_result  # what can serve a device does not change while a process lives
@@ -167,11 +233,12 @@ def describe(name: str, device_type: str) -> str:
     return "plain PyTorch" if name == "reference" else kernels(name).describe(device_type)
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str, *, source: str = "backend") -> str:
+    """A name that `use_backend` takes. Raises TypeError or ValueError for another, which came from ``source``."""
     if not isinstance(name, str):
-        raise TypeError(f"backend: expected a name, got {type(name).__name__}")
+        raise TypeError(f"{source}: expected a name, got {type(name).__name__}")
     if name not in ("auto", *NAMES):
-        raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
+        raise ValueError(f"{source}: expected one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
     return name
 
 
@@ -187,7 +254,7 @@ class use_backend:  # noqa: N801 - reads as a function at the call site, like to
 
     def __init__(self, name: str) -> None:
         global _choice
-        if _checked(name) != "auto" and all(unavailable(name, device) for device in device_types()):
+        if checked_name(name) != "auto" and all(unavailable(name, device) for device in device_types()):
             reasons = "; ".join(f"{device}: {unavailable(name, device)}" for device in device_types())
             raise RuntimeError(f"backend {name!r} is unavailable: {reasons}")
         self._previous, _choice = _choice, name
@@ -202,4 +269,4 @@ class use_backend:  # noqa: N801 - reads as a function at the call site, like to
         _choice = self._previous
 
 
-use_backend(os.environ.get("FUSEDVAE_BACKEND") or "auto")
+use_backend(checked_name(os.environ.get("FUSEDVAE_BACKEND") or "auto", source="FUSEDVAE_BACKEND"))

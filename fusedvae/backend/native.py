@@ -1,23 +1,24 @@
 """The compiled extension: C++ kernels for CPUs.
 
-Turns tensors into what the extension takes, a pointer, a dtype code and three strides each, and leaves everything
-else to it. The extension knows nothing of torch; torch is imported first, so that it finds torch's OpenMP runtime
-in the process.
+Works out from sizes, strides and dtypes how the kernels walk a call's operands, a task of csrc/cpu/kernels.h, and
+keeps it: a training loop meets the same ones at every step. What is left to a call is to hand over addresses. The
+extension knows nothing of torch; torch is imported first, so that it finds torch's OpenMP runtime in the process.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedvae.layout import Strides, canonical
+from fusedvae.layout import Described, Strides, canonical, dense_strides, described, expanded
 
-from . import Latents, Reconstruction
+from . import ElboOperands, LatentOperands, Memo, NllOperands, Objective
 from .reference import HALF_LOG_2PI
 
 try:
@@ -35,76 +36,241 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 # How the values of a reduction are laid out, as csrc/cpu/kernels.h has it.
 _TOTAL, _SAMPLE, _ELEMENT = 0, 1, 2
 
-_Operand = tuple[int, int, int, int, int] | float | None
-_Inputs = Sequence[Tensor | float | None]
+_Form = tuple[int, ...] | None
+"""An operand as the extension describes it: see csrc/bindings.cpp."""
 
 
-class _Walk:
-    """Tensors of one logical shape, as the extension takes them. Outputs are complete after `finish`.
+class _Copy(NamedTuple):
+    """An operand that the kernels cannot walk, and the tensor that stands in for it."""
 
-    Operands that have no canonical form are copied into one that has; outputs likewise, and copied back.
-    """
-
-    def __init__(
-        self,
-        shape: torch.Size,
-        inputs: _Inputs,
-        outputs: list[Tensor | None],
-        *,
-        keep_batch: bool = False,
-        indexed: bool = False,
-    ) -> None:
-        operands = (*inputs, *outputs)
-        tensors = [t for t in operands if isinstance(t, Tensor)]
-        self.extent, self.index, forms, copies, dense_strides = _plan(
-            shape, tuple([(t.shape, t.stride(), t.dtype) for t in tensors]), keep_batch, indexed
-        )
-        self._copy_back: list[tuple[Tensor, Tensor]] = []
-        for k in copies:
-            dense = torch.empty_strided(shape, dense_strides, dtype=tensors[k].dtype, device=tensors[k].device)
-            if k >= len(tensors) - sum(t is not None for t in outputs):
-                self._copy_back.append((tensors[k], dense))
-            else:
-                dense.copy_(tensors[k])
-            tensors[k] = dense
-        self._keep_alive = tensors
-        described = iter([(t.data_ptr(), *form) for t, form in zip(tensors, forms, strict=True)])
-        walked = [next(described) if isinstance(t, Tensor) else t for t in operands]
-        self.inputs, self.outputs = walked[: len(inputs)], walked[len(inputs) :]
-
-    def is_copied(self, tensor: Tensor) -> bool:
-        """Whether an output is computed in a copy."""
-        return any(target is tensor for target, _ in self._copy_back)
-
-    def finish(self) -> None:
-        """Complete the outputs, after the kernel."""
-        for target, dense in self._copy_back:
-            target.copy_(dense)
+    field: int
+    is_output: bool
+    shape: tuple[int, ...]
+    strides: Strides
 
 
-@lru_cache(maxsize=4096)
-def _plan(
-    shape: torch.Size, tensors: tuple[tuple[torch.Size, Strides, torch.dtype], ...], keep_batch: bool, indexed: bool
-) -> tuple[tuple[int, int, int], Strides, list[tuple[int, ...]], list[int], Strides]:
-    """Extent, index strides, (dtype code, strides) of each tensor, tensors to copy, and the copies' strides.
+class _Plan(NamedTuple):
+    """A task of the extension, and what must be copied around its runs."""
 
-    Tensors are given as (shape, strides, dtype), and are expanded to ``shape``.
-    """
-    expanded = []
-    for own, strides, _ in tensors:
-        lead = len(shape) - len(own)
-        sizes = zip(own, shape[lead:], strides, strict=True)
-        expanded.append((0,) * lead + tuple(0 if size == 1 != whole else step for size, whole, step in sizes))
-    layout = canonical(tuple(shape), tuple(expanded), keep_batch=keep_batch, indexed=indexed)
-    forms = [(_DTYPES[dtype], *walk) for (_, _, dtype), walk in zip(tensors, layout.strides, strict=True)]
-    return layout.extent, layout.logical, forms, sorted(layout.copies), layout.dense
+    task: Any
+    copies: tuple[_Copy, ...] = ()
+    unpacked: bool = False
+    """Whether it takes packed operands apart, since their halves are among the copies."""
+
+    def run(self, operands: Any, *extra: int) -> None:
+        """Run on operands of the sizes, strides and dtypes that the plan was made for."""
+        if self.copies:
+            self._run_with_copies(operands, *extra)
+        else:
+            sources = tuple([t.data_ptr() if isinstance(t, Tensor) else t for t in operands if t is not None])
+            self.task.run(sources, *extra, torch.get_num_threads())
+
+    def _run_with_copies(self, operands: Any, *extra: int) -> None:
+        if self.unpacked:
+            operands = operands.unpacked()
+        walked = list(operands)
+        for field, is_output, shape, strides in self.copies:
+            original = operands[field]
+            walked[field] = torch.empty_strided(shape, strides, dtype=original.dtype, device=original.device)
+            if not is_output:
+                walked[field].copy_(original)
+        _Plan(self.task).run(walked, *extra)
+        for field, is_output, _, _ in self.copies:
+            if is_output:
+                operands[field].copy_(walked[field].sum_to_size(operands[field].shape))
 
 
-def _values(t: Tensor | None) -> _Operand:
-    """A contiguous vector of per-sample values, or one value."""
-    if t is None:
-        return None
-    return t.data_ptr(), _DTYPES[t.dtype], t.stride(0) if t.dim() else 0, 0, 0
+# --- plans, from descriptions of the operands -------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """What a kernel takes for an operand: a field of the call's operands, or half of a packed one."""
+
+    field: int
+    described: Described
+    offset: int = 0
+
+
+_ABSENT = _Part(-1, None)
+
+
+class _Parts:
+    """The parts of a call's operands, by field name."""
+
+    def __init__(self, fields: Sequence[str], descriptions: Sequence[Described]) -> None:
+        self._parts = {name: _Part(k, d) for k, (name, d) in enumerate(zip(fields, descriptions, strict=True))}
+        present = [k for k, d in enumerate(descriptions) if d is not None]
+        self._sources = {field: position for position, field in enumerate(present)}
+
+    def __getitem__(self, name: str) -> _Part:
+        return self._parts.get(name, _ABSENT)
+
+    def pair(self, mean: str, logvar: str, *, packed: bool) -> tuple[_Part, _Part]:
+        """The parts of a mean and a log-variance, or the halves of the field that has both."""
+        whole = self[mean]
+        if not packed or not whole.described:
+            return whole, self[logvar]
+        shape, strides, dtype = whole.described
+        channels = shape[1] // 2
+        half = torch.Size((shape[0], channels, *shape[2:])), strides, dtype
+        return _Part(whole.field, half), _Part(whole.field, half, channels * strides[1] * dtype.itemsize)
+
+    def form(self, part: _Part, strides: Strides) -> _Form:
+        """The form of a part that is walked with ``strides``."""
+        if part.described is None:
+            return None
+        source = self._sources[part.field]
+        return (source, part.offset, _DTYPES[part.described[2]], *strides) if part.described else (source,)
+
+    def values(self, name: str) -> _Form:
+        """The form of a vector of values a sample, or of one value."""
+        part = self[name]
+        return self.form(part, (part.described[1][0] if part.described[1] else 0, 0, 0) if part.described else ())
+
+
+class _Walk(NamedTuple):
+    extent: tuple[int, ...]
+    logical: Strides
+    strides: list[Strides]
+    """Of each part; () of those that are no tensors."""
+    copies: tuple[_Copy, ...]
+
+
+def _walk(
+    shape: torch.Size, parts: Sequence[_Part], first_output: int, *, keep_batch: bool, indexed: bool = False
+) -> _Walk:
+    """How to walk operands that broadcast to ``shape``; those from ``first_output`` on are written to."""
+    tensors = [(k, part.field, part.described) for k, part in enumerate(parts) if part.described]
+    layout = canonical(
+        tuple(shape),
+        tuple([expanded(own, steps, shape) for _, _, (own, steps, _) in tensors]),
+        keep_batch=keep_batch,
+        indexed=indexed,
+    )
+    strides: list[Strides] = [()] * len(parts)
+    for (k, _, _), steps in zip(tensors, layout.strides, strict=True):
+        strides[k] = steps
+    copied = [tensors[c] for c in sorted(layout.copies)]
+    copies = tuple([_Copy(field, k >= first_output, shape, layout.dense) for k, field, _ in copied])
+    return _Walk(layout.extent, layout.logical, strides, copies)
+
+
+def _walk_nll(shape: torch.Size, parts: list[_Part], keep_batch: bool) -> _Walk:
+    """How to walk the operands of a csrc/cpu/kernels.h NllTask."""
+    walk = _walk(shape, parts, 4, keep_batch=keep_batch)
+    recon_x, grad_spread = parts[0].described, parts[-1].described
+    assert recon_x
+    if not grad_spread or _can_sum(walk, parts[-1].field, grad_spread[0], shape):
+        return walk
+    # Broadcast in a pattern that the kernels cannot sum over: they write it out, and PyTorch adds it up.
+    strides = dense_strides(shape, expanded(recon_x[0], recon_x[1], shape))
+    written_out = _Part(parts[-1].field, (shape, strides, grad_spread[2]))
+    walk = _walk(shape, [*parts[:-1], written_out], 4, keep_batch=keep_batch)
+    if any(copy.field == written_out.field for copy in walk.copies):
+        return walk
+    return walk._replace(copies=(*walk.copies, _Copy(written_out.field, True, shape, strides)))
+
+
+def _can_sum(walk: _Walk, field: int, own_shape: torch.Size, shape: torch.Size) -> bool:
+    """Whether the kernels can sum this gradient over what it is broadcast along (csrc/cpu/kernels.h, NllTask)."""
+    if own_shape == shape:
+        return True
+    # Sums of nothing are zero, but the kernels see no extent to make them for.
+    if shape.numel() == 0 or any(copy.field == field for copy in walk.copies):
+        return False
+    (batch, outer, inner), (s0, s1, s2) = walk.extent, walk.strides[-1]
+    summed_batch, summed_outer = s0 == 0 and batch > 1, s1 == 0 and outer > 1
+    if s2 == 0 and inner > 1:
+        return True
+    kept = not summed_batch and not summed_outer
+    return kept or (s2 == 1 and s0 == 0 and s1 == 0)
+
+
+def _nll_arguments(
+    parts: _Parts, objective: Objective, *, keep_batch: bool
+) -> tuple[tuple[Any, ...], tuple[_Copy, ...]]:
+    """What makes the extension's NllTask, and the copies around it."""
+    packed = parts["spread"].described is None
+    mean, spread = parts.pair("recon_x", "spread", packed=packed)
+    grad_mean, grad_spread = parts.pair("grad_recon_x", "grad_spread", packed=packed)
+    value = parts["loss"] if objective.reduction == "element" else _ABSENT
+    operands = [mean, parts["x"], spread, parts["weight"], value, grad_mean, parts["grad_x"], grad_spread]
+    assert mean.described
+    walk = _walk_nll(mean.described[0], operands, keep_batch)
+    forms = tuple(map(parts.form, operands, walk.strides))
+    return (walk.extent, forms, objective.is_variance, objective.eps), walk.copies
+
+
+def _latent_arguments(
+    parts: _Parts, per_sample: tuple[_Form, _Form], *, keep_batch: bool, indexed: bool
+) -> tuple[tuple[Any, ...], tuple[_Copy, ...]]:
+    """What makes the extension's LatentTask, and the copies around it; ``per_sample`` is grad_kl and kl."""
+    packed = parts["logvar"].described is None
+    mu, logvar = parts.pair("mu", "logvar", packed=packed)
+    grad_mu, grad_logvar = parts.pair("grad_mu", "grad_logvar", packed=packed)
+    operands = [mu, logvar, parts["noise"], parts["grad_z"], parts["z"], grad_mu, grad_logvar]
+    assert mu.described
+    walk = _walk(mu.described[0], operands, 4, keep_batch=keep_batch, indexed=indexed)
+    forms = (*map(parts.form, operands, walk.strides), *per_sample)
+    return (walk.extent, walk.logical, forms), walk.copies
+
+
+@lru_cache(maxsize=1024)
+def _elbo_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
+    parts = _Parts(ElboOperands._fields, descriptions)
+    by_element, by_sample = objective.reduction == "element", objective.reduction == "sample"
+    nll = kl = None
+    copies: tuple[_Copy, ...] = ()
+    if parts["recon_x"].described:
+        nll, copies = _nll_arguments(parts, objective, keep_batch=by_sample)
+    if parts["mu"].described:
+        kl, more = _latent_arguments(parts, (None, None), keep_batch=by_sample, indexed=False)
+        copies += more
+    kl_in = parts["kl_in"].described
+    others = ("kl_in", "beta") if by_element else ("kl_in", "beta", "loss", "nll", "kl")
+    task = _C.ElboTask(
+        nll,
+        kl,
+        tuple(map(parts.values, others)),
+        kl_in[0].numel() if kl_in else 0,
+        _ELEMENT if by_element else _SAMPLE if by_sample else _TOTAL,
+        objective.scale,
+        HALF_LOG_2PI if objective.full else 0.0,
+    )
+    return _Plan(task, copies)
+
+
+@lru_cache(maxsize=1024)
+def _nll_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
+    arguments, copies = _nll_arguments(_Parts(NllOperands._fields, descriptions), objective, keep_batch=False)
+    return _Plan(_C.NllTask(*arguments), copies)
+
+
+@lru_cache(maxsize=1024)
+def _latent_plan(descriptions: tuple[Described, ...], indexed: bool) -> _Plan:
+    parts = _Parts(LatentOperands._fields, descriptions)
+    per_sample = parts.values("grad_kl"), parts.values("kl")
+    arguments, copies = _latent_arguments(parts, per_sample, keep_batch=per_sample != (None, None), indexed=indexed)
+    return _Plan(_C.LatentTask(*arguments), copies)
+
+
+@lru_cache(maxsize=1024)
+def _scale_plan(descriptions: tuple[Described, ...]) -> _Plan:
+    names = [str(k) for k in range(len(descriptions))]
+    parts = _Parts(names, descriptions)
+    forms = tuple([parts.form(parts[name], (0, 0, 1)) for name in names[:-1]])
+    counts = tuple([d[0].numel() if d else 0 for d in descriptions[:-1]])
+    return _Plan(_C.ScaleTask(forms, counts, parts.values(names[-1])))
+
+
+def _planned(make: Callable[..., _Plan], operands: Any, *options: Any) -> _Plan:
+    plan = make(tuple(map(described, operands)), *options)
+    if plan.copies and (unpacked := operands.unpacked()) is not operands:
+        return make(tuple(map(described, unpacked)), *options)._replace(unpacked=True)
+    return plan
+
+
+# --- the backend ----------------------------------------------------------------------------------------------------
 
 
 class _Native:
@@ -119,142 +285,44 @@ class _Native:
         return f"C++ kernels, {_C.cpu_isa()}"
 
     def normal(self, out: Tensor, seed: Tensor) -> None:
-        _C.normal((out.data_ptr(), _DTYPES[out.dtype], 0, 0, 1), out.numel(), seed.data_ptr(), torch.get_num_threads())
+        _C.normal(out.data_ptr(), _DTYPES[out.dtype], out.numel(), seed.data_ptr(), torch.get_num_threads())
 
-    def latent(
-        self,
-        latents: Latents,
-        *,
-        seed: Tensor | None = None,
-        noise: Tensor | None = None,
-        z: Tensor | None = None,
-        kl: Tensor | None = None,
-        grad_z: Tensor | None = None,
-        grad_kl: Tensor | None = None,
-    ) -> None:
-        inputs = [latents.mu, latents.logvar, noise, grad_z]
-        outputs = [z, latents.grad_mu, latents.grad_logvar]
-        per_sample = kl is not None or grad_kl is not None
-        walk = _Walk(latents.mu.shape, inputs, outputs, keep_batch=per_sample, indexed=seed is not None)
-        _C.latent(
-            walk.extent,
-            walk.index,
-            *walk.inputs,
-            0 if seed is None else seed.data_ptr(),
-            _values(grad_kl),
-            *walk.outputs,
-            _values(kl),
-            torch.get_num_threads(),
-        )
-        walk.finish()
+    def latent(self, operands: LatentOperands, seed: Tensor | None, memo: Memo) -> None:
+        plan = memo.get("latent")
+        if plan is None:
+            plan = memo["latent"] = _planned(_latent_plan, operands, seed is not None)
+        plan.run(operands, 0 if seed is None else seed.data_ptr())
 
-    def elbo(
-        self,
-        reconstruction: Reconstruction | None,
-        latents: Latents | None,
-        kl_in: Tensor | None,
-        beta: Tensor | float,
-        reduction: str,
-        scale: float,
-        loss: Tensor,
-        nll: Tensor | None,
-        kl: Tensor | None,
-    ) -> None:
-        values = {"sample": _SAMPLE, "element": _ELEMENT}.get(reduction, _TOTAL)
-        by_element, by_sample = values == _ELEMENT, values == _SAMPLE
-        likelihood = divergence = None
-        constant = 0.0
-        if reconstruction is not None:
-            likelihood = _Likelihood(reconstruction, value=loss if by_element else None, keep_batch=by_sample)
-            constant = HALF_LOG_2PI if reconstruction.full else 0.0
-        if latents is not None:
-            inputs = [latents.mu, latents.logvar]
-            divergence = _Walk(latents.mu.shape, inputs, [latents.grad_mu, latents.grad_logvar], keep_batch=by_sample)
-        _C.elbo(
-            None if likelihood is None else likelihood.task,
-            None if divergence is None else (divergence.extent, *divergence.inputs, *divergence.outputs),
-            _values(kl_in),
-            0 if kl_in is None else kl_in.numel(),
-            _values(beta) if isinstance(beta, Tensor) else beta,
-            values,
-            scale,
-            constant,
-            None if by_element else _values(loss),
-            None if by_element else _values(nll),
-            None if by_element else _values(kl),
-            torch.get_num_threads(),
-        )
-        if likelihood is not None:
-            likelihood.finish()
-        if divergence is not None:
-            divergence.finish()
-        if by_element:
-            if constant:
-                loss += constant
-            if nll is not None:
-                nll.copy_(loss)
+    def elbo(self, objective: Objective, operands: ElboOperands, memo: Memo) -> None:
+        plan = memo.get("elbo")
+        if plan is None:
+            plan = memo["elbo"] = _planned(_elbo_plan, operands, objective)
+        plan.run(operands)
+        if objective.reduction == "element":
+            self._finish_elements(objective, operands)
 
-    def nll_backward(self, reconstruction: Reconstruction, weight: Tensor) -> None:
-        likelihood = _Likelihood(reconstruction, weight=weight)
-        _C.nll_backward(likelihood.task, likelihood.weight, torch.get_num_threads())
-        likelihood.finish()
+    @staticmethod
+    def _finish_elements(objective: Objective, operands: ElboOperands) -> None:
+        """The constant, which the kernels add to sums only, and the term that is the loss over again."""
+        assert operands.loss is not None
+        if objective.full:
+            operands.loss.add_(HALF_LOG_2PI)
+        if operands.nll is not None:
+            operands.nll.copy_(operands.loss)
 
-    def scale_(self, tensors: list[Tensor], factor: Tensor) -> None:
-        operands = [((t.data_ptr(), _DTYPES[t.dtype], 0, 0, 1), t.numel()) for t in tensors]
-        _C.scale(operands, _values(factor), torch.get_num_threads())
+    def nll_backward(self, objective: Objective, operands: NllOperands, memo: Memo) -> None:
+        weight = operands.weight
+        if weight.dim() == 1:
+            weight = weight.view(-1, *[1] * (operands.x.dim() - 1))
+            operands = operands._replace(weight=weight)
+        _planned(_nll_plan, operands, objective).run(operands)
 
-
-class _Likelihood:
-    """The likelihood half of a call: its arguments, and what remains to be done after it."""
-
-    def __init__(
-        self,
-        r: Reconstruction,
-        *,
-        value: Tensor | None = None,
-        weight: Tensor | None = None,
-        keep_batch: bool = False,
-    ) -> None:
-        if weight is not None and weight.dim() == 1:
-            weight = weight.view(-1, *[1] * (r.x.dim() - 1))
-        self._summed: tuple[Tensor, Tensor] | None = None
-        grad_spread = r.grad_spread
-        if grad_spread is not None and r.x.numel() == 0:  # sums of nothing, of which the kernels see no extent
-            grad_spread.zero_()
-            grad_spread = None
-        while True:
-            outputs = [value, r.grad_recon_x, r.grad_x, grad_spread]
-            walk = _Walk(r.x.shape, [r.recon_x, r.x, r.spread, weight], outputs, keep_batch=keep_batch)
-            if grad_spread is None or self._summed is not None or _can_sum(walk, grad_spread, r.x.shape):
-                break
-            # Broadcast in a pattern that the kernels cannot sum over: write it out, and let PyTorch add it up.
-            grad_spread = torch.empty_like(r.recon_x, dtype=grad_spread.dtype)
-            assert r.grad_spread is not None
-            self._summed = (r.grad_spread, grad_spread)
-        self._walk = walk
-        self.task = (walk.extent, *walk.inputs[:3], *walk.outputs, r.is_variance, r.eps)
-        self.weight = walk.inputs[3]
-
-    def finish(self) -> None:
-        self._walk.finish()
-        if self._summed is not None:
-            target, elements = self._summed
-            target.copy_(elements.sum_to_size(target.shape))
-
-
-def _can_sum(walk: _Walk, grad_spread: Tensor, shape: torch.Size) -> bool:
-    """Whether the kernels can sum this gradient over what it is broadcast along (csrc/cpu/kernels.h, NllTask)."""
-    if grad_spread.shape == shape:
-        return True
-    operand = walk.outputs[3]
-    if walk.is_copied(grad_spread) or not isinstance(operand, tuple):
-        return False
-    (batch, outer, inner), (s0, s1, s2) = walk.extent, operand[2:]
-    summed_batch, summed_outer = s0 == 0 and batch > 1, s1 == 0 and outer > 1
-    if s2 == 0 and inner > 1:
-        return True
-    kept = not summed_batch and not summed_outer
-    return kept or (s2 == 1 and s0 == 0 and s1 == 0)
+    def scale_(self, tensors: list[Tensor], factor: Tensor, memo: Memo) -> None:
+        operands = (*tensors, factor)
+        plan = memo.get("scale")
+        if plan is None:
+            plan = memo["scale"] = _scale_plan(tuple(map(described, operands)))
+        plan.run(operands)
 
 
 def _absence() -> str:

@@ -604,8 +604,9 @@ void test_scale(int threads) {
   const Input factor = input({1, 1, 1}, any_float(true), {0, 0, 0}, 0, 3);
   factor.array->set(0, one_of<double>({0, 1, 2.5}));
   ScaleTask task;
-  task.tensor = tensor.operand();
-  task.count = extent.inner;
+  const int64_t place = below(ScaleTask::kMost);
+  task.tensors[place] = tensor.operand();
+  task.counts[place] = extent.inner;
   task.factor = factor.operand();
   kernels().scale(task, threads);
   const double by = factor.at(0, 0, 0);
