@@ -9,21 +9,27 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from fusedvae.backend import NAMES, device_types, unavailable
 
+try:
+    import hypothesis
+except ModuleNotFoundError:  # as on a machine that has a GPU and no network
+    hypothesis = None
+    collect_ignore = ["test_layout.py", "test_properties.py"]
+
 # The same examples at every run; how long one takes says more about the machine than about the code.
-settings.register_profile(
-    "fusedvae",
-    derandomize=True,
-    deadline=None,
-    max_examples=100,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("fusedvae")
+if hypothesis is not None:
+    hypothesis.settings.register_profile(
+        "fusedvae",
+        derandomize=True,
+        deadline=None,
+        max_examples=100,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    hypothesis.settings.load_profile("fusedvae")
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
