@@ -358,7 +358,7 @@ class Session:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device: str = args.device
-        self.out = Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpu_check_"))
+        self.out = Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpu_check_")).resolve()
         self.out.mkdir(parents=True, exist_ok=True)
         self.deadline = time.time() + 60 * args.minutes
         self.results: dict[str, dict] = {}
@@ -387,6 +387,7 @@ class Session:
         """Run one of CHILDREN, behind a wrapper if given; with what it found."""
         log = log or name
         report = self.out / f"{log}.json"
+        report.unlink(missing_ok=True)  # of an earlier run
         command = [*wrapper, sys.executable, __file__, "--child", name, "--report", str(report)]
         ends = min(time.time() + seconds, self.deadline)
         result = self.run(log, [*command, "--device", self.device, "--ends", str(ends)], seconds, **environment)
