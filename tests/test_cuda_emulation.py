@@ -8,13 +8,22 @@ import os
 import platform
 import runpy
 import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pybind11
 import pytest
 import torch
+from test_noise import philox4x32
+
+from fusedvae.random import normal
 
 ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests" / "cuda"
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or not (EMULATION / "emulation.cpp").exists(),
@@ -24,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 CHECKS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     # The instrumentation alone, without ThreadSanitizer's library: emulation.cpp has what it calls.
-    "races": ["-fsanitize=thread"],
+    "races": ["-fsanitize=thread", "-fno-threadsafe-statics"],
 }
 SEEDS = range(6)
 
@@ -226,3 +235,109 @@ def test_conversions(memory: Kernels, name: str, dtype: torch.dtype) -> None:
     found = narrowed.to(torch.int16).view(dtype)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found.signbit()[~found.isnan()], expected.signbit()[~found.isnan()])
+
+
+def test_the_integers_of_the_noise_are_bit_for_bit_those_of_philox(memory: Kernels) -> None:
+    generator = np.random.default_rng(20110101)
+    count = 500
+    numbers, seeds = (generator.integers(0, 2**64, count, dtype=np.uint64) for _ in range(2))
+    given = "\n".join(f"{n} {s}" for n, s in zip(numbers.tolist(), seeds.tolist(), strict=True))
+    words = np.array(memory.run("philox", count, given=given)).astype(np.uint64).reshape(count, 4)
+    for n, s, found in zip(numbers.tolist(), seeds.tolist(), words, strict=True):
+        counter = np.array([[n % 2**32, n >> 32, 0, 0]], dtype=np.uint64)
+        assert np.array_equal(found, philox4x32(counter, (s % 2**32, s >> 32))[0])
+
+
+# --- the package's kernels --------------------------------------------------------------------------------------
+
+
+class Extension:
+    """``fusedvae._C``, with CUDA kernels that are emulated and serve CPU tensors: see cuda/serve_cpu.cpp."""
+
+    def __init__(self, check: str, folder: Path) -> None:
+        build = Build(check, folder)
+        include = [f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
+        csrc = f"-I{ROOT / 'csrc'}"
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            kernels = [pool.submit(build.cuda, source) for source in KERNELS]
+            kernels += [
+                pool.submit(build.object, EMULATION / "emulation.cpp"),
+                pool.submit(build.object, EMULATION / "serve_cpu.cpp", csrc),
+            ]
+            bindings = pool.submit(build.object, ROOT / "csrc" / "bindings.cpp", csrc, "-O0", *include)
+        build.link("libkernels.so", [k.result() for k in kernels], "-shared")
+        library = [f"-L{folder}", "-lkernels", "-Wl,-rpath,$ORIGIN"]
+        self.path = build.link("_C.so", [bindings.result()], "-shared", *library)
+        self._preloaded = ""
+        if check == "memory":
+            names = ("libasan.so", "libubsan.so")
+            found = [subprocess.check_output([*build.compiler, f"-print-file-name={n}"], text=True) for n in names]
+            self._preloaded = " ".join(path.strip() for path in found)
+
+    def run(self, *command: str, seed: int = 0) -> str:
+        """What Python prints that runs on this extension."""
+        environment = {
+            **os.environ,
+            "FUSEDVAE_EMULATED_EXTENSION": str(self.path),
+            "FUSEDVAE_EMULATION_SEED": str(seed),
+            "LD_PRELOAD": self._preloaded,
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are many
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(EMULATION), str(ROOT / "tests")]),
+        }
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        return done.stdout
+
+    def test(self, *arguments: str, seed: int = 0) -> None:
+        """Run tests of this folder, those of the native backend."""
+        options = ["-p", "emulated_extension", "-p", "no:cacheprovider", "-q", "-x"]
+        self.run("-m", "pytest", *options, *arguments, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def checked_memory(tmp_path_factory: pytest.TempPathFactory) -> Extension:
+    return Extension("memory", tmp_path_factory.mktemp("checked_memory"))
+
+
+@pytest.fixture(scope="module")
+def checked_races(tmp_path_factory: pytest.TempPathFactory) -> Extension:
+    return Extension("races", tmp_path_factory.mktemp("checked_races"))
+
+
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="this version has no CUDA kernels")
+TESTS = [f"tests/test_{name}.py" for name in ("operations", "gradient_rules", "noise", "properties")]
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_the_tests_of_the_kernels_pass_without_memory_errors(checked_memory: Extension) -> None:
+    checked_memory.test(*TESTS, "-m", "not slow", "-k", "native")
+
+
+@pytest.mark.slow
+@needs_kernels
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_order_of_threads_races(checked_races: Extension, seed: int) -> None:
+    checked_races.test("tests/test_operations.py", "-k", "native and (layouts or sizes or dtypes or latent)", seed=seed)
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_no_order_of_threads_and_blocks_changes_a_bit(checked_races: Extension) -> None:
+    digest = """
+import hashlib, emulated_extension
+from test_operations import run_everything
+print(hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in run_everything("native"))).hexdigest())
+"""
+    assert len({checked_races.run("-c", digest, seed=seed) for seed in SEEDS}) == 1
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_normals_are_those_of_the_cpu_to_4_ulp(checked_races: Extension, tmp_path: Path) -> None:
+    count, seed = 200_003, 20140501
+    draw = f"import sys, torch; from fusedvae.random import normal; torch.save(normal({count}, {seed}), sys.argv[1])"
+    checked_races.run("-c", f"import emulated_extension; {draw}", str(tmp_path / "emulated.pt"))
+    emulated = torch.load(tmp_path / "emulated.pt").numpy()
+    ours = normal(count, seed, backend="native").numpy()
+    assert np.max(np.abs(emulated - ours) / np.spacing(np.abs(ours))) <= 4

@@ -10,7 +10,8 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <type_traits>
+
+#include "math/philox.h"
 
 namespace {
 
@@ -194,6 +195,27 @@ void refused(int) {
   std::printf("%d\n", cudaGetLastError());
 }
 
+// --- the noise's integers: counters and seeds on stdin, words on stdout
+// -----------------------------------------------
+
+__global__ void philox(const uint64_t* block_numbers, const uint64_t* seeds, uint32_t* words) {
+  const unsigned i = threadIdx.x;
+  const uint64_t low = block_numbers[i] & 0xFFFFFFFFu, high = block_numbers[i] >> 32;
+  const auto w = fusedvae::FUSEDVAE_NAMESPACE::philox4x32<uint64_t>(low, high, 0, 0, seeds[i]);
+  const uint64_t all[] = {w.w0, w.w1, w.w2, w.w3};
+  for (int k = 0; k < 4; ++k) words[4 * i + k] = static_cast<uint32_t>(all[k]);
+}
+void philox_words(int count) {
+  const auto n = static_cast<size_t>(count);
+  const std::unique_ptr<uint64_t[]> numbers(new uint64_t[n]), seeds(new uint64_t[n]);
+  const std::unique_ptr<uint32_t[]> words(new uint32_t[4 * n]);
+  for (size_t i = 0; i < n; ++i)
+    if (std::scanf("%" SCNu64 " %" SCNu64, &numbers[i], &seeds[i]) != 2) std::exit(2);
+  const auto threads = static_cast<unsigned>(count);
+  emulation::launch("philox", philox, 1, threads, 0, cudaStream_t(), numbers.get(), seeds.get(), words.get());
+  for (size_t i = 0; i < 4 * n; ++i) std::printf("%" PRIu32 "\n", words[i]);
+}
+
 // --- conversions: bits on stdin, bits or values on stdout -------------------------------------------------------
 
 template <class Convert>
@@ -237,6 +259,7 @@ int main(int argc, char** argv) {
       {"last block", last},
       {"grid", grid},
       {"refused", refused},
+      {"philox", philox_words},
       {"half to float", half_to_float},
       {"float to half", float_to_half},
       {"bfloat16 to float", bfloat16_to_float},

@@ -13,6 +13,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 // See shared_memory_of in emulation.cpp.
 #define __shared__ static thread_local
 
