@@ -75,7 +75,7 @@ const int64_t* seed_at(uintptr_t address) {
   return reinterpret_cast<const int64_t*>(address);
 }
 
-// Forms in the order of the structs in cpu/kernels.h.
+// Forms in the order of the structs in tasks.h.
 
 template <class Task>
 void add_nll(Planned<Task>& plan, NllTask& task, const py::tuple& extent, const py::tuple& forms, bool is_variance,
@@ -167,7 +167,7 @@ void normal(uintptr_t out, int dtype, int64_t count, uintptr_t seed, int threads
   task.out.dtype = static_cast<DType>(dtype);
   task.out.stride[2] = 1;
   task.count = count;
-  task.seed = static_cast<uint64_t>(*seed_at(seed));
+  task.seed = seed_at(seed);
   py::gil_scoped_release release;
   kernels().normal(task, threads);
 }

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 
+#include "math/target.h"
+
 namespace fusedvae {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, u8 = 4 };
 
-static inline int64_t size_of(DType dtype) {
+FUSEDVAE_INLINE int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::f64:
       return 8;
@@ -30,16 +32,18 @@ struct Operand {
   double value = 0;
   bool given = false;
 
-  explicit operator bool() const { return given; }
-  bool is_number() const { return given && data == nullptr; }
-  bool is_uniform() const { return data == nullptr || (stride[0] == 0 && stride[1] == 0 && stride[2] == 0); }
+  FUSEDVAE_INLINE explicit operator bool() const { return given; }
+  FUSEDVAE_INLINE bool is_number() const { return given && data == nullptr; }
+  FUSEDVAE_INLINE bool is_uniform() const {
+    return data == nullptr || (stride[0] == 0 && stride[1] == 0 && stride[2] == 0);
+  }
 };
 
 struct Extent {
   int64_t batch = 1, outer = 1, inner = 1;
 
-  int64_t sample() const { return outer * inner; }
-  int64_t count() const { return batch * sample(); }
+  FUSEDVAE_INLINE int64_t sample() const { return outer * inner; }
+  FUSEDVAE_INLINE int64_t count() const { return batch * sample(); }
 };
 
 // Strides of the logical row-major index over an extent; unlike an operand's, the inner one may be anything.

@@ -428,11 +428,12 @@ void dispatch_latent(const LatentTask& task, double* totals, bool by_sample, int
 void normal(const NormalTask& task, int threads) {
   const Extent flat{1, 1, task.count};
   const Tiling tiling(flat);
+  const uint64_t seed = static_cast<uint64_t>(*task.seed);
   parallel_for(tiling.count(), threads_for(4 * task.count, threads), [&](int64_t first, int64_t last) {
     alignas(kLine) float buffer[kTile + kNoisePad];
     for (int64_t k = first; k < last; ++k) {
       const Tile t = tiling[k];
-      const float* run = noise_run(t.i0, t.ni, task.seed, buffer);
+      const float* run = noise_run(t.i0, t.ni, seed, buffer);
       with_type(task.out.dtype,
                 [&](auto* type) { narrow_run(run, static_cast<decltype(type)>(task.out.data) + t.i0, t.ni); });
     }

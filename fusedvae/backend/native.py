@@ -1,6 +1,6 @@
 """The compiled extension: C++ kernels for CPUs.
 
-Works out from sizes, strides and dtypes how the kernels walk a call's operands, a task of csrc/cpu/kernels.h, and
+Works out from sizes, strides and dtypes how the kernels walk a call's operands, a task of csrc/tasks.h, and
 keeps it: a training loop meets the same ones at every step. What is left to a call is to hand over addresses. The
 extension knows nothing of torch; torch is imported first, so that it finds torch's OpenMP runtime in the process.
 """
@@ -33,7 +33,7 @@ BUILD_RECORD = Path(__file__).parent.parent / "_build.json"
 # Codes of csrc/operand.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 
-# How the values of a reduction are laid out, as csrc/cpu/kernels.h has it.
+# How the values of a reduction are laid out, as csrc/tasks.h has it.
 _TOTAL, _SAMPLE, _ELEMENT = 0, 1, 2
 
 _Form = tuple[int, ...] | None
@@ -156,7 +156,7 @@ def _walk(
 
 
 def _walk_nll(shape: torch.Size, parts: list[_Part], keep_batch: bool) -> _Walk:
-    """How to walk the operands of a csrc/cpu/kernels.h NllTask."""
+    """How to walk the operands of a csrc/tasks.h NllTask."""
     walk = _walk(shape, parts, 4, keep_batch=keep_batch)
     recon_x, grad_spread = parts[0].described, parts[-1].described
     assert recon_x
@@ -172,7 +172,7 @@ def _walk_nll(shape: torch.Size, parts: list[_Part], keep_batch: bool) -> _Walk:
 
 
 def _can_sum(walk: _Walk, field: int, own_shape: torch.Size, shape: torch.Size) -> bool:
-    """Whether the kernels can sum this gradient over what it is broadcast along (csrc/cpu/kernels.h, NllTask)."""
+    """Whether the kernels can sum this gradient over what it is broadcast along (csrc/tasks.h, NllTask)."""
     if own_shape == shape:
         return True
     # Sums of nothing are zero, but the kernels see no extent to make them for.
