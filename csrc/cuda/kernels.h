@@ -1,0 +1,37 @@
+// The CUDA kernels' interface. Nothing of CUDA's own is in it, so that the bindings need no CUDA headers.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "tasks.h"
+
+namespace fusedvae {
+namespace cuda {
+
+// Where a kernel runs, and memory for its partial sums.
+struct Place {
+  int device = 0;
+  void* stream = nullptr;
+  // At least as many bytes as the task's `workspace_bytes`, and aligned to 16. The first four are zero before the first
+  // launch; a launch leaves them so. Launches that may run at the same time must not share it.
+  void* workspace = nullptr;
+};
+
+// Each is one launch, on the place's stream; none waits for the device. They throw std::runtime_error.
+void normal(const NormalTask&, const Place&);
+void latent(const LatentTask&, const Place&);
+void nll(const NllTask&, const Place&);
+void elbo(const ElboTask&, const Place&);
+void scale(const ScaleTask&, const Place&);
+
+// 0 where a launch needs no workspace.
+int64_t workspace_bytes(const LatentTask&);
+int64_t workspace_bytes(const NllTask&);
+int64_t workspace_bytes(const ElboTask&);
+
+// Why these kernels cannot run on this machine's GPUs, in a sentence; empty if they can on all of them.
+std::string unavailable();
+
+}  // namespace cuda
+}  // namespace fusedvae

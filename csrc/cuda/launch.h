@@ -1,0 +1,75 @@
+// How kernels are launched: the one place that knows of <<<...>>>, which the emulation in tests/cuda has no use for.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/kernels.h"
+
+namespace fusedvae {
+namespace cuda {
+
+// Every kernel's block. Eight warps are enough to hide a block's barriers behind its neighbours' work.
+constexpr int kThreads = 256;
+
+inline void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error("fusedvae: " + what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device the current one for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    moved_ = device != before_;
+  }
+  ~DeviceGuard() {
+    if (moved_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool moved_ = false;
+};
+
+// Asked once a device.
+inline int multiprocessors(int device) {
+  static std::mutex mutex;
+  static std::vector<int> counts;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto index = static_cast<size_t>(device);
+  if (counts.size() <= index) counts.resize(index + 1);
+  if (counts[index] == 0)
+    check(cudaDeviceGetAttribute(&counts[index], cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return counts[index];
+}
+
+// As many blocks as there is work for, at most as many as the device holds at a time: they loop over the rest.
+inline unsigned grid_for(int64_t blocks, int blocks_per_multiprocessor, int device) {
+  const int64_t room = int64_t{blocks_per_multiprocessor} * multiprocessors(device);
+  const int64_t grid = blocks < room ? blocks : room;
+  return static_cast<unsigned>(grid > 1 ? grid : 1);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Arguments&&... arguments) {
+#if defined(FUSEDVAE_CUDA_EMULATION)
+  emulation::launch(name, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+#else
+  kernel<<<grid, block, shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
+#endif
+  check(cudaGetLastError(), std::string("launching the kernel ") + name + " failed");
+}
+
+}  // namespace cuda
+}  // namespace fusedvae

@@ -1,0 +1,45 @@
+// The noise stream, by counter: a counter's four normals go to four consecutive elements.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/arithmetic.h"
+// (the arithmetic above, the formulas below)
+#include "math/philox.h"
+
+namespace fusedvae {
+namespace cuda {
+
+// The normals of elements index, index + 1, ..., of which there are N: 1, 2, 4 or a multiple of 4. The index is a
+// multiple of N, or of 4.
+template <int N>
+__device__ __forceinline__ void normals(int64_t index, uint64_t seed, float* out) {
+  using namespace FUSEDVAE_NAMESPACE;
+  const auto uniform = [](uint64_t word) {
+    return unit_interval(static_cast<float>(static_cast<uint32_t>(word) >> 1));
+  };
+  for (int first = 0; first < N; first += 4) {
+    const uint64_t counter = (static_cast<uint64_t>(index) >> 2) + static_cast<uint64_t>(first / 4);
+    const PhiloxWords<uint64_t> w = philox4x32<uint64_t>(counter, counter >> 32, 0, 0, seed);
+    if constexpr (N >= 4) {
+      const NormalPair<float> p = box_muller(uniform(w.w0), uniform(w.w1)),
+                              q = box_muller(uniform(w.w2), uniform(w.w3));
+      out[first] = p.cosine;
+      out[first + 1] = p.sine;
+      out[first + 2] = q.cosine;
+      out[first + 3] = q.sine;
+    } else {
+      const bool second = index & 2;
+      const NormalPair<float> p = box_muller(uniform(second ? w.w2 : w.w0), uniform(second ? w.w3 : w.w1));
+      if constexpr (N == 2) {
+        out[0] = p.cosine;
+        out[1] = p.sine;
+      } else {
+        out[0] = index & 1 ? p.sine : p.cosine;
+      }
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace fusedvae

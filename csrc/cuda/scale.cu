@@ -1,0 +1,72 @@
+// Gradients times the incoming factor, which is almost always 1: then nothing is read or written.
+#include "cuda/access.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace fusedvae {
+namespace cuda {
+namespace {
+
+constexpr int kBlocksPerMultiprocessor = 8;
+
+template <class T, class S>
+__device__ __forceinline__ void scale_elements(char* data, int64_t count, T factor) {
+  constexpr int V = 16 / sizeof(S);
+  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x, threads = int64_t{kThreads} * gridDim.x;
+  const int64_t vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 ? count / V : 0;
+  for (int64_t i = thread; i < vectors; i += threads) {
+    const Bits before = load_bits<16>(data + i * 16);
+    Bits after{};
+    FUSEDVAE_UNROLL
+    for (int j = 0; j < V; ++j) narrow<T, S>(widen<T, S>(before, j) * factor, after, j);
+    store_bits<16>(data + i * 16, after);
+  }
+  for (int64_t i = vectors * V + thread; i < count; i += threads) {
+    char* const address = data + i * static_cast<int64_t>(sizeof(S));
+    Bits after{};
+    narrow<T, S>(widen<T, S>(load_bits<sizeof(S)>(address), 0) * factor, after, 0);
+    store_bits<sizeof(S)>(address, after);
+  }
+}
+
+// A row of the grid a tensor.
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) scale_kernel(const ScaleTask task) {
+  const double factor = get<double>(task.factor, 0);
+  if (factor == 1.0) return;
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t count = 0;
+  FUSEDVAE_UNROLL
+  for (unsigned k = 0; k < ScaleTask::kMost; ++k)
+    if (k == blockIdx.y) {
+      data = static_cast<char*>(task.tensors[k].data);
+      dtype = task.tensors[k].dtype;
+      count = task.counts[k];
+    }
+  with_type(dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    if constexpr (!std::is_same_v<S, uint8_t>) scale_elements<T, S>(data, count, static_cast<T>(factor));
+  });
+}
+
+}  // namespace
+
+void scale(const ScaleTask& task, const Place& place) {
+  unsigned tensors = 0;
+  int64_t most = 0;
+  for (unsigned k = 0; k < ScaleTask::kMost; ++k)
+    if (task.tensors[k] && task.counts[k] > 0) {
+      tensors = k + 1;
+      most = task.counts[k] > most ? task.counts[k] : most;
+    }
+  if (tensors == 0) return;
+  const DeviceGuard guard(place.device);
+  // 16 elements a thread and more: with a factor of 1, a block is over as soon as it starts.
+  const unsigned blocks =
+      grid_for((most + 16 * kThreads - 1) / (16 * kThreads), kBlocksPerMultiprocessor, place.device);
+  launch("scale", scale_kernel, dim3(blocks, tensors), kThreads, 0, static_cast<cudaStream_t>(place.stream), task);
+}
+
+}  // namespace cuda
+}  // namespace fusedvae
