@@ -13,6 +13,9 @@
 
 #include "cpu/kernels.h"
 #include "operand.h"
+#if defined(FUSEDVAE_WITH_CUDA)
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 using namespace fusedvae;
@@ -149,6 +152,35 @@ void run_latent(const Planned<LatentTask>& plan, const py::tuple& sources, uintp
   kernels().latent(task, threads);
 }
 
+#if defined(FUSEDVAE_WITH_CUDA)
+cuda::Place place_of(int device, uintptr_t stream, uintptr_t workspace) {
+  return {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(workspace)};
+}
+
+// A launch of a kernel on a GPU.
+template <class Task>
+auto launch(void (*kernel)(const Task&, const cuda::Place&)) {
+  return [kernel](const Planned<Task>& plan, const py::tuple& sources, int device, uintptr_t stream,
+                  uintptr_t workspace) { kernel(plan.on(sources), place_of(device, stream, workspace)); };
+}
+
+void launch_latent(const Planned<LatentTask>& plan, const py::tuple& sources, uintptr_t seed, int device,
+                   uintptr_t stream, uintptr_t workspace) {
+  LatentTask task = plan.on(sources);
+  task.seed = seed_at(seed);
+  cuda::latent(task, place_of(device, stream, workspace));
+}
+
+template <class Task>
+int64_t workspace_bytes(const Planned<Task>& plan) {
+  return cuda::workspace_bytes(plan.task);
+}
+
+int64_t no_workspace(const Planned<ScaleTask>&) {
+  return 0;
+}
+#endif
+
 Planned<ScaleTask> scale_task(const py::tuple& forms, const py::tuple& counts, const py::tuple& factor) {
   if (forms.size() > ScaleTask::kMost) throw py::value_error("more tensors than a task has room for");
   Planned<ScaleTask> plan;
@@ -160,7 +192,7 @@ Planned<ScaleTask> scale_task(const py::tuple& forms, const py::tuple& counts, c
   return plan;
 }
 
-void normal(uintptr_t out, int dtype, int64_t count, uintptr_t seed, int threads) {
+NormalTask normal_task(uintptr_t out, int dtype, int64_t count, uintptr_t seed) {
   NormalTask task;
   task.out.given = true;
   task.out.data = reinterpret_cast<void*>(out);
@@ -168,6 +200,11 @@ void normal(uintptr_t out, int dtype, int64_t count, uintptr_t seed, int threads
   task.out.stride[2] = 1;
   task.count = count;
   task.seed = seed_at(seed);
+  return task;
+}
+
+void normal(uintptr_t out, int dtype, int64_t count, uintptr_t seed, int threads) {
+  const NormalTask task = normal_task(out, dtype, count, seed);
   py::gil_scoped_release release;
   kernels().normal(task, threads);
 }
@@ -178,8 +215,23 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedvae's compiled kernels";
   m.def("cpu_isa", [] { return kernels().isa; }, "The instruction set that the CPU kernels use.");
   m.def("normal", &normal);
-  py::class_<Planned<NllTask>>(m, "NllTask").def(py::init(&nll_task)).def("run", run<NllTask>(&Kernels::nll));
-  py::class_<Planned<LatentTask>>(m, "LatentTask").def(py::init(&latent_task)).def("run", &run_latent);
-  py::class_<Planned<ElboTask>>(m, "ElboTask").def(py::init(&elbo_task)).def("run", run<ElboTask>(&Kernels::elbo));
-  py::class_<Planned<ScaleTask>>(m, "ScaleTask").def(py::init(&scale_task)).def("run", run<ScaleTask>(&Kernels::scale));
+  auto nll =
+      py::class_<Planned<NllTask>>(m, "NllTask").def(py::init(&nll_task)).def("run", run<NllTask>(&Kernels::nll));
+  auto latent = py::class_<Planned<LatentTask>>(m, "LatentTask").def(py::init(&latent_task)).def("run", &run_latent);
+  auto elbo =
+      py::class_<Planned<ElboTask>>(m, "ElboTask").def(py::init(&elbo_task)).def("run", run<ElboTask>(&Kernels::elbo));
+  auto scale = py::class_<Planned<ScaleTask>>(m, "ScaleTask")
+                   .def(py::init(&scale_task))
+                   .def("run", run<ScaleTask>(&Kernels::scale));
+#if defined(FUSEDVAE_WITH_CUDA)
+  m.def("cuda_unavailable", &cuda::unavailable, "Why no GPU here can run the CUDA kernels; empty if all can.");
+  m.def("launch_normal", [](uintptr_t out, int dtype, int64_t count, uintptr_t seed, int device, uintptr_t stream) {
+    cuda::normal(normal_task(out, dtype, count, seed), place_of(device, stream, 0));
+  });
+  nll.def("launch", launch<NllTask>(&cuda::nll)).def_property_readonly("workspace_bytes", &workspace_bytes<NllTask>);
+  latent.def("launch", &launch_latent).def_property_readonly("workspace_bytes", &workspace_bytes<LatentTask>);
+  elbo.def("launch", launch<ElboTask>(&cuda::elbo))
+      .def_property_readonly("workspace_bytes", &workspace_bytes<ElboTask>);
+  scale.def("launch", launch<ScaleTask>(&cuda::scale)).def_property_readonly("workspace_bytes", &no_workspace);
+#endif
 }

@@ -54,19 +54,20 @@ Plan plan_of(const ElboTask& task) {
   Plan plan;
   plan.has_values = task.values != Values::element;
   const bool by_sample = task.values == Values::sample;
-  if (task.has_nll) {
+  if (task.has_nll && task.nll.extent.count() > 0) {
+    const Extent& e = task.nll.extent;
     const int64_t segment = nll_segment(task.nll, by_sample, plan);
-    plan.nll = Chunks(task.nll.extent.count(), segment);
-    if (plan.spread == SpreadGradient::by_column && task.nll.extent.count() > 0) {
-      const Extent& e = task.nll.extent;
+    plan.nll = Chunks(e.count(), segment);
+    if (plan.spread == SpreadGradient::by_column) {
       plan.columns = ColumnChunks(e.batch * e.outer, by_sample ? e.outer : e.batch * e.outer, e.inner);
       plan.nll.team = plan.columns.team;
       plan.nll.count = plan.columns.count();
       plan.spread_partials = plan.columns.groups * e.inner;
+    } else if (plan.spread == SpreadGradient::summed) {
+      plan.spread_partials = plan.nll.count;
+      plan.spread_chunks = plan.nll.count / (plan.spread_batch * plan.spread_outer);
     }
     plan.nll_blocks = plan.nll.blocks();
-    if (plan.spread == SpreadGradient::summed) plan.spread_partials = plan.nll.count;
-    plan.spread_chunks = plan.nll.count / (plan.spread_batch * plan.spread_outer);
   }
   if (task.has_kl) {
     const Extent& e = task.kl.extent;

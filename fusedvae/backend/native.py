@@ -1,4 +1,4 @@
-"""The compiled extension: C++ kernels for CPUs.
+"""The compiled extension: C++ kernels for CPUs, CUDA kernels for NVIDIA GPUs.
 
 Works out from sizes, strides and dtypes how the kernels walk a call's operands, a task of csrc/tasks.h, and
 keeps it: a training loop meets the same ones at every step. What is left to a call is to hand over addresses. The
@@ -56,6 +56,8 @@ class _Plan(NamedTuple):
     copies: tuple[_Copy, ...] = ()
     unpacked: bool = False
     """Whether it takes packed operands apart, since their halves are among the copies."""
+    gpu: int | None = None
+    """The index of the GPU that it runs on; None for the CPU."""
 
     def run(self, operands: Any, *extra: int) -> None:
         """Run on operands of the sizes, strides and dtypes that the plan was made for."""
@@ -63,7 +65,17 @@ class _Plan(NamedTuple):
             self._run_with_copies(operands, *extra)
         else:
             sources = tuple([t.data_ptr() if isinstance(t, Tensor) else t for t in operands if t is not None])
-            self.task.run(sources, *extra, torch.get_num_threads())
+            if self.gpu is None:
+                self.task.run(sources, *extra, torch.get_num_threads())
+            else:
+                self._launch(self.gpu, sources, *extra)
+
+    def _launch(self, gpu: int, sources: tuple[Any, ...], *extra: int) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(gpu)
+        size = self.task.workspace_bytes
+        # Until the launch, the workspace must not become anyone else's; after it, the stream's order sees to that.
+        workspace = _workspace(gpu, stream, size) if size else None
+        self.task.launch(sources, *extra, gpu, stream, 0 if workspace is None else workspace.data_ptr())
 
     def _run_with_copies(self, operands: Any, *extra: int) -> None:
         if self.unpacked:
@@ -74,10 +86,26 @@ class _Plan(NamedTuple):
             walked[field] = torch.empty_strided(shape, strides, dtype=original.dtype, device=original.device)
             if not is_output:
                 walked[field].copy_(original)
-        _Plan(self.task).run(walked, *extra)
+        _Plan(self.task, gpu=self.gpu).run(walked, *extra)
         for field, is_output, _, _ in self.copies:
             if is_output:
                 operands[field].copy_(walked[field].sum_to_size(operands[field].shape))
+
+
+_workspaces: dict[tuple[int, int], Tensor] = {}
+"""Memory for partial sums, one a GPU and stream: launches on one stream follow each other, and so may share it."""
+
+
+def _workspace(gpu: int, stream: int, size: int) -> Tensor:
+    """A workspace of at least ``size`` bytes that is zero, or that a launch on this stream has left."""
+    if torch.cuda.is_current_stream_capturing():
+        # Graphs are replayed on any stream, several at a time: each has its own, out of its own memory.
+        return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", gpu))
+    found = _workspaces.get((gpu, stream))
+    if found is None or found.numel() < size:
+        device = torch.device("cuda", gpu)
+        found = _workspaces[gpu, stream] = torch.zeros(max(size, 1 << 16), dtype=torch.uint8, device=device)
+    return found
 
 
 # --- plans, from descriptions of the operands -------------------------------------------------------------------------
@@ -263,11 +291,11 @@ def _scale_plan(descriptions: tuple[Described, ...]) -> _Plan:
     return _Plan(_C.ScaleTask(forms, counts, parts.values(names[-1])))
 
 
-def _planned(make: Callable[..., _Plan], operands: Any, *options: Any) -> _Plan:
+def _planned(make: Callable[..., _Plan], device: torch.device, operands: Any, *options: Any) -> _Plan:
     plan = make(tuple(map(described, operands)), *options)
     if plan.copies and (unpacked := operands.unpacked()) is not operands:
-        return make(tuple(map(described, unpacked)), *options)._replace(unpacked=True)
-    return plan
+        plan = make(tuple(map(described, unpacked)), *options)._replace(unpacked=True)
+    return plan._replace(gpu=device.index) if device.type == "cuda" else plan
 
 
 # --- the backend ----------------------------------------------------------------------------------------------------
@@ -277,26 +305,35 @@ class _Native:
     def unavailable(self, device_type: str) -> str | None:
         if _C is None:
             return f"{_absence()}; install fusedvae again where a C++17 compiler is found"
-        if device_type != "cpu":
-            return "this build of the extension has CPU kernels only; install fusedvae again where nvcc is found"
-        return None
+        if device_type == "cpu":
+            return None
+        if device_type != "cuda":
+            return f"it has no kernels for {device_type!r}"
+        return _gpus_unavailable()
 
     def describe(self, device_type: str) -> str:
-        return f"C++ kernels, {_C.cpu_isa()}"
+        return f"C++ kernels, {_C.cpu_isa()}" if device_type == "cpu" else "CUDA kernels"
 
     def normal(self, out: Tensor, seed: Tensor) -> None:
-        _C.normal(out.data_ptr(), _DTYPES[out.dtype], out.numel(), seed.data_ptr(), torch.get_num_threads())
+        arguments = out.data_ptr(), _DTYPES[out.dtype], out.numel(), seed.data_ptr()
+        if out.is_cuda:
+            gpu = out.device.index
+            _C.launch_normal(*arguments, gpu, torch._C._cuda_getCurrentRawStream(gpu))
+        else:
+            _C.normal(*arguments, torch.get_num_threads())
 
     def latent(self, operands: LatentOperands, seed: Tensor | None, memo: Memo) -> None:
         plan = memo.get("latent")
         if plan is None:
-            plan = memo["latent"] = _planned(_latent_plan, operands, seed is not None)
+            plan = memo["latent"] = _planned(_latent_plan, operands.mu.device, operands, seed is not None)
         plan.run(operands, 0 if seed is None else seed.data_ptr())
 
     def elbo(self, objective: Objective, operands: ElboOperands, memo: Memo) -> None:
         plan = memo.get("elbo")
         if plan is None:
-            plan = memo["elbo"] = _planned(_elbo_plan, operands, objective)
+            witness = operands.mu if operands.x is None else operands.x
+            assert witness is not None
+            plan = memo["elbo"] = _planned(_elbo_plan, witness.device, operands, objective)
         plan.run(operands)
         if objective.reduction == "element":
             self._finish_elements(objective, operands)
@@ -315,14 +352,22 @@ class _Native:
         if weight.dim() == 1:
             weight = weight.view(-1, *[1] * (operands.x.dim() - 1))
             operands = operands._replace(weight=weight)
-        _planned(_nll_plan, operands, objective).run(operands)
+        _planned(_nll_plan, operands.x.device, operands, objective).run(operands)
 
     def scale_(self, tensors: list[Tensor], factor: Tensor, memo: Memo) -> None:
         operands = (*tensors, factor)
         plan = memo.get("scale")
         if plan is None:
-            plan = memo["scale"] = _scale_plan(tuple(map(described, operands)))
+            plan = memo["scale"] = _planned(_scale_plan, factor.device, operands)
         plan.run(operands)
+
+
+@lru_cache(maxsize=1)  # the GPUs and the driver of a process do not change
+def _gpus_unavailable() -> str | None:
+    """Why the CUDA kernels cannot serve this machine's GPUs, and the remedy."""
+    if not hasattr(_C, "cuda_unavailable"):
+        return "this build of the extension has CPU kernels only; install fusedvae again where nvcc is found"
+    return _C.cuda_unavailable() or None
 
 
 def _absence() -> str:

@@ -1,0 +1,69 @@
+// What this machine's GPUs and driver can run of what was built.
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace fusedvae {
+namespace cuda {
+
+#if defined(FUSEDVAE_CUDA_EMULATION)
+
+std::string unavailable() {
+  return "";
+}
+
+#else
+
+namespace {
+
+// As 8.0, from 80 or 800.
+std::string dotted(int version, int unit) {
+  return std::to_string(version / unit) + "." + std::to_string(version % unit / 10);
+}
+
+// Compute capabilities, ten times over, that were compiled for, in ascending order: binaries, and for the last of them
+// PTX too.
+constexpr int kBuilt[] = {__CUDA_ARCH_LIST__};
+constexpr int kNewestBuilt = kBuilt[sizeof kBuilt / sizeof *kBuilt - 1];
+
+// A binary serves its own generation from its own version on; PTX serves all that came after it.
+bool serves(int capability) {
+  if (capability >= kNewestBuilt) return true;
+  for (const int built : kBuilt)
+    if (built / 100 == capability / 100 && built <= capability) return true;
+  return false;
+}
+
+}  // namespace
+
+std::string unavailable() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    cudaGetLastError();
+    return "there is no NVIDIA driver";
+  }
+  if (driver / 1000 < CUDART_VERSION / 1000)
+    return "the driver is for CUDA up to " + dotted(driver, 1000) + ", and the CUDA kernels were compiled with " +
+           dotted(CUDART_VERSION, 1000) + "; update the driver, or install fusedvae again with an older nvcc";
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("CUDA finds no GPU (") + cudaGetErrorString(error) + ")";
+  }
+  for (int device = 0; device < devices; ++device) {
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+    const int capability = 100 * major + 10 * minor;
+    if (!serves(capability))
+      return "GPU " + std::to_string(device) + " has compute capability " + dotted(capability, 100) +
+             ", which the CUDA kernels were not compiled for; install fusedvae again with FUSEDVAE_CUDA_ARCHS=" +
+             dotted(capability, 100);
+  }
+  return "";
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace fusedvae
