@@ -1,0 +1,199 @@
+"""The CUDA kernels as compiled: what registers, memory and instructions they take, read off the extension itself.
+
+Needs no GPU, but an extension with CUDA kernels and cuobjdump, which comes with CUDA and, too, with Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from fusedvae import backend
+
+REGISTERS = 65536
+"""Of a multiprocessor, on every architecture from sm_80 on."""
+BLOCK = 256
+THREADS = 2048
+"""That a multiprocessor holds at most (sm_80, 90, 100)."""
+
+# Blocks of a multiprocessor that each kernel must leave room for, by the elements of an access. Full occupancy is 8.
+#
+# The walks have less, on purpose. What a memory-bound kernel needs is bytes on their way: an H100 needs about 18 KB on
+# each multiprocessor (3.35 TB/s for 700 ns, over 132). Four blocks of threads with three loads of 16 bytes each have
+# 48 KB. Accesses to eight elements have twice the work between loads, and take the registers for it; two blocks have
+# 24 KB. A scalar walk has two elements of each operand under way. The float64 walks are bound by arithmetic.
+BLOCKS = {
+    ("normal", None): 8,
+    ("scale", None): 8,
+    ("zero", None): 8,
+    ("latent", "f1"): 3,
+    ("latent", "f4"): 4,
+    ("latent", "f8"): 2,
+    ("latent", "d1"): 2,
+    ("latent", "d2"): 2,
+    ("elbo", "f1"): 3,
+    ("elbo", "f4"): 4,
+    ("elbo", "f8"): 2,
+    ("elbo", "d1"): 2,
+    ("elbo", "d2"): 2,
+    ("elbo by column", "f1"): 3,
+    ("elbo by column", "f4"): 3,
+    ("elbo by column", "d1"): 2,
+    ("elbo by column", "d2"): 2,
+}
+
+
+def extension() -> Path:
+    spec = importlib.util.find_spec("fusedvae._C")
+    if spec is None or spec.origin is None or not hasattr(backend.native._C, "cuda_unavailable"):
+        pytest.skip("the extension has no CUDA kernels")
+    return Path(spec.origin)
+
+
+def tools() -> Path:
+    """The folder of cuobjdump; nvdisasm, which it calls, is beside it."""
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
+    for folder in map(Path, path.split(os.pathsep)):
+        if all(shutil.which(name, path=str(folder)) for name in ("cuobjdump", "nvdisasm")):
+            return folder
+    pytest.skip("needs cuobjdump and nvdisasm")
+
+
+@cache
+def dump(what: str, *options: str) -> str:
+    folder = tools()
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [str(folder / "cuobjdump"), what, *options, str(extension())]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Kernel:
+    """A kernel's name and, of a template's, the access that it is compiled for."""
+
+    def __init__(self, symbol: str) -> None:
+        found = re.search(r"\d(normal|scale|zero|latent|elbo)_kernel(.*)", symbol)
+        assert found, symbol
+        self.name, arguments = found.groups()
+        if self.name == "elbo" and "Lb1E" in arguments:
+            self.name = "elbo by column"
+        access = re.search(r"AccessI([fd])(v|[fd]|6__half|13__nv_bfloat16)Li(\d)E", arguments)
+        self.access = access[1] + access[3] if access else None
+        """Working type and elements at a time."""
+        self.mixed = access is not None and access[2] == "v"
+
+    def __repr__(self) -> str:
+        return f"{self.name} {self.access or ''}{' mixed' if self.mixed else ''}"
+
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    if not re.search(rf"\.{request.param}\.", dump("-lelf")):
+        pytest.skip(f"not compiled for {request.param}")
+    return request.param
+
+
+def resources(architecture: str) -> list[tuple[Kernel, dict[str, int]]]:
+    listing = dump("-res-usage", "-arch", architecture)
+    found = re.findall(r"Function (\S+):\n\s*(.*)", listing)
+    assert found
+    return [(Kernel(s), {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", figures)}) for s, figures in found]
+
+
+def accesses(architecture: str) -> list[tuple[Kernel, Counter[str]]]:
+    """How often each instruction that touches global or local memory is in each kernel."""
+    functions = re.split(r"Function : (\S+)", dump("-sass", "-arch", architecture))[1:]
+    found = []
+    for symbol, code in zip(functions[::2], functions[1::2], strict=True):
+        instructions = re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL|ATOMG|REDG?)\b[.\w]*)", code)
+        # Partial sums are read past the caches: not an operand's accesses.
+        found.append((Kernel(symbol), Counter(i for i in instructions if ".STRONG" not in i)))
+    return found
+
+
+def test_every_kernel_is_there(architecture: str):
+    assert {(kernel.name, kernel.access) for kernel, _ in resources(architecture)} >= {
+        key for key in BLOCKS if key[1] is not None
+    }
+
+
+def test_no_stack_frame_and_no_spills(architecture: str):
+    for kernel, used in resources(architecture):
+        assert (used["STACK"], used["LOCAL"]) == (0, 0), kernel
+    for kernel, instructions in accesses(architecture):
+        assert not [i for i in instructions if i.startswith(("LDL", "STL"))], kernel
+
+
+def test_registers_leave_room_for_the_blocks(architecture: str):
+    for kernel, used in resources(architecture):
+        blocks = BLOCKS[kernel.name, kernel.access]
+        per_thread = -(-used["REG"] // 8) * 8  # allocated by eights
+        assert per_thread * BLOCK * blocks <= REGISTERS, kernel
+        assert blocks * BLOCK <= THREADS, kernel
+
+
+def test_shared_memory_is_no_limit(architecture: str):
+    for kernel, used in resources(architecture):
+        assert used["SHARED"] <= 2048, kernel
+
+
+# How many operands a walk reads and writes a vector of: see NllWalk and LatentWalk in csrc/cuda/walk.h.
+OPERANDS = {
+    # mu, logvar, noise, grad_z, grad_kl; z, grad_mu, grad_logvar
+    "latent": (5, 3),
+    # recon_x, x, spread, weight, and mu, logvar, grad_kl;
+    # value, grad_recon_x, grad_x, grad_spread, and grad_mu, grad_logvar
+    "elbo": (7, 6),
+    "elbo by column": (7, 6),
+}
+
+
+def test_vectors_are_read_and_written_once_by_instructions_of_16_bytes(architecture: str):
+    """So the bytes that a launch moves are those of the operands that it is given, as in the table of the design:
+
+    3N read and 2N written by the likelihood with its gradients (recon_x, x, recon_logvar; two gradients), 2M read and M
+    written by the latent (mu, logvar; z), 3M and 2M by its backward pass (and grad_z; two gradients). Operands that are
+    not given are skipped by a branch, and totals take 8 bytes a chunk of 4096 elements.
+    """
+    seen = set()
+    for kernel, instructions in accesses(architecture):
+        if kernel.name not in OPERANDS or kernel.access not in ("f4", "f8", "d2"):
+            continue
+        loads, stores = OPERANDS[kernel.name]
+        assert instructions["LDG.E.128"] == loads, kernel
+        assert instructions["STG.E.128"] == stores, kernel
+        seen.add((kernel.name, kernel.access, kernel.mixed))
+    assert len(seen) >= 9
+
+
+def test_noise_and_scaling_move_16_bytes_at_a_time(architecture: str):
+    for kernel, instructions in accesses(architecture):
+        if kernel.name == "scale":
+            assert instructions["LDG.E.128"] >= 4  # of each dtype
+            assert instructions["STG.E.128"] >= 4
+    noise = [instructions for kernel, instructions in accesses(architecture) if kernel.name == "normal"]
+    assert sum(i["STG.E.128"] == 1 for i in noise) == 4  # of each dtype; the others are for misaligned outputs
+    assert len(noise) == 8
+
+
+def test_atomics_are_of_integers_only(architecture: str):
+    """One, that counts the blocks that are done. Atomic sums of floats would differ from run to run."""
+    for kernel, instructions in accesses(architecture):
+        atomics = {i for i in instructions if i.startswith(("ATOM", "RED"))}
+        assert not [i for i in atomics if re.search(r"\.F\d\d|\.BF", i)], kernel
