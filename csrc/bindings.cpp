@@ -203,18 +203,16 @@ NormalTask normal_task(uintptr_t out, int dtype, int64_t count, uintptr_t seed) 
   return task;
 }
 
-void normal(uintptr_t out, int dtype, int64_t count, uintptr_t seed, int threads) {
-  const NormalTask task = normal_task(out, dtype, count, seed);
-  py::gil_scoped_release release;
-  kernels().normal(task, threads);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedvae's compiled kernels";
   m.def("cpu_isa", [] { return kernels().isa; }, "The instruction set that the CPU kernels use.");
-  m.def("normal", &normal);
+  m.def("normal", [](uintptr_t out, int dtype, int64_t count, uintptr_t seed, int threads) {
+    const NormalTask task = normal_task(out, dtype, count, seed);
+    py::gil_scoped_release release;
+    kernels().normal(task, threads);
+  });
   auto nll =
       py::class_<Planned<NllTask>>(m, "NllTask").def(py::init(&nll_task)).def("run", run<NllTask>(&Kernels::nll));
   auto latent = py::class_<Planned<LatentTask>>(m, "LatentTask").def(py::init(&latent_task)).def("run", &run_latent);

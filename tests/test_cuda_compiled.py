@@ -33,7 +33,6 @@ THREADS = 2048
 BLOCKS = {
     ("normal", None): 8,
     ("scale", None): 8,
-    ("zero", None): 8,
     ("latent", "f1"): 3,
     ("latent", "f4"): 4,
     ("latent", "f8"): 2,
@@ -85,7 +84,7 @@ class Kernel:
     """A kernel's name and, of a template's, the access that it is compiled for."""
 
     def __init__(self, symbol: str) -> None:
-        found = re.search(r"\d(normal|scale|zero|latent|elbo)_kernel(.*)", symbol)
+        found = re.search(r"\d(normal|scale|latent|elbo)_kernel(.*)", symbol)
         assert found, symbol
         self.name, arguments = found.groups()
         if self.name == "elbo" and "Lb1E" in arguments:
