@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fusedvae.layout import Described, Strides, described
 
-from . import Latents, Memo, Reconstruction
+from . import ElboOperands, LatentOperands, Memo, NllOperands, Objective
 from .reference import HALF_LOG_2PI
-from .walk import Copy, Walk, copy_back, walk, walk_nll, with_stand_ins
+from .walk import Copy, Part, Walk, copy_back, walk, walk_nll, with_stand_ins
 
 try:
     import triton
@@ -79,28 +79,25 @@ def _tiles(extent: tuple[int, int, int], summed: int = 0) -> _Tiles:
     return _Tiles(shape, counts)  # type: ignore[arg-type]
 
 
-def _warps(elements: int, doubles: bool) -> int:
-    """Warps of a program: threads get 16 elements of a full tile, in float64 (twice the registers) 8."""
-    return max(1, min(elements // 512, 4)) * (2 if doubles else 1)
+def _warps(elements: int, doubles: bool = False) -> int:
+    """Warps of a program: threads get 8 elements, which is 128 bits in 16-bit dtypes, or 16 of a full tile.
+
+    Twice as many in float64, whose values take twice the registers.
+    """
+    return max(1, min(elements // 256, 4)) * (2 if doubles else 1)
 
 
-# --- plans, from descriptions of the operands -------------------------------------------------------------------------
-
-_BATCH, _OUTER, _INNER, _ALL = 1, 2, 4, 7  # as in triton_kernels
-
-
-def _axes(extent: tuple[int, int, int], strides: Strides) -> int:
-    """The dimensions along which an operand varies (or might: those of size 1)."""
-    return sum(1 << d for d in range(3) if strides[d] != 0 or extent[d] == 1)
+# --- launches ---------------------------------------------------------------------------------------------------------
 
 
 class _Plan(NamedTuple):
-    """A launch of a kernel: everything but the tensors."""
+    """A launch of a kernel: everything but the operands."""
 
     kernel: Any
-    parameters: tuple[str | None, ...]
-    """What each operand is to the kernel; None for those it has no use for."""
+    fields: tuple[str, ...]
+    """The kernel's parameters for the operands; it may have none for some."""
     fixed: dict[str, Any]
+    """All other arguments."""
     programs: int
     copies: tuple[Copy, ...] = ()
     partials: tuple[int, torch.dtype] | None = None
@@ -109,12 +106,13 @@ class _Plan(NamedTuple):
 
     def run(self, operands: Sequence[Tensor | float | None], device: torch.device) -> None:
         """Launch on operands of the sizes, strides and dtypes that the plan was made for."""
-        given = operands
-        if self.copies:
-            operands = with_stand_ins(given, self.copies)
-        arguments: dict[str, Any] = {
-            name: operand for name, operand in zip(self.parameters, operands, strict=True) if name is not None
-        }
+        walked = with_stand_ins(operands, self.copies) if self.copies else operands
+        arguments = dict.fromkeys(self.kernel.arg_names) | self.fixed
+        for name, operand in zip(self.fields, walked, strict=True):
+            if isinstance(operand, Tensor):
+                arguments[name] = operand
+            elif operand is not None:
+                arguments[f"{name}_value"] = float(operand)
         if self.partials is not None:
             arguments["partials"] = torch.empty(self.partials[0], dtype=self.partials[1], device=device)
         if self.totals:
@@ -122,9 +120,9 @@ class _Plan(NamedTuple):
         if self.counters:
             arguments["counters"] = _counters(self.counters, device)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            _launch(self.kernel, self.programs, {**arguments, **self.fixed})
+            _launch(self.kernel, self.programs, arguments)
         if self.copies:
-            copy_back(given, operands, self.copies)
+            copy_back(operands, walked, self.copies)
 
 
 def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
@@ -149,45 +147,77 @@ def _counters(count: int, device: torch.device) -> Tensor:
     return found
 
 
-def _operands(walked: Walk, names: Sequence[str | None], outputs: int) -> dict[str, Any]:
-    """Strides and axes of the named operands; ``outputs`` is the position of the first that varies along all axes."""
-    fixed: dict[str, Any] = {}
-    for k, name in enumerate(names):
-        if name is None:
-            continue
-        strides = walked.strides[k] or (0, 0, 0)
-        fixed[f"{name}_0"], fixed[f"{name}_1"] = strides[:2]
-        if k < outputs:
-            fixed[f"{name}_axes"] = _axes(walked.extent, strides)
-    return fixed
+# --- plans, from descriptions of the operands -------------------------------------------------------------------------
+
+_BATCH, _OUTER, _INNER, _ALL = 1, 2, 4, 7  # as in triton_kernels
 
 
-def _shape(prefix: str, walked: Walk, tiles: _Tiles) -> dict[str, Any]:
-    fixed: dict[str, Any] = dict(zip([f"{prefix}{d}" for d in ("batch", "outer", "inner")], walked.extent, strict=True))
-    fixed.update(zip([f"{prefix}tile_{d}" for d in "boi"], tiles.shape, strict=True))
-    return fixed
+class _Task(NamedTuple):
+    """A walk, in tiles, and the sum that is made on the way, if there is one."""
+
+    walked: Walk
+    tiles: _Tiles
+    doubles: bool
+    """Whether the arithmetic is done in float64."""
+    fixed: dict[str, Any]
+    """Strides and axes of the operands, and options."""
+    partials: tuple[int, torch.dtype] | None = None
+    counters: int = 0
+
+    def shape(self, prefix: str = "") -> dict[str, Any]:
+        """The arguments that say what is walked, and in what arithmetic."""
+        arguments: dict[str, Any] = {f"{prefix}dtype": tl.float64 if self.doubles else tl.float32}
+        arguments.update(zip([prefix + d for d in ("batch", "outer", "inner")], self.walked.extent, strict=True))
+        arguments.update(zip([f"{prefix}tile_{d}" for d in "boi"], self.tiles.shape, strict=True))
+        return arguments
+
+    @property
+    def elements(self) -> int:
+        """Elements of a tile."""
+        return prod(self.tiles.shape)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether an offset or an index might not fit 32 bits."""
+        extent, logical = self.walked.extent, self.walked.logical
+        rows = (extent[1] * extent[2], extent[2], 1)
+        return any(
+            sum(max(size - 1, 0) * step for size, step in zip(extent, strides, strict=True)) >= _NARROW
+            for strides in (*self.walked.strides, logical, rows)
+            if strides
+        )
 
 
-def _is_wide(*walks: Walk) -> bool:
-    """Whether an offset or an index might not fit 32 bits."""
-    return any(
-        sum(max(size - 1, 0) * step for size, step in zip(w.extent, strides, strict=True)) >= _NARROW
-        for w in walks
-        for strides in (*w.strides, w.logical, (w.extent[1] * w.extent[2], w.extent[2], 1))
-        if strides is not None
-    )
+_NOTHING = _Task(Walk((1, 1, 1), (0, 0, 0), [], ()), _Tiles((1, 1, 1), (0, 0, 0)), False, {})
+"""Half an objective that was not given."""
 
 
-def _doubles(*operands: Described) -> bool:
-    return any(operand and operand[2] == torch.float64 for operand in operands)
+def _parts(fields: Sequence[str], descriptions: Sequence[Described]) -> dict[str, Part]:
+    return {name: Part(k, d) for k, (name, d) in enumerate(zip(fields, descriptions, strict=True))}
 
 
-def _arithmetic(doubles: bool) -> Any:
-    return tl.float64 if doubles else tl.float32
+def _axes(extent: tuple[int, int, int], strides: Strides) -> int:
+    """The dimensions along which an operand varies, or which have size 1."""
+    return sum(1 << d for d in range(3) if strides[d] != 0 or extent[d] == 1)
 
 
-def _partials(tiles: _Tiles, axes: int, doubles: bool) -> tuple[tuple[int, torch.dtype] | None, int]:
-    """Workspace and counters for what is summed over the other axes; none if every tile has sums of its own."""
+def _strides(walked: Walk, names: Sequence[str], first_output: int) -> dict[str, Any]:
+    """Strides of the operands; and the axes of inputs, as outputs vary along all."""
+    arguments: dict[str, Any] = {}
+    for k, (name, strides) in enumerate(zip(names, walked.strides, strict=True)):
+        if strides:
+            arguments[f"{name}_0"], arguments[f"{name}_1"] = strides[:2]
+            if k < first_output:
+                arguments[f"{name}_axes"] = _axes(walked.extent, strides)
+    return arguments
+
+
+def _doubles(*parts: Part) -> bool:
+    return any(part.described and part.described[2] == torch.float64 for part in parts)
+
+
+def _sum(tiles: _Tiles, axes: int, doubles: bool) -> tuple[tuple[int, torch.dtype] | None, int]:
+    """Workspace and counters of sums over all but ``axes``; none if every tile has sums of its own."""
     members = prod(count for d, count in enumerate(tiles.counts) if not axes >> d & 1)
     if members <= 1:
         return None, 0
@@ -195,176 +225,128 @@ def _partials(tiles: _Tiles, axes: int, doubles: bool) -> tuple[tuple[int, torch
     return (tiles.total * lanes, torch.float64 if doubles else torch.float32), tiles.total // members
 
 
-class _Likelihood(NamedTuple):
-    """The likelihood's half of a plan."""
-
-    walked: Walk
-    tiles: _Tiles
-    doubles: bool
-    fixed: dict[str, Any]
-    partials: tuple[int, torch.dtype] | None
-    counters: int
-
-
-_NLL = ("recon_x", "x", "spread", "weight", "value", "grad_recon_x", "grad_x", "grad_spread")
-
-
-def _likelihood(
-    shape: torch.Size,
-    names: Sequence[str | None],
-    operands: tuple[Described, ...],
-    is_variance: bool,
-    eps: float,
-    *,
-    keep_batch: bool,
-) -> _Likelihood:
-    walked = walk_nll(shape, operands, keep_batch=keep_batch, can_sum=lambda extent, strides: True)
-    fixed = _operands(walked, names, 4)
-    strides = walked.strides[7]
-    axes = _ALL if strides is None else _axes(walked.extent, strides)
+def _likelihood(parts: dict[str, Part], objective: Objective, *, keep_batch: bool) -> _Task:
+    absent = Part(-1, None)
+    names = ("recon_x", "x", "spread", "weight", "loss", "grad_recon_x", "grad_x", "grad_spread")
+    operands = [parts.get(name, absent) for name in names]
+    if objective.reduction != "element":
+        operands[4] = absent  # the loss is no array of elements
+    described_x = parts["x"].described
+    assert described_x
+    walked = walk_nll(described_x[0], operands, keep_batch=keep_batch, can_sum=lambda extent, strides: True)
+    doubles = _doubles(*operands[:3])
+    fixed = _strides(walked, names, 4)
+    axes = _axes(walked.extent, walked.strides[-1]) if walked.strides[-1] else _ALL
     tiles = _tiles(walked.extent, _ALL & ~axes)
+    fixed.update(grad_spread_axes=axes, eps=float(objective.eps), is_variance=objective.is_variance, spread_value=0.0)
+    return _Task(walked, tiles, doubles, fixed, *_sum(tiles, axes, doubles))
+
+
+@lru_cache(maxsize=1024)
+def _nll_plan(fields: tuple[str, ...], descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
+    task = _likelihood(_parts(fields, descriptions), objective, keep_batch=False)
+    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, "num_warps": _warps(task.elements, task.doubles)}
+    fixed["constant"] = HALF_LOG_2PI if objective.full else 0.0
+    kernel = kernels.nll_kernel
+    return _Plan(kernel, fields, fixed, task.tiles.total, task.walked.copies, task.partials, 0, task.counters)
+
+
+@lru_cache(maxsize=1024)
+def _latent_plan(descriptions: tuple[Described, ...], indexed: bool) -> _Plan:
+    parts = _parts(LatentOperands._fields, descriptions)
+    names = ("mu", "logvar", "noise", "grad_z", "z", "grad_mu", "grad_logvar")
+    operands = [parts[name] for name in names]
+    mu, kl, grad_kl = parts["mu"].described, parts["kl"].described, parts["grad_kl"].described
+    assert mu
+    per_sample = kl is not None or grad_kl is not None
+    walked = walk(mu[0], operands, 4, keep_batch=per_sample, indexed=indexed)
     doubles = _doubles(*operands[:3])
-    partials, counters = _partials(tiles, axes, doubles)
-    fixed.update(grad_spread_axes=axes, eps=float(eps), is_variance=is_variance)
-    return _Likelihood(walked, tiles, doubles, fixed, partials, counters)
-
-
-@lru_cache(maxsize=1024)
-def _nll_plan(
-    shape: torch.Size, operands: tuple[Described, ...], is_variance: bool, eps: float, constant: float
-) -> _Plan:
-    half = _likelihood(shape, _NLL, operands, is_variance, eps, keep_batch=False)
-    fixed = {**half.fixed, **_shape("", half.walked, half.tiles)}
-    fixed.update(constant=constant, dtype=_arithmetic(half.doubles), wide=_is_wide(half.walked))
-    fixed["num_warps"] = _warps(prod(half.tiles.shape), half.doubles)
-    if half.partials is None:
-        fixed.update(partials=None, counters=None)
-    names = (*_NLL, "spread_value")
-    return _Plan(
-        kernels.nll_kernel, names, fixed, half.tiles.total, half.walked.copies, half.partials, 0, half.counters
-    )
-
-
-_LATENT = ("mu", "logvar", "noise", "grad_z", None, "z", "grad_mu", "grad_logvar", None)
-_GRAD_KL, _KL = 4, 8  # positions of those with one value a sample
-
-
-@lru_cache(maxsize=1024)
-def _latent_plan(shape: torch.Size, operands: tuple[Described, ...], indexed: bool) -> _Plan:
-    per_sample = operands[_GRAD_KL] is not None or operands[_KL] is not None
-    elements = [None if k in (_GRAD_KL, _KL) else operand for k, operand in enumerate(operands)]
-    walked = walk(shape, elements, 5, keep_batch=per_sample, indexed=indexed)
     tiles = _tiles(walked.extent)
-    doubles = _doubles(*operands[:3])
+    task = _Task(walked, tiles, doubles, _strides(walked, names, 4), *(_sum(tiles, _BATCH, doubles) if kl else ()))
     l0, l1, l2 = walked.logical
-    fixed = {**_operands(walked, _LATENT, 5), **_shape("", walked, tiles)}
-    fixed.update(l0=l0, l1=l1, l2=l2, dtype=_arithmetic(doubles), wide=_is_wide(walked))
+    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, "num_warps": _warps(task.elements, doubles)}
+    fixed.update(l0=l0, l1=l1, l2=l2, kl_0=kl[1][0] if kl else 0, grad_kl_0=grad_kl[1][0] if grad_kl else 0)
     fixed["in_quads"] = l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and tiles.shape[2] >= 4
-    fixed["num_warps"] = _warps(prod(tiles.shape), doubles)
-    for k, name in ((_GRAD_KL, "grad_kl_0"), (_KL, "kl_0")):
-        operand = operands[k]
-        fixed[name] = operand[1][0] if operand else 0
-    partials, counters = _partials(tiles, _BATCH, doubles) if operands[_KL] else (None, 0)
-    if partials is None:
-        fixed.update(partials=None, counters=None)
-    names = ("mu", "logvar", "noise", "grad_z", "grad_kl", "z", "grad_mu", "grad_logvar", "kl", "seed")
-    return _Plan(kernels.latent_kernel, names, fixed, tiles.total, walked.copies, partials, counters=counters)
-
-
-_ELBO_NLL = tuple([name if name not in ("weight", "value") else None for name in _NLL])
-_ELBO_KL = ("mu", "logvar", "grad_mu", "grad_logvar")
-_ABSENT = Walk((1, 1, 1), (0, 0, 0), (None,) * 8, ())
-"""The walk of half an objective that was not given."""
+    fields = (*LatentOperands._fields, "seed")
+    return _Plan(kernels.latent_kernel, fields, fixed, tiles.total, walked.copies, task.partials, 0, task.counters)
 
 
 @lru_cache(maxsize=1024)
-def _elbo_plan(
-    likelihood: tuple[Described, ...],
-    divergence: tuple[Described, ...],
-    kl_in: Described,
-    x_shape: torch.Size | None,
-    latent_shape: torch.Size | None,
-    is_variance: bool,
-    eps: float,
-    values: int,
-    by_sample: bool,
-    scale: float,
-    constant: float,
-) -> _Plan:
-    nothing = _Tiles((1, 1, 1), (0, 0, 0))
-    if x_shape is not None:
-        nll = _likelihood(x_shape, _ELBO_NLL, likelihood, is_variance, eps, keep_batch=by_sample)
-    else:
-        absent = _operands(_ABSENT, _ELBO_NLL, 4)
-        absent.update(grad_spread_axes=_ALL, eps=0.0, is_variance=False)
-        nll = _Likelihood(_ABSENT, nothing, False, absent, None, 0)
-    walked, tiles = _ABSENT, nothing
-    if latent_shape is not None:
-        walked = walk(latent_shape, divergence, 2, keep_batch=by_sample)
-        tiles = _tiles(walked.extent)
-    doubles = _doubles(*divergence[:2])
-    fixed = {**nll.fixed, **_operands(walked, _ELBO_KL, 2)}
-    fixed.update(_shape("nll_", nll.walked, nll.tiles), nll_tiles=nll.tiles.total, nll_dtype=_arithmetic(nll.doubles))
-    fixed.update(_shape("kl_", walked, tiles), kl_tiles=tiles.total, kl_dtype=_arithmetic(doubles))
-    fixed.update(
-        kl_in_0=kl_in[1][0] if kl_in else 0,
-        kl_in_count=kl_in[0].numel() if kl_in else 0,
-        scale=scale,
-        constant=constant * (x_shape[1:].numel() if by_sample else x_shape.numel()) if x_shape is not None else 0.0,
-        values=values,
-        by_sample=by_sample,
-        wide=_is_wide(nll.walked, walked),
-        num_warps=_warps(max(prod(nll.tiles.shape), prod(tiles.shape)), nll.doubles or doubles),
-    )
-    if nll.partials is None:
-        fixed["partials"] = None
-    lanes = (nll.tiles.shape[0], tiles.shape[0]) if by_sample else (1, 1)
-    copies = (*nll.walked.copies, *[copy._replace(position=len(_NLL) + copy.position) for copy in walked.copies])
+def _elbo_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
+    parts = _parts(ElboOperands._fields, descriptions)
+    by_sample = objective.reduction == "sample"
+    nll = kl = _NOTHING
+    constant = 0.0
+    if x := parts["x"].described:
+        nll = _likelihood(parts, objective, keep_batch=by_sample)
+        constant = HALF_LOG_2PI * (x[0][1:] if by_sample else x[0]).numel() if objective.full else 0.0
+    if mu := parts["mu"].described:
+        names = ("mu", "logvar", "grad_mu", "grad_logvar")
+        operands = [parts[name] for name in names]
+        walked = walk(mu[0], operands, 2, keep_batch=by_sample)
+        kl = _Task(walked, _tiles(walked.extent), _doubles(*operands[:2]), _strides(walked, names, 2))
+    kl_in, loss = parts["kl_in"].described, parts["loss"].described
+    assert loss
+    fixed = {"eps": 0.0, "spread_value": 0.0, "beta_value": 0.0, "scale": objective.scale, "constant": constant}
+    fixed.update({**nll.fixed, **kl.fixed, **nll.shape("nll_"), **kl.shape("kl_")})
+    fixed.update(nll_tiles=nll.tiles.total, kl_tiles=kl.tiles.total, values=loss[0].numel(), by_sample=by_sample)
+    fixed.update(kl_in_0=kl_in[1][0] if kl_in else 0, kl_in_count=kl_in[0].numel() if kl_in else 0)
+    fixed["wide"] = nll.is_wide or kl.is_wide
+    fixed["num_warps"] = _warps(max(nll.elements, kl.elements), nll.doubles or kl.doubles)
+    tiles = nll.tiles, kl.tiles
     return _Plan(
         kernels.elbo_kernel,
-        (*_ELBO_NLL, *_ELBO_KL, "kl_in", "beta", "loss", "nll", "kl", "spread_value", "beta_value"),
+        ElboOperands._fields,
         fixed,
-        max(nll.tiles.total + tiles.total, 1),
-        copies,
-        nll.partials,
-        max(nll.tiles.total * lanes[0] + tiles.total * lanes[1], 1),
-        1 + nll.counters,
+        programs=max(sum(t.total for t in tiles), 1),
+        copies=(*nll.walked.copies, *kl.walked.copies),
+        partials=nll.partials,
+        totals=max(sum(t.total * (t.shape[0] if by_sample else 1) for t in tiles), 1),
+        counters=1 + nll.counters,
     )
+
+
+def _flat(count: int) -> dict[str, Any]:
+    """Arguments for kernels that walk dense tensors of ``count`` elements."""
+    tile = _SMALL_TILE if count < _SMALL else _TILE
+    return {"tile": tile, "num_warps": _warps(tile), "wide": count >= _NARROW}
+
+
+@lru_cache(maxsize=1024)
+def _normal_plan(count: int) -> _Plan:
+    fixed = {"count": count, **_flat(count)}
+    return _Plan(kernels.normal_kernel, ("out", "seed"), fixed, -(-count // fixed["tile"]))
+
+
+_SCALED = 5
+"""Tensors that a launch can scale: the gradients of an objective."""
 
 
 @lru_cache(maxsize=1024)
 def _scale_plan(counts: tuple[int, ...]) -> _Plan:
-    size = _SMALL_TILE if sum(counts) < _SMALL else _TILE
-    fixed: dict[str, Any] = {}
+    fixed = _flat(max(counts))
     programs = 0
-    for k in range(5):
-        count = counts[k] if k < len(counts) else 0
-        fixed[f"count_{k}"], fixed[f"first_{k}"] = count, programs
-        programs += -(-count // size)
-    fixed.update(tile=size, wide=max(counts) >= _NARROW, num_warps=_warps(size, False))
-    return _Plan(kernels.scale_kernel, ("factor", *[f"data_{k}" for k in range(5)]), fixed, programs)
+    for k in range(_SCALED):
+        fixed[f"count_{k}"], fixed[f"first_{k}"] = counts[k] if k < len(counts) else 0, programs
+        programs += -(-fixed[f"count_{k}"] // fixed["tile"])
+    return _Plan(kernels.scale_kernel, (*[f"data_{k}" for k in range(len(counts))], "factor"), fixed, programs)
 
 
-# --- the backend ----------------------------------------------------------------------------------------------------
-
-
-def _tensor_and_number(operand: Tensor | float | None) -> tuple[Tensor | None, float]:
-    """What a kernel takes for an operand that may be a number."""
-    return (operand, 0.0) if isinstance(operand, Tensor) or operand is None else (None, float(operand))
+# --- the backend ------------------------------------------------------------------------------------------------------
 
 
 class _Triton:
     def unavailable(self, device_type: str) -> str | None:
         if triton is None:
             return f"Triton cannot be imported ({_import_error}); install it with `pip install triton`"
-        if device_type == "cpu" and not triton.knobs.runtime.interpret:
-            return "Triton has no compiler for CPUs; set TRITON_INTERPRET=1 to run its interpreter, for debugging"
+        if device_type == "cpu" and not _interpreted():
+            return "Triton has no compiler for CPUs; set TRITON_INTERPRET=1 to run its interpreter, which is slow"
         if device_type not in ("cpu", "cuda"):
-            return f"no kernels for {device_type!r} devices"
+            return f"there are no Triton kernels for {device_type!r} devices; use the reference"
         return None
 
     def describe(self, device_type: str) -> str:
-        if triton.knobs.runtime.interpret:
+        if _interpreted():
             return "Triton kernels, interpreted"
         if torch.version.hip is not None:
             return f"Triton kernels, {torch.cuda.get_device_properties().gcnArchName.partition(':')[0]}"
@@ -372,103 +354,57 @@ class _Triton:
         return f"Triton kernels, sm_{major}{minor}"
 
     def normal(self, out: Tensor, seed: Tensor) -> None:
-        count = out.numel()
-        if count == 0:
-            return
-        size = _SMALL_TILE if count < _SMALL else _TILE
-        fixed = {"count": count, "tile": size, "wide": count >= _NARROW, "num_warps": _warps(size, False)}
-        _Plan(kernels.normal_kernel, ("out", "seed"), fixed, -(-count // size)).run((out, seed), out.device)
+        if out.numel():
+            _normal_plan(out.numel()).run((out, seed), out.device)
 
-    def latent(
-        self,
-        latents: Latents,
-        *,
-        seed: Tensor | None = None,
-        noise: Tensor | None = None,
-        z: Tensor | None = None,
-        kl: Tensor | None = None,
-        grad_z: Tensor | None = None,
-        grad_kl: Tensor | None = None,
-        memo: Memo,
-    ) -> None:
-        mu, logvar, grad_mu, grad_logvar = latents
-        if mu.numel() == 0:
-            if kl is not None:
-                kl.zero_()
+    def latent(self, operands: LatentOperands, seed: Tensor | None, memo: Memo) -> None:
+        operands = operands.unpacked()
+        if operands.mu.numel() == 0:
+            if operands.kl is not None:
+                operands.kl.zero_()
             return
-        operands = (mu, logvar, noise, grad_z, grad_kl, z, grad_mu, grad_logvar, kl)
         plan = memo.get("latent")
         if plan is None:
-            plan = memo["latent"] = _latent_plan(mu.shape, tuple(map(described, operands)), seed is not None)
-        plan.run((*operands, seed), mu.device)
+            plan = memo["latent"] = _latent_plan(tuple(map(described, operands)), seed is not None)
+        plan.run((*operands, seed), operands.mu.device)
 
-    def elbo(
-        self,
-        reconstruction: Reconstruction | None,
-        latents: Latents | None,
-        kl_in: Tensor | None,
-        beta: Tensor | float,
-        reduction: str,
-        scale: float,
-        loss: Tensor,
-        nll: Tensor | None,
-        kl: Tensor | None,
-        memo: Memo,
-    ) -> None:
-        r = reconstruction
-        constant = HALF_LOG_2PI if r is not None and r.full else 0.0
-        if reduction == "element":
-            assert r is not None
-            self._nll(r, None, loss, constant)
-            if nll is not None:
-                nll.copy_(loss)
+    def elbo(self, objective: Objective, operands: ElboOperands, memo: Memo) -> None:
+        operands = operands.unpacked()
+        assert operands.loss is not None
+        if objective.reduction != "element":
+            plan = memo.get("elbo")
+            if plan is None:
+                plan = memo["elbo"] = _elbo_plan(tuple(map(described, operands)), objective)
+            plan.run(operands, operands.loss.device)
             return
-        likelihood: tuple[Any, ...] = (None,) * len(_NLL)
-        divergence: tuple[Any, ...] = (None,) * 4
-        spread, spread_value = None, 0.0
-        if r is not None:
-            spread, spread_value = _tensor_and_number(r.spread)
-            likelihood = (r.recon_x, r.x, spread, None, None, r.grad_recon_x, r.grad_x, r.grad_spread)
-        if latents is not None:
-            divergence = latents
-        plan = memo.get("elbo")
-        if plan is None:
-            plan = memo["elbo"] = _elbo_plan(
-                tuple(map(described, likelihood)),
-                tuple(map(described, divergence)),
-                described(kl_in),
-                None if r is None else r.x.shape,
-                None if latents is None else latents.mu.shape,
-                r is not None and r.is_variance,
-                0.0 if r is None else r.eps,
-                loss.numel(),
-                reduction == "sample",
-                scale,
-                constant,
-            )
-        weight, weight_value = _tensor_and_number(beta)
-        plan.run((*likelihood, *divergence, kl_in, weight, loss, nll, kl, spread_value, weight_value), loss.device)
+        self._run_elements(objective, operands)
+        if operands.nll is not None:
+            operands.nll.copy_(operands.loss)
 
-    def nll_backward(self, reconstruction: Reconstruction, weight: Tensor) -> None:
-        if weight.dim() == 1:
-            weight = weight.view(-1, *[1] * (reconstruction.x.dim() - 1))
-        self._nll(reconstruction, weight, None, 0.0)
+    def nll_backward(self, objective: Objective, operands: NllOperands, memo: Memo) -> None:
+        operands = operands.unpacked()
+        if operands.weight.dim() == 1:
+            weight = operands.weight.view(-1, *[1] * (operands.x.dim() - 1))
+            operands = operands._replace(weight=weight)
+        self._run_elements(objective, operands)
 
-    def _nll(self, r: Reconstruction, weight: Tensor | None, value: Tensor | None, constant: float) -> None:
-        if r.x.numel() == 0:
-            if r.grad_spread is not None:
-                r.grad_spread.zero_()
-            return
-        spread, spread_value = _tensor_and_number(r.spread)
-        operands = (r.recon_x, r.x, spread, weight, value, r.grad_recon_x, r.grad_x, r.grad_spread)
-        plan = _nll_plan(r.x.shape, tuple(map(described, operands)), r.is_variance, r.eps, constant)
-        plan.run((*operands, spread_value), r.x.device)
+    def _run_elements(self, objective: Objective, operands: ElboOperands | NllOperands) -> None:
+        assert operands.x is not None
+        if operands.x.numel():
+            plan = _nll_plan(operands._fields, tuple(map(described, operands)), objective)
+            plan.run(operands, operands.x.device)
+        elif operands.grad_spread is not None:
+            operands.grad_spread.zero_()
 
     def scale_(self, tensors: list[Tensor], factor: Tensor, memo: Memo) -> None:
         tensors = [t for t in tensors if t.numel()]
         if tensors:
-            plan = _scale_plan(tuple([t.numel() for t in tensors]))
-            plan.run((factor, *tensors, *[None] * (5 - len(tensors))), factor.device)
+            _scale_plan(tuple([t.numel() for t in tensors])).run((*tensors, factor), factor.device)
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which is settled when they are imported."""
+    return isinstance(kernels.elbo_kernel, triton.runtime.interpreter.InterpretedFunction)
 
 
 BACKEND = _Triton()

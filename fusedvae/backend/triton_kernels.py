@@ -337,7 +337,7 @@ def nll_kernel(
     x, x_0, x_1, x_axes: tl.constexpr,
     spread, spread_0, spread_1, spread_axes: tl.constexpr, spread_value: tl.float64,
     weight, weight_0, weight_1, weight_axes: tl.constexpr,
-    value, value_0, value_1, constant: tl.float64,
+    loss, loss_0, loss_1, constant: tl.float64,
     grad_recon_x, grad_recon_x_0, grad_recon_x_1,
     grad_x, grad_x_0, grad_x_1,
     grad_spread, grad_spread_0, grad_spread_1, grad_spread_axes: tl.constexpr, partials, counters,
@@ -357,7 +357,7 @@ def nll_kernel(
         eps, is_variance, dtype, wide, tile_b, tile_o, tile_i,
     )  # fmt: skip
     values += tl.full((1, 1, 1), constant, dtype)
-    store(value, value_0, value_1, values, b, o, i, batch, outer, inner, ALL)
+    store(loss, loss_0, loss_1, values, b, o, i, batch, outer, inner, ALL)
 
 
 @triton.jit
