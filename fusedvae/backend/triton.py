@@ -404,7 +404,7 @@ class _Triton:
 
 def _interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which is settled when they are imported."""
-    return isinstance(kernels.elbo_kernel, triton.runtime.interpreter.InterpretedFunction)
+    return not isinstance(kernels.elbo_kernel, triton.runtime.JITFunction)
 
 
 BACKEND = _Triton()
