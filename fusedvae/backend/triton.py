@@ -79,12 +79,17 @@ def _tiles(extent: tuple[int, int, int], summed: int = 0) -> _Tiles:
     return _Tiles(shape, counts)  # type: ignore[arg-type]
 
 
-def _warps(elements: int, doubles: bool = False) -> int:
-    """Warps of a program: threads get 8 elements, which is 128 bits in 16-bit dtypes, or 16 of a full tile.
+_LANES = 64 if torch.version.hip else 32
+"""Threads of a warp: those of a wavefront on AMD's CDNA chips, so that a thread takes as much there."""
 
-    Twice as many in float64, whose values take twice the registers.
+
+def _warps(elements: int, doubles: bool = False) -> int:
+    """Warps of a program: threads take 16 elements of a full tile, and of a small one 8, 128 bits in 16-bit dtypes.
+
+    Half as many in float64, whose values take twice the registers.
     """
-    return max(1, min(elements // 256, 4)) * (2 if doubles else 1)
+    threads = min(elements // 8, 128) * (2 if doubles else 1)
+    return max(1, threads // _LANES)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
