@@ -39,8 +39,9 @@ _SMALL = 1 << 18
 _SMALL_TILE, _TILE = 512, 2048
 """Elements of a tile. Sums are made a tile at a time: these are part of a result's rounding, and the same on all chips.
 
-A large one makes a thread load 16 elements of each operand before it uses any, 64 bytes in float32: with the five
-streams of the likelihood enough in flight to keep HBM busy at half the occupancy. Larger ones cost registers."""
+A large one has 256 threads with 32 bytes of each float32 operand in flight: at half an H100's occupancy 96 KiB a
+processor for the three operands of the likelihood, where some 40 KiB keep its memory busy. Larger ones would not be
+faster; smaller ones would make more partial sums."""
 
 _COLUMN = 128
 """Elements of a row in a tile that is summed over its columns: 512 bytes in float32, whole sectors; the fewer there
@@ -83,13 +84,12 @@ _LANES = 64 if torch.version.hip else 32
 """Threads of a warp: those of a wavefront on AMD's CDNA chips, so that a thread takes as much there."""
 
 
-def _warps(elements: int, doubles: bool = False) -> int:
-    """Warps of a program: threads take 16 elements of a full tile, and of a small one 8, 128 bits in 16-bit dtypes.
+def _warps(elements: int) -> int:
+    """Warps of a program: a thread takes 8 elements, which is 128 bits of a 16-bit dtype and twice that of float32.
 
-    Half as many in float64, whose values take twice the registers.
+    More would take registers (with 16, a few kernels spill) that the threads to hide memory's latency behind need.
     """
-    threads = min(elements // 8, 128) * (2 if doubles else 1)
-    return max(1, threads // _LANES)
+    return max(1, elements // (8 * _LANES))
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def _likelihood(parts: dict[str, Part], objective: Objective, *, keep_batch: boo
 @lru_cache(maxsize=1024)
 def _nll_plan(fields: tuple[str, ...], descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
     task = _likelihood(_parts(fields, descriptions), objective, keep_batch=False)
-    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, "num_warps": _warps(task.elements, task.doubles)}
+    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, "num_warps": _warps(task.elements)}
     fixed["constant"] = HALF_LOG_2PI if objective.full else 0.0
     kernel = kernels.nll_kernel
     return _Plan(kernel, fields, fixed, task.tiles.total, task.walked.copies, task.partials, 0, task.counters)
@@ -269,7 +269,7 @@ def _latent_plan(descriptions: tuple[Described, ...], indexed: bool) -> _Plan:
     tiles = _tiles(walked.extent)
     task = _Task(walked, tiles, doubles, _strides(walked, names, 4), *(_sum(tiles, _BATCH, doubles) if kl else ()))
     l0, l1, l2 = walked.logical
-    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, "num_warps": _warps(task.elements, doubles)}
+    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, "num_warps": _warps(task.elements)}
     fixed.update(l0=l0, l1=l1, l2=l2, kl_0=kl[1][0] if kl else 0, grad_kl_0=grad_kl[1][0] if grad_kl else 0)
     fixed["in_quads"] = l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and tiles.shape[2] >= 4
     fields = (*LatentOperands._fields, "seed")
@@ -297,7 +297,7 @@ def _elbo_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Pl
     fixed.update(nll_tiles=nll.tiles.total, kl_tiles=kl.tiles.total, values=loss[0].numel(), by_sample=by_sample)
     fixed.update(kl_in_0=kl_in[1][0] if kl_in else 0, kl_in_count=kl_in[0].numel() if kl_in else 0)
     fixed["wide"] = nll.is_wide or kl.is_wide
-    fixed["num_warps"] = _warps(max(nll.elements, kl.elements), nll.doubles or kl.doubles)
+    fixed["num_warps"] = _warps(max(nll.elements, kl.elements))
     tiles = nll.tiles, kl.tiles
     return _Plan(
         kernels.elbo_kernel,
