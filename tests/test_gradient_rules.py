@@ -138,6 +138,7 @@ def test_learned_beta() -> None:
     assert_all_close(list(found), list(torch.autograd.grad(written_out(*t, beta=beta)[0], [beta, *t])))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
 def test_first_and_second_derivatives_numerically(reduction: str) -> None:
     def loss(*t: Tensor) -> tuple[Tensor, ...]:
@@ -148,6 +149,7 @@ def test_first_and_second_derivatives_numerically(reduction: str) -> None:
     assert torch.autograd.gradgradcheck(loss, t)
 
 
+@pytest.mark.large
 def test_derivatives_of_the_latent_numerically() -> None:
     mu, logvar, noise = (torch.randn(3, 5, dtype=torch.float64).requires_grad_() for _ in range(3))
     packed = torch.randn(3, 6, 2, dtype=torch.float64).requires_grad_()

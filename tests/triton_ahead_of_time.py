@@ -111,7 +111,8 @@ def compiled(kernel: Any, arguments: dict[str, Any], target: GPUTarget) -> Any:
         if aligned:
             attributes[(k,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": arguments["num_warps"]})
+    options = {name: arguments[name] for name in ("num_warps", "maxnreg") if name in arguments}
+    return triton.compile(source, target=target, options=options)
 
 
 def local_memory(assembly: dict[str, Any], target: GPUTarget) -> int:
@@ -136,7 +137,8 @@ def accesses(assembly: dict[str, Any], target: GPUTarget, kind: str) -> list[int
     if target.backend == "hip":
         kind = {"ld": "load", "st": "store"}[kind]
         sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1, "ubyte": 1}
-        found = re.findall(rf"(?:global|buffer|flat)_{kind}_([a-z0-9]+)(?:_d16_hi|_d16)?\b", assembly["amdgcn"])
+        lines = [line for line in assembly["amdgcn"].splitlines() if not line.endswith(" nt")]
+        found = re.findall(rf"(?:global|buffer|flat)_{kind}_([a-z0-9]+)(?:_d16_hi|_d16)?\b", "\n".join(lines))
         return [sizes[size.partition("_")[0]] for size in found]
     pattern = rf"\b{kind}\.global((?:\.[a-zA-Z_][\w:]*)*?)(?:\.v(\d))?\.[bfus](\d+)\b"
     found = re.findall(pattern, assembly["ptx"])

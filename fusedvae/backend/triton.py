@@ -92,6 +92,16 @@ def _warps(elements: int) -> int:
     return max(1, elements // (8 * _LANES))
 
 
+_REGISTERS = 128
+"""More than any kernel needs. Without a bound, NVIDIA's assembler spills to fit in one more program at a time."""
+
+
+def _options(elements: int) -> dict[str, Any]:
+    """How the kernels are compiled for tiles of so many elements."""
+    options = {"num_warps": _warps(elements)}
+    return options if _LANES == 64 else {**options, "maxnreg": _REGISTERS}
+
+
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +260,7 @@ def _likelihood(parts: dict[str, Part], objective: Objective, *, keep_batch: boo
 @lru_cache(maxsize=1024)
 def _nll_plan(fields: tuple[str, ...], descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
     task = _likelihood(_parts(fields, descriptions), objective, keep_batch=False)
-    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, "num_warps": _warps(task.elements)}
+    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, **_options(task.elements)}
     fixed["constant"] = HALF_LOG_2PI if objective.full else 0.0
     kernel = kernels.nll_kernel
     return _Plan(kernel, fields, fixed, task.tiles.total, task.walked.copies, task.partials, 0, task.counters)
@@ -269,7 +279,7 @@ def _latent_plan(descriptions: tuple[Described, ...], indexed: bool) -> _Plan:
     tiles = _tiles(walked.extent)
     task = _Task(walked, tiles, doubles, _strides(walked, names, 4), *(_sum(tiles, _BATCH, doubles) if kl else ()))
     l0, l1, l2 = walked.logical
-    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, "num_warps": _warps(task.elements)}
+    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, **_options(task.elements)}
     fixed.update(l0=l0, l1=l1, l2=l2, kl_0=kl[1][0] if kl else 0, grad_kl_0=grad_kl[1][0] if grad_kl else 0)
     fixed["in_quads"] = l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and tiles.shape[2] >= 4
     fields = (*LatentOperands._fields, "seed")
@@ -296,8 +306,7 @@ def _elbo_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Pl
     fixed.update({**nll.fixed, **kl.fixed, **nll.shape("nll_"), **kl.shape("kl_")})
     fixed.update(nll_tiles=nll.tiles.total, kl_tiles=kl.tiles.total, values=loss[0].numel(), by_sample=by_sample)
     fixed.update(kl_in_0=kl_in[1][0] if kl_in else 0, kl_in_count=kl_in[0].numel() if kl_in else 0)
-    fixed["wide"] = nll.is_wide or kl.is_wide
-    fixed["num_warps"] = _warps(max(nll.elements, kl.elements))
+    fixed.update(wide=nll.is_wide or kl.is_wide, **_options(max(nll.elements, kl.elements)))
     tiles = nll.tiles, kl.tiles
     return _Plan(
         kernels.elbo_kernel,
@@ -314,7 +323,7 @@ def _elbo_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Pl
 def _flat(count: int) -> dict[str, Any]:
     """Arguments for kernels that walk dense tensors of ``count`` elements."""
     tile = _SMALL_TILE if count < _SMALL else _TILE
-    return {"tile": tile, "num_warps": _warps(tile), "wide": count >= _NARROW}
+    return {"tile": tile, "wide": count >= _NARROW, **_options(tile)}
 
 
 @lru_cache(maxsize=1024)

@@ -73,11 +73,24 @@ def load(data, s0, s1, b, o, i, batch, outer, inner, axes: tl.constexpr, dtype: 
 
 
 @triton.jit
+def number(value, dtype: tl.constexpr):
+    """A number that came as an argument, in some dtype."""
+    return tl.full((), value, dtype)
+
+
+@triton.jit
+def number_at(data, value):
+    """A number that came in memory or, without ``data``, as ``value``; in float64."""
+    return tl.load(data).to(tl.float64) if data is not None else number(value, tl.float64)
+
+
+@triton.jit
 def narrow(value, dtype: tl.constexpr):
     """To an operand's dtype; no chip rounds float64 to 16 bits in one go."""
-    if value.dtype == tl.float64 and dtype.primitive_bitwidth < 32:
-        value = value.to(tl.float32)
-    return value.to(dtype)
+    if dtype.primitive_bitwidth == 16:
+        return value.to(tl.float32).to(dtype, fp_downcast_rounding="rtne")
+    else:
+        return value.to(dtype)
 
 
 @triton.jit
@@ -136,6 +149,18 @@ def membership(
 
 
 @triton.jit
+def publish(partials, place, value, lanes: tl.constexpr):
+    """Write partial sums for another program to read."""
+    if lanes == 1:
+        tl.store(partials + place, value)  # by the thread that comes to the counter, in order
+    else:
+        # AMD's barrier does not wait for the stores of other wavefronts; an exchange that acquires is waited for.
+        bits: tl.constexpr = tl.int64 if value.dtype == tl.float64 else tl.int32
+        where = (partials + place).to(tl.pointer_type(bits), bitcast=True)
+        tl.atomic_xchg(where, value.to(bits, bitcast=True), sem="acq_rel", scope="gpu")
+
+
+@triton.jit
 def is_last(counter, programs):
     """Whether this is the last of as many programs to come here; what they all wrote before can then be read."""
     tl.debug_barrier()  # the writes of all threads come before the one thread's release
@@ -176,7 +201,7 @@ def store_sum(
         group, groups, member, members = membership(tile, batch, outer, inner, axes, tile_b, tile_o, tile_i)
         lanes: tl.constexpr = sums.numel
         lane = tl.arange(0, lanes)
-        tl.store(partials + (member * groups + group) * lanes + lane, tl.reshape(sums, (lanes,)))
+        publish(partials, (member * groups + group) * lanes + lane, tl.reshape(sums, (lanes,)), lanes)
         if is_last(counters + group, members):
             total = add_up(partials, group * lanes, groups * lanes, members, lanes, lanes)
             store(data, s0, s1, tl.reshape(total, sums.shape), b, o, i, batch, outer, inner, axes)
@@ -302,9 +327,9 @@ def nll_tile(
     if spread is not None:
         s = load(spread, spread_0, spread_1, b, o, i, batch, outer, inner, spread_axes, dtype)
     else:
-        s = tl.full((1, 1, 1), spread_value, dtype)
+        s = number(spread_value, dtype)
     if is_variance:
-        bound = tl.full((1, 1, 1), eps, dtype)
+        bound = number(eps, dtype)
         variance = tl.where(s < bound, bound, s)
         logvar, precision = tl.log(variance), 1.0 / variance
     else:
@@ -313,7 +338,7 @@ def nll_tile(
     if weight is not None:
         w = load(weight, weight_0, weight_1, b, o, i, batch, outer, inner, weight_axes, dtype)
     else:
-        w = tl.full((1, 1, 1), scale, dtype)
+        w = number(scale, dtype)
     store(grad_recon_x, grad_recon_x_0, grad_recon_x_1, w * d_recon, b, o, i, batch, outer, inner, ALL)
     store(grad_x, grad_x_0, grad_x_1, -(w * d_recon), b, o, i, batch, outer, inner, ALL)
     if grad_spread is not None:
@@ -356,7 +381,7 @@ def nll_kernel(
         grad_spread, grad_spread_0, grad_spread_1, grad_spread_axes, partials, counters,
         eps, is_variance, dtype, wide, tile_b, tile_o, tile_i,
     )  # fmt: skip
-    values += tl.full((1, 1, 1), constant, dtype)
+    values += number(constant, dtype)
     store(loss, loss_0, loss_1, values, b, o, i, batch, outer, inner, ALL)
 
 
@@ -370,7 +395,7 @@ def keep_sum(
     group, groups, member, _ = membership(tile, batch, outer, inner, axes, tile_b, tile_o, tile_i)
     lanes: tl.constexpr = sums.numel
     place = (member * groups + group) * lanes + tl.arange(0, lanes)
-    tl.store(totals + place, tl.reshape(sums, (lanes,)).to(tl.float64))
+    publish(totals, place, tl.reshape(sums, (lanes,)).to(tl.float64), lanes)
 
 
 @triton.jit
@@ -403,8 +428,6 @@ def elbo_kernel(
     """
     program = tl.program_id(0)
     axes: tl.constexpr = BATCH if by_sample else 0
-    kl_weight = tl.load(beta).to(tl.float64) if beta is not None else tl.full((), beta_value, tl.float64)
-    factor = tl.full((), scale, tl.float64)
     nll_places = 0
     if recon_x is not None:
         nll_places = nll_tiles * (nll_tile_b if by_sample else 1)
@@ -432,7 +455,7 @@ def elbo_kernel(
             l = load(logvar, logvar_0, logvar_1, b, o, i, kl_batch, kl_outer, kl_inner, logvar_axes, kl_dtype)  # noqa: E741
             _, expm1_logvar = spread_of(l)
             value, d_mu, d_logvar = kl_standard_normal(m, l, expm1_logvar)
-            w = (factor * kl_weight).to(kl_dtype)
+            w = (number(scale, tl.float64) * number_at(beta, beta_value)).to(kl_dtype)
             store(grad_mu, grad_mu_0, grad_mu_1, w * d_mu, b, o, i, kl_batch, kl_outer, kl_inner, ALL)
             store(grad_logvar, grad_logvar_0, grad_logvar_1, w * d_logvar, b, o, i, kl_batch, kl_outer, kl_inner, ALL)
             keep_sum(
@@ -441,13 +464,15 @@ def elbo_kernel(
             )  # fmt: skip
     if is_last(counters, tl.num_programs(0)):
         lanes: tl.constexpr = 64 if by_sample else 1
+        # Read here, not before: two values kept over the whole of a tile's work would be two registers too many.
+        factor, kl_weight = number(scale, tl.float64), number_at(beta, beta_value)
         for first in range(0, values, lanes):
             at = first + tl.arange(0, lanes)
             nll_sum, kl_sum = tl.zeros((lanes,), tl.float64), tl.zeros((lanes,), tl.float64)
             if recon_x is not None:
                 step = tl.cdiv(nll_batch, nll_tile_b) * nll_tile_b if by_sample else 1
                 nll_sum = add_up(totals, first, step, nll_places // tl.maximum(step, 1), lanes, values - first)
-                nll_sum = factor * (nll_sum + tl.full((), constant, tl.float64))
+                nll_sum = factor * (nll_sum + number(constant, tl.float64))
             if mu is not None:
                 step = tl.cdiv(kl_batch, kl_tile_b) * kl_tile_b if by_sample else 1
                 places = kl_tiles * (kl_tile_b if by_sample else 1)
