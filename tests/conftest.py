@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,6 +30,12 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process is one for Triton's interpreter, and tests that alone: see test_triton_interpreted.py."""
+KERNELS = "triton" if INTERPRETED else "native"
+"""The kernel backend of the tests that take no target."""
+
+
 class Target(NamedTuple):
     """Where a test runs."""
 
@@ -39,7 +46,7 @@ class Target(NamedTuple):
 def _targets() -> list:
     found = []
     for device in device_types():
-        for backend in NAMES:
+        for backend in ["triton"] if INTERPRETED else NAMES:
             if unavailable(backend, device) is None:
                 marks = [pytest.mark.gpu] if device == "cuda" else []
                 found.append(pytest.param(Target(backend, device), id=f"{backend}-{device}", marks=marks))
