@@ -26,7 +26,7 @@ from ..errors import CommandError, require
 from ..trainer import Interruption
 from . import report
 from .cases import DIRECTIONS, DTYPES, MEMORY_FORMATS, MODELS, OPERATIONS, PRESETS, SWEEP, SWEEP_EXPONENTS, Case
-from .compare import compare, verdict_lines
+from .compare import verdict_lines, verdicts
 from .contestants import methods
 from .suite import FORMAT, Result, Settings, counts, measure, new_result
 from .table import case_lines, csv_text, heading_line, list_text, summary_lines
@@ -272,9 +272,9 @@ def _finish(arguments: argparse.Namespace, result: Result, old: Result | None, *
         _write(arguments.report / REPORT, report.write_html(result))
     regressions = False
     if old is not None:
-        verdicts = compare(old, result)
-        print("\n".join(verdict_lines(old, result, verdicts)))
-        regressions = any(verdict.is_regression for verdict in verdicts)
+        found = verdicts(old, result)
+        print("\n".join(verdict_lines(old, result, found)))
+        regressions = any(verdict.is_regression for verdict in found)
     return int(regressions or counts(result)["wrong"] > 0)
 
 

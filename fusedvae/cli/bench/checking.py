@@ -114,7 +114,7 @@ def check(
         errors.compare("the value", outputs[0], expected_loss, size=size)
     if case.uses_x and grads is not None and case.shapes.recon_logvar != "each":
         errors.compare("the gradient of recon_logvar", grads["recon_logvar"], summed, size=summed_size)
-    return errors.largest
+    return errors.largest()
 
 
 def check_fresh_noise(first: Tensor, second: Tensor) -> None:
@@ -145,15 +145,15 @@ def check_step(model: MLP, function: Function, x: Tensor, *, constant: bool = Fa
         if gradient is None or parameter.grad is None:
             raise WrongAnswerError(f"{name} has no gradient")
         errors.compare(f"the gradient of {name}", gradient, parameter.grad)
-    return errors.largest
+    return errors.largest()
 
 
 class _Errors:
-    """Compares, and keeps the largest error."""
+    """Compares, and keeps the largest error of each thing compared."""
 
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
-        self.largest = 0.0
+        self._largest: dict[str, float] = {}
 
     def compare(
         self, what: str, found: Tensor, expected: Tensor, slack: Tensor | None = None, size: Tensor | None = None
@@ -169,11 +169,14 @@ class _Errors:
         if slack is not None:
             distance = (distance - slack).clamp(min=0)
         error = (distance / (size + torch.finfo(torch.float32).tiny)).max().item()
-        if not error <= self.tolerance:
-            raise WrongAnswerError(
-                f"{what} is wrong by {error:.2g} of its size (at most {self.tolerance:.2g} is right)"
-            )
-        self.largest = max(self.largest, error)
+        self._largest[what] = max(self._largest.get(what, 0.0), math.inf if math.isnan(error) else error)
+
+    def largest(self) -> float:
+        """Of all; raises `WrongAnswerError` if any is larger than the tolerance."""
+        wrong = [f"{what} ({error:.2g})" for what, error in self._largest.items() if error > self.tolerance]
+        if wrong:
+            raise WrongAnswerError(f"off by more than {self.tolerance:.2g} of its size: {', '.join(wrong)}")
+        return max(self._largest.values())
 
 
 def _moments(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class Verdict(NamedTuple):
         return self.verdict in ("slower", "wrong")
 
 
-def compare(old: Result, new: Result) -> list[Verdict]:
+def verdicts(old: Result, new: Result) -> list[Verdict]:
     """A verdict on each fused contestant of either run, in the new one's order.
 
     Times are corrected by those of the contestants that are not this package's, eager and compiled PyTorch: they ran in
@@ -36,7 +36,7 @@ def compare(old: Result, new: Result) -> list[Verdict]:
     """
     threshold = max(THRESHOLD, old["noise"]["spread"], new["noise"]["spread"])
     before, after = _by_case(old), _by_case(new)
-    verdicts = []
+    found = []
     for case in [*after, *(case for case in before if case not in after)]:
         then, now = before.get(case, {}), after.get(case, {})
         controls = [
@@ -47,8 +47,8 @@ def compare(old: Result, new: Result) -> list[Verdict]:
         for name in [*now, *(name for name in then if name not in now)]:
             contestant = now.get(name) or then[name]
             if contestant["family"] == "fused":
-                verdicts.append(_verdict(case, name, then, now, controls, threshold))
-    return verdicts
+                found.append(_verdict(case, name, then, now, controls, threshold))
+    return found
 
 
 def _verdict(
@@ -81,11 +81,11 @@ def _timed(contestant: Result) -> bool:
     return bool(contestant["status"] == "ok")
 
 
-def verdict_lines(old: Result, new: Result, verdicts: list[Verdict]) -> list[str]:
+def verdict_lines(old: Result, new: Result, found: list[Verdict]) -> list[str]:
     """The verdicts for people: what changed, then how much did not."""
     lines = [f"compared with the run of {old['date']}:"]
     lines += [f"  another {what}: {then}, now {now}" for what, then, now in _differences(old, new) if then != now]
-    for verdict in verdicts:
+    for verdict in found:
         if verdict.verdict == "same":
             continue
         text = f"  {verdict.verdict.upper():7} {verdict.case}, {verdict.contestant}"
@@ -93,8 +93,8 @@ def verdict_lines(old: Result, new: Result, verdicts: list[Verdict]) -> list[str
             value, low, high = verdict.change
             text += f": takes {value:.2f} times as long ({low:.2f}-{high:.2f})"
         lines.append(text)
-    same = sum(verdict.verdict == "same" for verdict in verdicts)
-    lines.append(f"  {same} of {len(verdicts)} unchanged beyond the noise")
+    same = sum(verdict.verdict == "same" for verdict in found)
+    lines.append(f"  {same} of {len(found)} unchanged beyond the noise")
     return lines
 
 

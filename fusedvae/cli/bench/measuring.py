@@ -6,11 +6,14 @@ repeats the work until it is long enough for the clock; what it takes is divided
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,11 +119,12 @@ def profiled(work: Callable[[], object], device: torch.device) -> Profile:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    with torch.profiler.profile(activities=activities, profile_memory=device.type != "cuda") as profiler:
-        result = work()  # kept, so that outputs count as allocated until the end
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    del result
+    with _silent_stderr():
+        with torch.profiler.profile(activities=activities, profile_memory=device.type != "cuda") as profiler:
+            result = work()  # kept, so that outputs count as allocated until the end
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        del result
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -129,6 +133,20 @@ def profiled(work: Callable[[], object], device: torch.device) -> Profile:
         launches = sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
         return Profile(torch.cuda.max_memory_allocated(device) - before, launches)
     return Profile(_peak(events), sum(event.get("cat") == "cpu_op" and _is_operator(event["name"]) for event in events))
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """A block without what the profiler's library, below Python, writes to stderr at every start and stop."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _is_operator(name: str) -> bool:
