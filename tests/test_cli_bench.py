@@ -9,15 +9,17 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import threads
 from torch import Tensor
 
 import fusedvae
@@ -31,9 +33,12 @@ FAST = ["--presets", "2^8", "--operations", "kl", "--contestants", "eager/handwr
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few rounds, and one thread: two are slow on a machine that has something else to do."""
     monkeypatch.setattr(suite, "ROUNDS", (5, 9))
     monkeypatch.setattr(suite, "TURN_SECONDS", 0.0)
+    with threads(1):
+        yield
 
 
 def run_bench(*options: object) -> int:
@@ -389,8 +394,6 @@ def test_json_has_every_figure_and_the_environment(recorded: Path) -> None:
 def test_the_command_of_a_run_measures_the_same(recorded: Path, tmp_path: Path) -> None:
     command = json.loads(recorded.read_text())["command"]
     assert command.startswith("fusedvae bench --presets ")
-    import shlex
-
     assert run_bench(*shlex.split(command)[2:], "--json", tmp_path / "again.json") == 0
     first, again = (json.loads(path.read_text()) for path in (recorded, tmp_path / "again.json"))
     assert again["settings"] == first["settings"]

@@ -29,7 +29,7 @@ from .cases import DIRECTIONS, DTYPES, MEMORY_FORMATS, MODELS, OPERATIONS, PRESE
 from .compare import verdict_lines, verdicts
 from .contestants import methods
 from .suite import FORMAT, Result, Settings, counts, measure, new_result
-from .table import case_lines, csv_text, heading_line, list_text, summary_lines
+from .table import case_lines, csv_text, heading_line, json_text, list_text, summary_lines
 
 REPORT = "report.html"
 """The file that --report makes in its directory."""
@@ -235,6 +235,7 @@ def _measure(arguments: argparse.Namespace, settings: Settings, old: Result | No
     def after_case(entry: Result) -> None:
         for line in case_lines(entry):
             written(line)
+        _write_json(arguments, result)  # a long run that ends in another way than by Ctrl-C leaves something, too
         if bar is not None:
             bar.update()
 
@@ -264,8 +265,7 @@ def _finish(arguments: argparse.Namespace, result: Result, old: Result | None, *
         lines = [heading_line(), *(line for entry in result["cases"] for line in case_lines(entry))]
         print("\n".join(lines))
     print("\n".join(summary_lines(result)))
-    if arguments.json is not None:
-        _write(arguments.json, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    _write_json(arguments, result)
     if arguments.csv is not None:
         _write(arguments.csv, csv_text(result))
     if arguments.report is not None:
@@ -276,6 +276,11 @@ def _finish(arguments: argparse.Namespace, result: Result, old: Result | None, *
         print("\n".join(verdict_lines(old, result, found)))
         regressions = any(verdict.is_regression for verdict in found)
     return int(regressions or counts(result)["wrong"] > 0)
+
+
+def _write_json(arguments: argparse.Namespace, result: Result) -> None:
+    if arguments.json is not None:
+        _write(arguments.json, json_text(result))
 
 
 def _write(path: Path, text: str) -> None:

@@ -176,7 +176,7 @@ class _Errors:
         wrong = [f"{what} ({error:.2g})" for what, error in self._largest.items() if error > self.tolerance]
         if wrong:
             raise WrongAnswerError(f"off by more than {self.tolerance:.2g} of its size: {', '.join(wrong)}")
-        return max(self._largest.values())
+        return max(self._largest.values(), default=0.0)
 
 
 def _moments(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ import torch
 
 WARM_UPS = 3
 """Turns that are not counted: they fill caches, grow the allocator's pools and find the number of repeats."""
+LONG_SECONDS = 0.5
+"""Work that takes longer than this is warm after one turn."""
 MOST_REPEATS = 1000
 DEFAULT_CACHE = 32 * 2**20
 """Bytes of the last cache where the system does not say."""
@@ -81,7 +83,9 @@ def interleaved(
     """
     repeats = {}
     for contestant in contestants:
-        taken = [seconds_of(contestant, device) for _ in range(WARM_UPS)]
+        taken = [seconds_of(contestant, device)]
+        while len(taken) < WARM_UPS and taken[0] < LONG_SECONDS:
+            taken.append(seconds_of(contestant, device))
         repeats[contestant.name] = max(1, min(MOST_REPEATS, round(turn / max(min(taken), 1e-9))))
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     at_least, at_most = rounds

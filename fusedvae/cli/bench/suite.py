@@ -38,7 +38,7 @@ from .statistics import ratio, summary
 
 FORMAT = 1
 """Changes with the meaning of a result's entries."""
-ROUNDS = (7, 101)
+ROUNDS = (5, 101)
 """At least and at most so many of each case. An interruption leaves cases with fewer, but not with less than 3."""
 FEWEST_ROUNDS = 3
 TURN_SECONDS = 1e-3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -144,6 +146,12 @@ def summary_lines(result: Result) -> list[str]:
             "quartiles; compare nothing with these figures"
         )
     return lines
+
+
+def json_text(result: Result) -> str:
+    """The result as JSON, with lists of numbers on one line each."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    return re.sub(r"\[\s+([-+.\de,\s]+?)\s+\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text) + "\n"
 
 
 def csv_text(result: Result) -> str:
