@@ -59,11 +59,11 @@ def check(
             assert part.mu is not None
             mu, logvar = (t.detach().double() for t in _moments(part.mu, part.logvar))
             elements = 0.5 * (mu.square() + torch.expm1(logvar) - logvar)
-            weight = torch.zeros(())
+            weight = torch.zeros((), dtype=torch.float64)
             if case.operation in ("kl", "elbo"):
                 loss += elements.sum().item() / case.batch
                 loss_size += elements.abs().sum().item() / case.batch
-                weight = torch.tensor(1.0 / case.batch)
+                weight = torch.tensor(1.0 / case.batch, dtype=torch.float64)
             elif part.grad_kl is not None:
                 assert kl is not None
                 errors.compare("the KL", kl[start:end], elements.flatten(1).sum(1))

@@ -250,6 +250,8 @@ class Method(NamedTuple):
     """Replayed as a CUDA graph."""
 
 
+_GRAPH_DIRECTIONS = ("both", "evaluate")
+"""A CUDA graph's results are gone with its next run: several forward passes before their backward passes cannot be."""
 _COMPILE_MODES = {"compile": None, "compile-max-autotune": "max-autotune", "compile-reduce-overhead": "reduce-overhead"}
 
 
@@ -266,14 +268,7 @@ def methods(case: Case, device: torch.device) -> list[Method]:
         )
         for name, idiom in idioms.items()
     ]
-    compiled = [
-        _compiled(method, mode)
-        for mode in _COMPILE_MODES
-        # Autotuning chooses between kernels of matrix products, and on GPUs between those of anything; CUDA graphs
-        # need a GPU.
-        if mode == "compile" or device.type == "cuda" or (mode == "compile-max-autotune" and case.operation == "step")
-        for method in eager
-    ]
+    compiled = [_compiled(method, mode) for mode in _COMPILE_MODES if _applies(mode, case, device) for method in eager]
     ours = [
         Method(
             f"fusedvae/{name}",
@@ -285,9 +280,17 @@ def methods(case: Case, device: torch.device) -> list[Method]:
         if unavailable(name, device.type) is None
     ]
     graphs = []
-    if device.type == "cuda" and case.operation != "step" and case.direction != "backward":
+    if device.type == "cuda" and case.operation != "step" and case.direction in _GRAPH_DIRECTIONS:
         graphs = [method._replace(name=f"{method.name}+graph", captured=True) for method in (*eager, *ours)]
     return [*eager, *compiled, *ours, *graphs]
+
+
+def _applies(mode: str, case: Case, device: torch.device) -> bool:
+    """Whether a way to compile makes a difference. Autotuning chooses between kernels of matrix products, on GPUs
+    between those of anything, and runs CUDA graphs there."""
+    if device.type == "cuda":
+        return mode == "compile" or case.direction in _GRAPH_DIRECTIONS
+    return mode == "compile" or (mode == "compile-max-autotune" and case.operation == "step")
 
 
 def _compiled(method: Method, kind: str) -> Method:

@@ -70,7 +70,12 @@ class Settings(NamedTuple):
 
     def methods(self, case: Case) -> list[Method]:
         found = methods(case, torch.device(self.device))
-        return [m for m in found if any(fnmatch.fnmatchcase(m.name, pattern) for pattern in self.contestants)]
+        return [m for m in found if any(_matches(m.name, pattern) for pattern in self.contestants)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a contestant's name matches: ``eager`` stands for ``eager/*``."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}/*")
 
 
 def new_result(settings: Settings, command: str, environment: dict[str, Any]) -> Result:
@@ -137,7 +142,8 @@ class _Entrant(NamedTuple):
     method: Method
     contestant: Contestant
     error: float
-    peak_bytes: int
+    peak_bytes: int | None
+    """None for a CUDA graph, which keeps its memory."""
     launches: int
 
 
@@ -168,8 +174,7 @@ def _measure_case(
             except WrongAnswerError as wrong:
                 entry["contestants"].append(_without_times(method, "wrong", str(wrong)))
             except Exception as error:  # whatever a compiler may raise: the others can still compete
-                message = str(error).strip().splitlines() or [""]
-                entry["contestants"].append(_without_times(method, "failed", f"{type(error).__name__}: {message[0]}"))
+                entry["contestants"].append(_without_times(method, "failed", _in_one_line(error)))
         if not entrants:
             return entry
         progress(f"{case}: timing {len(entrants)} contestants")
@@ -177,20 +182,28 @@ def _measure_case(
         traffic = case.traffic()
         if traffic is not None:
             extra.append(copying(traffic, work.sets, device))
-        timings = interleaved(
-            [*extra, *(entrant.contestant for entrant in entrants)],
-            device,
-            seconds=settings.seconds,
-            rounds=ROUNDS,
-            turn=TURN_SECONDS,
-            stop=stop,
-        )
+        try:
+            timings = interleaved(
+                [*extra, *(entrant.contestant for entrant in entrants)],
+                device,
+                seconds=settings.seconds,
+                rounds=ROUNDS,
+                turn=TURN_SECONDS,
+                stop=stop,
+            )
+        except Exception as error:  # out of memory, most likely: other cases may need less
+            return {**entry, "status": "skipped", "reason": _in_one_line(error), "contestants": []}
     if len(timings.seconds["calibration"]) < FEWEST_ROUNDS:
         return None
     _record(entry, entrants, timings)
     order = [method.name for method in settings.methods(case)]
     entry["contestants"].sort(key=lambda contestant: order.index(contestant["name"]))
     return entry
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _without_times(method: Method, status: str, reason: str) -> Result:
@@ -208,7 +221,7 @@ def _enter(work: _OperationWork | _StepWork, method: Method, device: torch.devic
     contestant, error = work.enter(method)
     prepared = 0 if contestant.prepare is None else contestant.prepare(0)
     profile = profiled(lambda: contestant.work(prepared), device)
-    return _Entrant(method, contestant, error, profile.peak_bytes, profile.launches)
+    return _Entrant(method, contestant, error, None if method.captured else profile.peak_bytes, profile.launches)
 
 
 def _record(entry: Result, entrants: list[_Entrant], timings: Timings) -> None:
@@ -284,9 +297,11 @@ class _OperationWork:
         """What the function gives for the first operands, and the error of it."""
         given = self._operands[0]
         with torch.set_grad_enabled(self.case.direction != "evaluate"):
+            # Copied, as the next run of a compiled CUDA graph writes to the same memory.
+            before = function(*given.arguments)[0].detach().clone()
             outputs = function(*given.arguments)
             if self.case.samples:
-                check_fresh_noise(outputs[0].detach(), function(*given.arguments)[0].detach())
+                check_fresh_noise(before, outputs[0].detach())
         grads = None
         if self.case.direction != "evaluate":
             grads = dict(zip(given.leaves, self._gradients(outputs, given), strict=True))
@@ -326,17 +341,17 @@ class _OperationWork:
         return Contestant(name, {"both": both, "forward": forward, "evaluate": evaluate}[self.case.direction])
 
     def _captured(self, eager: Contestant) -> Contestant:
-        """The same as CUDA graphs, one for each set; what they allocate stays allocated between replays."""
+        """The same as CUDA graphs, one for each set. Results are not read, so that all can share one pool."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(3):
                 eager.work(0)
         torch.cuda.current_stream(self.device).wait_stream(side)
-        graphs = []
+        graphs, pool = [], torch.cuda.graph_pool_handle()
         for index in range(self.sets):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 eager.work(index)
             graphs.append(graph)
         return Contestant(eager.name, lambda index: graphs[index % len(graphs)].replay())

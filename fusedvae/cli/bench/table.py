@@ -110,7 +110,7 @@ def figures(contestant: Result) -> list[str]:
         seconds_text(seconds["median"]),
         f"{seconds_text(seconds['q1'])}-{seconds_text(seconds['q3'])}",
         "" if share is None else f"{share:.0%}",
-        bytes_text(contestant["memory_bytes"]),
+        "" if contestant["memory_bytes"] is None else bytes_text(contestant["memory_bytes"]),
         str(contestant["launches"]),
     ]
 
