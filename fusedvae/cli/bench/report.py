@@ -214,18 +214,19 @@ def _share_by_size(result: Result) -> Plot | None:
                     sizes, shares = zip(*points, strict=True)
                     _line(axes, sizes, shares, _LOOKS[family], _LOOKS[family].label)
             axes.axhline(1, color="black", linewidth=0.8)
-            axes.set_ylim(0, None)
             axes.set_title(operation)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
             _size_axis(axes)
         panels[0].set_ylabel("share of a copy's speed")
+        panels[0].set_ylim(0, min(panels[0].get_ylim()[1], 1.6))
         _legend_above(figure, panels[0])
 
     return Plot(
         "share-by-size",
         "Share of the physical limit",
         "The bytes that the operation must move at least, over the time it takes, as a share of the bytes a second "
-        "that a copy of as many bytes reaches in the same rounds (the black line).",
+        "that a copy of as many bytes reaches in the same rounds (the black line). An operation that reads more than "
+        "it writes can be faster than a copy.",
         _draw("share-by-size", 9, 0.5 + 2.4 * math.ceil(len(sweeps) / 3), draw),
     )
 
@@ -339,7 +340,9 @@ def _summary(result: Result) -> str:
         f"{found['wrong']} are wrong, {found['failed']} could not run."
     ]
     spread = result["noise"]["spread"]
-    parts.append(f"A loop that never changes varied by {spread:.1%} between its quartiles.")
+    parts.append(
+        f"A loop that never changes varied by {spread:.1%} between its quartiles in the noisiest quarter of them."
+    )
     note = ""
     if result["noise"]["noisy"]:
         note = '<p class="warning">The machine was too busy for these figures to mean much.</p>'

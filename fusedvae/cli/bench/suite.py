@@ -43,7 +43,7 @@ ROUNDS = (5, 101)
 FEWEST_ROUNDS = 3
 TURN_SECONDS = 1e-3
 NOISY = 0.10
-"""A machine on which the middle half of the calibration's times spreads over more than this part of them is noisy."""
+"""Where the middle half of the calibration's times spreads over more than this part of them, the machine was busy."""
 LEARNING_RATE = 1e-3
 
 Result = dict[str, Any]
@@ -121,9 +121,9 @@ def measure(
 
 
 def noise_of(entries: Iterable[Result]) -> Result:
-    """The spread of the calibration loop in the middle one of the cases, and whether that is too much."""
+    """The spread of the calibration's times that a quarter of the cases reach, and whether that is too much."""
     spreads = [entry["calibration_spread"] for entry in entries if "calibration_spread" in entry]
-    spread = summary(spreads).median if spreads else 0.0
+    spread = summary(spreads).q3 if spreads else 0.0
     return {"spread": spread, "noisy": spread > NOISY}
 
 
