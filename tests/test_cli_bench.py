@@ -109,8 +109,9 @@ def test_contestants_take_turns() -> None:
         return measuring.Contestant(name, lambda index: calls.append((name, index)))
 
     timings = measuring.interleaved([contestant(name) for name in "ABC"], CPU, seconds=0, rounds=(4, 9))
-    assert [name for name, _ in calls] == [*("A" * 3), *("B" * 3), *("C" * 3), *("ABC" * 4)]
-    assert [index for name, index in calls[9:] if name == "B"] == [0, 1, 2, 3]
+    # Warm-up, then turns, each of a run that is not timed and one that is.
+    assert [name for name, _ in calls] == [*("A" * 3), *("B" * 3), *("C" * 3), *("AABBCC" * 4)]
+    assert [index for name, index in calls[9:] if name == "B"] == list(range(8))
     assert {name: len(times) for name, times in timings.seconds.items()} == {"A": 4, "B": 4, "C": 4}
     assert set(timings.repeats.values()) == {1}
 
@@ -121,7 +122,7 @@ def test_short_work_is_repeated_on_other_buffers() -> None:
     timings = measuring.interleaved([work], CPU, seconds=0, rounds=(2, 2), turn=1e-3)
     repeats = timings.repeats["short"]
     assert repeats > 10
-    assert indices[measuring.WARM_UPS :] == list(range(2 * repeats))
+    assert indices[measuring.WARM_UPS :] == list(range(2 * (1 + repeats)))
     assert all(0 < seconds < 1e-3 for seconds in timings.seconds["short"])
 
 

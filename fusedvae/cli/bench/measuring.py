@@ -1,7 +1,8 @@
 """Timing, memory, launches: what is measured, and how.
 
 Contestants take turns (A B C A B C ...), so that whatever else the machine does falls on all of them alike. A turn
-repeats the work until it is long enough for the clock; what it takes is divided by the repeats.
+begins with a run that is not timed, after which caches and allocator are as the contestant itself leaves them; then it
+repeats the work until that is long enough for the clock, and what it takes is divided by the repeats.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 
 WARM_UPS = 3
 """Turns that are not counted: they fill caches, grow the allocator's pools and find the number of repeats."""
-LONG_SECONDS = 0.5
-"""Work that takes longer than this is warm after one turn."""
+LONG_SECONDS = 0.2
+"""Work that takes longer than this warms up once, and its turns have no run that is not timed."""
 MOST_REPEATS = 1000
 DEFAULT_CACHE = 32 * 2**20
 """Bytes of the last cache where the system does not say."""
@@ -39,7 +40,9 @@ class Contestant(NamedTuple):
 
 
 def seconds_of(contestant: Contestant, device: torch.device, repeats: int = 1, first: int = 0) -> float:
-    """Seconds of one run of the contestant, the mean over ``repeats`` in a row."""
+    """Seconds of one run of the contestant, the mean over ``repeats`` in a row; 0 for none."""
+    if not repeats:
+        return 0.0
     indices = range(first, first + repeats)
     prepare, work = contestant.prepare, contestant.work
     prepared = list(indices) if prepare is None else [prepare(index) for index in indices]
@@ -81,12 +84,13 @@ def interleaved(
         turn: seconds that a turn should last; shorter work is repeated.
         stop: asked after each round; rounds that were finished by then count.
     """
-    repeats = {}
+    repeats, untimed = {}, {}
     for contestant in contestants:
         taken = [seconds_of(contestant, device)]
         while len(taken) < WARM_UPS and taken[0] < LONG_SECONDS:
             taken.append(seconds_of(contestant, device))
         repeats[contestant.name] = max(1, min(MOST_REPEATS, round(turn / max(min(taken), 1e-9))))
+        untimed[contestant.name] = int(taken[0] < LONG_SECONDS)
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     at_least, at_most = rounds
     collecting = gc.isenabled()
@@ -98,8 +102,10 @@ def interleaved(
             if stop() or (number >= at_least and time.perf_counter() > end):
                 break
             for contestant in contestants:
-                count = repeats[contestant.name]
-                times[contestant.name].append(seconds_of(contestant, device, count, number * count))
+                count, before = repeats[contestant.name], untimed[contestant.name]
+                first = number * (before + count)
+                seconds_of(contestant, device, before, first)
+                times[contestant.name].append(seconds_of(contestant, device, count, first + before))
     finally:
         if collecting:
             gc.enable()
