@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from fusedvae.cli.bench import load
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FIGURES = ROOT / "benchmarks" / "figures"
 BLOCK = re.compile(r"(<!-- figures of (\S+), by benchmarks/readme.py -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+WIDTH = 120
 ROWS = (
     ("mnist-mlp", "latent"),
     ("mnist-mlp", "elbo"),
@@ -44,10 +46,16 @@ def block(result: Result, source: str) -> str:
     machine = ", ".join(environment["devices"][device]["names"])
     served = environment["devices"][device]
     kind = served["backends"][served["uses"]]["description"]
+    what = (
+        f"Forward and backward in float32 on {settings['threads']} threads ({machine}; {kind}), PyTorch "
+        f"{environment['versions']['torch']}, {result['date'][:10]}: how many times as long the fastest way to write it "
+        "in eager PyTorch, and the fastest of these under `torch.compile`, take, with 95 % intervals."
+    )
+    if result["noise"]["noisy"]:
+        what += " The machine was busy at times, as wide intervals show."
+    how = f"These figures are made from [one recorded run]({source}) by `python benchmarks/readme.py`; its command:"
     lines = [
-        f"Forward and backward in float32 on {settings['threads']} threads of an {machine} ({kind}), PyTorch "
-        f"{environment['versions']['torch']}, {result['date'][:10]}: how many times as long the fastest way to write "
-        "it in eager PyTorch, and the fastest of these under `torch.compile`, take, with 95 % intervals.",
+        *textwrap.wrap(what, WIDTH),
         "",
         "| | against eager | against torch.compile | fusedvae takes |",
         "| --- | --- | --- | --- |",
@@ -64,7 +72,7 @@ def block(result: Result, source: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"These figures are generated from [one recorded run]({source}) by `python benchmarks/readme.py`; its command:",
+        *textwrap.wrap(how, WIDTH, break_long_words=False, break_on_hyphens=False),
         "",
         "```sh",
         result["command"],

@@ -110,8 +110,9 @@ def measure(
     for case in settings.cases():
         if stop():
             return False
-        # Compiled code of one case is of no use to the next, and too much of it makes the compiler give up.
-        torch._dynamo.reset()
+        if any(method.family == "compile" for method in settings.methods(case)):
+            # Compiled code of one case is of no use to the next, and too much of it makes the compiler give up.
+            torch.compiler.reset()
         entry = _measure_case(case, settings, device, progress, stop)
         if entry is not None:
             result["cases"].append(entry)
