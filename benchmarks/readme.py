@@ -48,8 +48,8 @@ def block(result: Result, source: str) -> str:
     kind = served["backends"][served["uses"]]["description"]
     what = (
         f"Forward and backward in float32 on {settings['threads']} threads ({machine}; {kind}), PyTorch "
-        f"{environment['versions']['torch']}, {result['date'][:10]}: how many times as long the fastest way to write it "
-        "in eager PyTorch, and the fastest of these under `torch.compile`, take, with 95 % intervals."
+        f"{environment['versions']['torch']}, {result['date'][:10]}: how many times as long the fastest way to write "
+        "it in eager PyTorch, and the fastest of these under `torch.compile`, take, with 95 % intervals."
     )
     if result["noise"]["noisy"]:
         what += " The machine was busy at times, as wide intervals show."

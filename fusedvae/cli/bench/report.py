@@ -131,7 +131,7 @@ def _draw(name: str, width: float, height: float, draw: Callable[[Any], None]) -
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = figure_module.Figure((width, height), layout="constrained")
         draw(figure)
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
 
