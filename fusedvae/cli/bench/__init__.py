@@ -23,6 +23,7 @@ import torch
 
 from .. import checkpoint, info
 from ..errors import CommandError, require
+from ..options import integer, number, usable_device
 from ..trainer import Interruption
 from . import report
 from .cases import DIRECTIONS, DTYPES, MEMORY_FORMATS, MODELS, OPERATIONS, PRESETS, SWEEP, SWEEP_EXPONENTS, Case
@@ -71,26 +72,6 @@ def _names(choices: list[str], aliases: dict[str, list[str]] | None = None) -> C
     return parse
 
 
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(0)
-        if not 0 < value < float("inf"):
-            what = "an integer of at least 1" if kind is int else "a number above 0"
-            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
-    return int(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group(
         "what to measure", "lists have commas between their items; --list shows all of them"
@@ -116,9 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how")
     how.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    how.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
-    how.add_argument("--seconds", type=_positive(float), metavar="S", help="of timing, for each case (default: 2)")
-    how.add_argument("--seed", type=_seed, metavar="N", help="of the inputs (default: 0)")
+    how.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads (default: PyTorch's)")
+    how.add_argument(
+        "--seconds", type=number(0, exclusive=True), metavar="S", help="of timing, for each case (default: 2)"
+    )
+    how.add_argument("--seed", type=integer(0), metavar="N", help="of the inputs (default: 0)")
     how.add_argument("--quiet", action="store_true", help="no progress bar")
 
     output = parser.add_argument_group("what to do with it")
@@ -164,21 +147,12 @@ def _settings(arguments: argparse.Namespace, previous: dict[str, Any]) -> Settin
     for name in Settings._fields:
         given = getattr(arguments, name)
         values[name] = usual.get(name) if given is None else given
-    values["device"] = _usable_device(values["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+    values["device"] = usable_device(values["device"] or "auto")
+    if torch.device(values["device"]).type not in ("cpu", "cuda"):
+        raise CommandError(f"--device {values['device']}: its clock is not known; expected cpu or cuda")
     values["threads"] = values["threads"] or torch.get_num_threads()
     values["seed"] = values["seed"] or 0
     return Settings(**values)
-
-
-def _usable_device(name: str) -> str:
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("expected cpu or cuda")
-        torch.ones((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _contestant_names(settings: Settings) -> list[str]:

@@ -107,6 +107,18 @@ def measure(
         stop: asked often; what was measured by then is kept.
     """
     device = torch.device(settings.device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # events are of the current one
+        return _measure_cases(settings, device, result, progress, after_case, stop)
+
+
+def _measure_cases(
+    settings: Settings,
+    device: torch.device,
+    result: Result,
+    progress: Callable[[str], object],
+    after_case: Callable[[Result], object],
+    stop: Callable[[], bool],
+) -> bool:
     for case in settings.cases():
         if stop():
             return False
