@@ -550,20 +550,35 @@ def test_a_case_that_does_not_fit_is_skipped(
     assert row["status"] == "skipped"
 
 
-def test_a_noisy_machine_is_said(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def calibrated(*middles: tuple[float, float]) -> suite.Result:
+    """A result whose cases have calibration loops of these medians and spreads."""
+    found = [{"calibration": {"median": m, "q1": m, "q3": m * (1 + spread)}} for m, spread in middles]
+    result = {"cases": [*found, {"status": "skipped"}]}
+    suite.judge_noise(result)
+    return result
+
+
+def test_noise_is_what_varies_or_takes_longer() -> None:
+    quiet = calibrated((1.0, 0.01), (1.1, 0.02), (1.0, 0.03), (0.9, 0.04), (1.0, 0.5))
+    assert quiet["noise"] == {"spread": pytest.approx(0.03), "noisy_cases": 1, "noisy": False}
+    assert [entry.get("noisy") for entry in quiet["cases"]] == [False, False, False, False, True, None]
+    slow = calibrated((1.0, 0.01), (2.0, 0.01), (1.0, 0.5))
+    assert [entry.get("noisy") for entry in slow["cases"]] == [False, True, True, None]
+    assert slow["noise"]["noisy"] is True
+
+
+def test_a_noisy_machine_is_said(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(recorded.read_text())
-    assert (
-        suite.noise_of([{"calibration_spread": spread} for spread in (0.01, 0.02, 0.03, 0.04, 0.9)])["noisy"] is False
-    )
-    result["noise"] = suite.noise_of([{"calibration_spread": spread} for spread in (0.3, 0.2, 0.01, 0.01)])
-    result["cases"][0]["calibration_spread"] = 0.3
+    result["cases"][0]["calibration"] = {"median": 1.0, "q1": 1.0, "q3": 1.5}
+    suite.judge_noise(result)
     recorded.write_text(json.dumps(result))
-    assert run_bench("--from", recorded) == 0
+    assert run_bench("--from", recorded, "--report", tmp_path) == 0
     out = capsys.readouterr().out
-    assert (
-        "NOISY MACHINE: in a quarter of the cases, a loop that never changes varies by 22% or more between its" in out
-    )
+    assert "NOISY MACHINE: in 1 cases, a loop that never changes took longer" in out
     assert re.search(r"^2\^8 kl .*, NOISY\)$", out, re.MULTILINE)
+    page = (tmp_path / bench.REPORT).read_text()
+    assert "The machine was too busy for these figures to mean much." in page
+    assert re.search("2\\^8 kl <small>[^<]*; noisy</small>", page)
 
 
 def test_where_the_package_loses_is_said(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -677,7 +692,7 @@ def result_of(ours: list[float] | None, eager: list[float], *, spread: float = 0
     entry = {**vars(Case("2^8", "kl")), "status": "done", "contestants": [control] + ([contestant] if ours else [])}
     return {
         "date": "then",
-        "noise": {"spread": spread, "noisy": False},
+        "noise": {"spread": spread, "noisy_cases": 0, "noisy": False},
         "settings": {"device": "cpu", "threads": 1},
         "environment": {},
         "cases": [entry],

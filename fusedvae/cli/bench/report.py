@@ -339,9 +339,10 @@ def _summary(result: Result) -> str:
         f"{len(result['cases'])} cases; {found['ok']} results agree with float64 in values and gradients, "
         f"{found['wrong']} are wrong, {found['failed']} could not run."
     ]
-    spread = result["noise"]["spread"]
+    noise = result["noise"]
     parts.append(
-        f"A loop that never changes varied by {spread:.1%} between its quartiles in the noisiest quarter of them."
+        f"A loop that never changes varied by {noise['spread']:.1%} between its quartiles; in "
+        f"{noise['noisy_cases']} cases by much more, or it took longer than in others: these are marked noisy."
     )
     note = ""
     if result["noise"]["noisy"]:
@@ -368,6 +369,8 @@ def _table(entry: Result) -> str:
     about = f"{entry['elements']:,} elements, from {entry['from']}"
     if "copy_bytes_per_second" in entry:
         about += f"; a copy reaches {entry['copy_bytes_per_second'] / 1e9:.3g} GB/s"
+    if entry.get("noisy"):
+        about += "; noisy"
     return (
         f"<details><summary>{title} <small>{about}</small></summary>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></details>"

@@ -1,7 +1,7 @@
 """Measures cases, and keeps what was found as plain values: the format of ``--json``.
 
 A result is {"format", "command", "date", "settings", "environment", "noise", "cases": [...]}; a case has its fields,
-"status" ("done", "skipped"), and "contestants", each with "status":
+"status" ("done", "skipped"), "noisy", and "contestants", each with "status":
 
 * "ok": "seconds" {"median", "q1", "q3", "rounds", "repeats"}, "times" (each round's), "ratios" {"eager", "compile"}
   (how many times as long the fastest of those takes: [value, low, high], of 95 %), "error", "memory_bytes", "launches",
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from .measuring import (
     interleaved,
     profiled,
 )
-from .statistics import ratio, summary
+from .statistics import Summary, ratio, summary
 
 FORMAT = 1
 """Changes with the meaning of a result's entries."""
@@ -44,6 +44,10 @@ FEWEST_ROUNDS = 3
 TURN_SECONDS = 1e-3
 NOISY = 0.10
 """Where the middle half of the calibration's times spreads over more than this part of them, the machine was busy."""
+SLOW = 1.5
+"""Likewise where they are this many times as long as in another case."""
+NOISY_CASES = 0.25
+"""A run with more than this part of noisy cases is a noisy one."""
 LEARNING_RATE = 1e-3
 
 Result = dict[str, Any]
@@ -86,7 +90,7 @@ def new_result(settings: Settings, command: str, environment: dict[str, Any]) ->
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": settings._asdict(),
         "environment": environment,
-        "noise": {"spread": 0.0, "noisy": False},
+        "noise": {"spread": 0.0, "noisy_cases": 0, "noisy": False},
         "cases": [],
     }
 
@@ -128,16 +132,26 @@ def _measure_cases(
         entry = _measure_case(case, settings, device, progress, stop)
         if entry is not None:
             result["cases"].append(entry)
-            result["noise"] = noise_of(result["cases"])
+            judge_noise(result)
             after_case(entry)
     return not stop()
 
 
-def noise_of(entries: Iterable[Result]) -> Result:
-    """The spread of the calibration's times that a quarter of the cases reach, and whether that is too much."""
-    spreads = [entry["calibration_spread"] for entry in entries if "calibration_spread" in entry]
-    spread = summary(spreads).q3 if spreads else 0.0
-    return {"spread": spread, "noisy": spread > NOISY}
+def judge_noise(result: Result) -> None:
+    """Say of each case, and of the whole run, whether the machine was busy with something else: from the times of a
+    loop that never changes, which vary or are longer than in the best of the cases where it was."""
+    measured = [entry for entry in result["cases"] if "calibration" in entry]
+    fastest = min((entry["calibration"]["median"] for entry in measured), default=0.0)
+    for entry in measured:
+        middle = Summary(**entry["calibration"])
+        entry["noisy"] = middle.spread > NOISY or middle.median > SLOW * fastest
+    spreads = [Summary(**entry["calibration"]).spread for entry in measured]
+    noisy = sum(entry["noisy"] for entry in measured)
+    result["noise"] = {
+        "spread": summary(spreads).median if spreads else 0.0,
+        "noisy_cases": noisy,
+        "noisy": noisy > NOISY_CASES * len(measured),
+    }
 
 
 def counts(result: Result) -> dict[str, int]:
@@ -240,7 +254,7 @@ def _enter(work: _OperationWork | _StepWork, method: Method, device: torch.devic
 def _record(entry: Result, entrants: list[_Entrant], timings: Timings) -> None:
     """Put figures into a case's entry."""
     seconds = timings.seconds
-    entry["calibration_spread"] = summary(seconds["calibration"]).spread
+    entry["calibration"] = summary(seconds["calibration"])._asdict()
     fastest = {}
     for family in ("eager", "compile"):
         names = [e.method.name for e in entrants if e.method.family == family and not e.method.captured]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .cases import DIRECTIONS, DTYPES, MEMORY_FORMATS, MODELS, OPERATIONS, SWEEP, SWEEP_EXPONENTS, Case
-from .suite import NOISY, Result, counts
+from .suite import Result, counts
 
 COLUMNS = (
     "preset",
@@ -123,7 +123,7 @@ def _about(entry: Result) -> str:
         known.append(f"from {entry['from']}")
     if "copy_bytes_per_second" in entry:
         known.append(f"a copy reaches {entry['copy_bytes_per_second'] / 1e9:.3g} GB/s")
-    if entry.get("calibration_spread", 0.0) > NOISY:
+    if entry.get("noisy"):
         known.append("NOISY")
     return f"({', '.join(known)})"
 
@@ -144,8 +144,8 @@ def summary_lines(result: Result) -> list[str]:
     lines.append(f"{len(result['cases'])} cases: {answers}")
     if result["noise"]["noisy"]:
         lines.append(
-            f"NOISY MACHINE: in a quarter of the cases, a loop that never changes varies by "
-            f"{result['noise']['spread']:.0%} or more between its quartiles; compare nothing with these figures"
+            f"NOISY MACHINE: in {result['noise']['noisy_cases']} cases, a loop that never changes took longer than in "
+            "others or varied much; compare nothing with these figures"
         )
     return lines
 
