@@ -82,10 +82,12 @@ class Operator:
 
     def _differentiable(self, operands: tuple[Any, ...]) -> Callable | None:
         """What runs this with its derivative recorded, if there is a need to."""
+        if self.formula is None:
+            return None
         wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands)
         # PyTorch has the formula say that it knows no forward mode, rather than lose a tangent.
         wanted = wanted or (forward_ad._current_level >= 0 and any(map(_has_tangent, operands)))
-        return self.formula.apply if self.formula is not None and wanted else None
+        return self.formula.apply if wanted else None
 
     def _dispatch(self, options: tuple[Any, ...], *operands: Any) -> Any:
         flat: list[Any] = []

@@ -89,8 +89,7 @@ def narrow(value, dtype: tl.constexpr):
     """To an operand's dtype; no chip rounds float64 to 16 bits in one go."""
     if dtype.primitive_bitwidth == 16:
         return value.to(tl.float32).to(dtype, fp_downcast_rounding="rtne")
-    else:
-        return value.to(dtype)
+    return value.to(dtype)
 
 
 @triton.jit
