@@ -42,7 +42,7 @@ ROUNDS = (5, 101)
 """At least and at most so many of each case. An interruption leaves cases with fewer, but not with less than 3."""
 FEWEST_ROUNDS = 3
 TURN_SECONDS = 1e-3
-NOISY = 0.10
+NOISY = 0.15
 """Where the middle half of the calibration's times spreads over more than this part of them, the machine was busy."""
 SLOW = 1.5
 """Likewise where they are this many times as long as in another case."""
