@@ -1,7 +1,7 @@
 """Measures cases, and keeps what was found as plain values: the format of ``--json``.
 
 A result is {"format", "command", "date", "settings", "environment", "noise", "cases": [...]}; a case has its fields,
-"status" ("done", "skipped"), "noisy", and "contestants", each with "status":
+"status" ("done", "skipped"), "calibration" and "noisy" (see `judge_noise`), and "contestants", each with "status":
 
 * "ok": "seconds" {"median", "q1", "q3", "rounds", "repeats"}, "times" (each round's), "ratios" {"eager", "compile"}
   (how many times as long the fastest of those takes: [value, low, high], of 95 %), "error", "memory_bytes", "launches",
