@@ -736,12 +736,12 @@ def test_contestants_that_are_new_gone_or_wrong() -> None:
     for old, new, verdict in (
         (absent, fine, "new"),
         (fine, absent, "gone"),
-        (fine, wrong, "wrong"),
+        (fine, wrong, "broken"),
         (wrong, fine, "new"),
     ):
         (found,) = compare.verdicts(old, new)
         assert found.verdict == verdict
-        assert found.is_regression == (verdict == "wrong")
+        assert found.is_regression == (verdict == "broken")
 
 
 def test_comparing_with_a_run_measures_what_it_measured(

@@ -19,17 +19,17 @@ class Verdict(NamedTuple):
     case: Case
     contestant: str
     verdict: str
-    """"slower", "faster", "same", "wrong" (right before, not any more), "gone", "new"."""
+    """"slower", "faster", "same", "broken" (right before, wrong or failing now), "gone", "new"."""
     change: Estimate | None = None
     """How many times as long it takes now, beside what is not this package's."""
 
     @property
     def is_regression(self) -> bool:
-        return self.verdict in ("slower", "wrong")
+        return self.verdict in ("slower", "broken")
 
 
 def verdicts(old: Result, new: Result) -> list[Verdict]:
-    """A verdict on each fused contestant of either run, in the new one's order.
+    """A verdict on each fused contestant of either run, in the cases of the new one.
 
     Times are corrected by those of the contestants that are not this package's, eager and compiled PyTorch: they ran in
     the same rounds, and what they changed by is the machine's or PyTorch's doing.
@@ -37,8 +37,8 @@ def verdicts(old: Result, new: Result) -> list[Verdict]:
     threshold = max(THRESHOLD, old["noise"]["spread"], new["noise"]["spread"])
     before, after = _by_case(old), _by_case(new)
     found = []
-    for case in [*after, *(case for case in before if case not in after)]:
-        then, now = before.get(case, {}), after.get(case, {})
+    for case, now in after.items():
+        then = before.get(case, {})
         controls = [
             name
             for name in now
@@ -57,7 +57,7 @@ def _verdict(
     if name not in now:
         return Verdict(case, name, "gone")
     if not _timed(now[name]):
-        return Verdict(case, name, "wrong" if name in then and _timed(then[name]) else "same")
+        return Verdict(case, name, "broken" if name in then and _timed(then[name]) else "same")
     if name not in then or not _timed(then[name]):
         return Verdict(case, name, "new")
     estimate = change(

@@ -1,7 +1,7 @@
 """Measures cases, and keeps what was found as plain values: the format of ``--json``.
 
 A result is {"format", "command", "date", "settings", "environment", "noise", "cases": [...]}; a case has its fields,
-"status" ("done", "skipped"), "noisy", and "contestants", each with "status":
+"status" ("done", "skipped"), "calibration" and "noisy" (see `judge_noise`), and "contestants", each with "status":
 
 * "ok": "seconds" {"median", "q1", "q3", "rounds", "repeats"}, "times" (each round's), "ratios" {"eager", "compile"}
   (how many times as long the fastest of those takes: [value, low, high], of 95 %), "error", "memory_bytes", "launches",
@@ -42,7 +42,7 @@ ROUNDS = (5, 101)
 """At least and at most so many of each case. An interruption leaves cases with fewer, but not with less than 3."""
 FEWEST_ROUNDS = 3
 TURN_SECONDS = 1e-3
-NOISY = 0.10
+NOISY = 0.15
 """Where the middle half of the calibration's times spreads over more than this part of them, the machine was busy."""
 SLOW = 1.5
 """Likewise where they are this many times as long as in another case."""
