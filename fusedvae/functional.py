@@ -65,6 +65,8 @@ def _check_tensor(name: str, value: object, *, integers: bool = False) -> None:
     ):
         kinds = "a float" + (" or integer" if integers else "")
         raise TypeError(f"{name}: expected {kinds} tensor, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got one of layout {value.layout}")
 
 
 def _check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -171,10 +173,7 @@ def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
     """
     memory: dict[tuple, _Call] = {}
 
-    @wraps(prepare)
-    def recall(*operands: Any, **options: Any) -> _Call:
-        if ops.is_watched():
-            return prepare(*operands, **options)
+    def recall(operands: tuple[Any, ...], options: dict[str, Any]) -> _Call:
         try:
             key = (
                 # All that may matter of an operand but the values in it.
@@ -199,7 +198,11 @@ def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
             memory[key] = call
         return call
 
-    return recall
+    @wraps(prepare)
+    def remembered(*operands: Any, **options: Any) -> _Call:
+        return prepare(*operands, **options) if ops.is_watched() else recall(operands, options)
+
+    return remembered
 
 
 _MOST_REMEMBERED = 1024
@@ -395,7 +398,7 @@ def gaussian_nll_loss(
 
     Raises:
         ValueError: a negative variance (not looked for in compiled code, where torch's own check would break the
-            graph), a variance of another shape, or an unknown reduction.
+            graph), a variance or target of another shape, or an unknown reduction.
     """
     _check_tensor("input", input)
     _check_tensor("target", target, integers=True)
@@ -422,8 +425,15 @@ def gaussian_nll_loss(
         spread = float(var)
     else:
         raise TypeError(f"var: expected a tensor or a number, got {type(var).__name__}")
+    if not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     if input.shape != target.shape:
-        input, target = torch.broadcast_tensors(input, target)
+        try:
+            input, target = torch.broadcast_tensors(input, target)
+        except RuntimeError:
+            raise ValueError(
+                f"target: expected a shape that broadcasts with input's {tuple(input.shape)}, got {tuple(target.shape)}"
+            ) from None
     if input.dim() == 0:
         input, target = input.view(1), target.view(1)
         spread = spread.view(1) if isinstance(spread, Tensor) else spread

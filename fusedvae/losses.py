@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import functional
+from .backend import checked_name
 from .functional import ELBOTerms
 
 
@@ -27,7 +28,7 @@ class ELBOLoss(nn.Module):
         >>> loss.backward()
 
     Raises:
-        ValueError, TypeError: for a reduction, beta or operand that cannot be, naming it.
+        ValueError, TypeError: for a reduction, beta, backend or operand that cannot be, naming it.
     """
 
     beta: float | Tensor
@@ -44,6 +45,8 @@ class ELBOLoss(nn.Module):
         super().__init__()
         functional._check_number("beta", beta)
         functional._checked_reduction(reduction)
+        if backend is not None:
+            checked_name(backend)
         if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
             # Follows the module to its device, but is a setting, not something learned.
             self.register_buffer("beta", beta, persistent=False)

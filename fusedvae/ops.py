@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backend
 from .backend import ElboOperands, LatentOperands, Memo, NllOperands, Objective
@@ -81,9 +82,10 @@ class Operator:
 
     def _differentiable(self, operands: tuple[Any, ...]) -> Callable | None:
         """What runs this with its derivative recorded, if there is a need to."""
-        if self.formula is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
-            return self.formula.apply
-        return None
+        wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands)
+        # PyTorch has the formula say that it knows no forward mode, rather than lose a tangent.
+        wanted = wanted or (forward_ad._current_level >= 0 and any(map(_has_tangent, operands)))
+        return self.formula.apply if self.formula is not None and wanted else None
 
     def _dispatch(self, options: tuple[Any, ...], *operands: Any) -> Any:
         flat: list[Any] = []
@@ -126,10 +128,15 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, li
 """Types of operands that are what they seem: no tracer's stand-ins, no tensor subclasses."""
 
 
+def _has_tangent(operand: Any) -> bool:
+    return isinstance(operand, Tensor) and forward_ad.unpack_dual(operand).tangent is not None
+
+
 def is_watched() -> bool:
     """Whether something must see operators called: a compiler, a transform of torch.func, a dispatch mode."""
     return (
         torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

@@ -32,12 +32,16 @@ def normal(
         backend: overrides the process's choice for this call.
 
     Raises:
-        TypeError, ValueError: a dtype that is not one of these, a seed that does not fit.
+        TypeError, ValueError: a shape or dtype that is not one of these, a seed that does not fit.
     """
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected a float dtype, got {dtype}")
     device = torch.device(device)
-    shape = [shape] if isinstance(shape, int) else [int(size) for size in shape]
+    if not isinstance(shape, Sequence):
+        shape = (shape,)
+    if not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"shape: expected an integer or a sequence of them, got {shape!r}")
+    shape = list(shape)
     if any(size < 0 for size in shape):
         raise ValueError(f"shape: expected sizes of at least 0, got {tuple(shape)}")
     if isinstance(seed, Tensor):

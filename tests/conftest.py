@@ -10,9 +10,21 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from fusedvae.backend import NAMES, device_types, unavailable
+
+# The same examples at every run; how long one takes says more about the machine than about the code.
+settings.register_profile(
+    "fusedvae",
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("fusedvae")
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
@@ -100,7 +112,7 @@ def threads(count: int) -> Iterator[None]:
 
 def nll_elements(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float, full: bool = False) -> Tensor:
     """(l + (m - x)^2 e^-l) / 2 in float64, an element."""
-    logvar = torch.as_tensor(recon_logvar, device=recon_x.device).double()
+    logvar = torch.as_tensor(recon_logvar, dtype=torch.float64, device=recon_x.device)
     squared = (recon_x.double() - x.double()) ** 2
     return (logvar + squared * torch.exp(-logvar)) / 2 + (HALF_LOG_2PI if full else 0.0)
 
@@ -113,9 +125,7 @@ def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
 
 def reduced(elements: Tensor, reduction: str) -> Tensor:
     """The three reductions of the package's losses."""
-    per_sample = (
-        elements.reshape(elements.shape[0], -1).sum(1) if elements.numel() else elements.new_zeros(len(elements))
-    )
+    per_sample = elements.flatten(1).sum(1) if elements.dim() > 1 else elements
     if reduction == "none":
         return per_sample
     return per_sample.sum() / (len(elements) if reduction == "batchmean" else 1)

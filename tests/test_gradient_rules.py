@@ -166,6 +166,17 @@ def test_derivatives_of_the_latent_numerically() -> None:
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, from its forward mode
+def test_forward_mode_is_refused_rather_than_lost() -> None:
+    t = [v.detach() for v in operands()]
+    with torch.autograd.forward_ad.dual_level():
+        t[0] = torch.autograd.forward_ad.make_dual(t[0], torch.ones_like(t[0]))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            functional.elbo_loss(*t, backend="native")
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            functional.latent(t[0], t[0], backend="native")
+
+
 def test_weights_a_sample() -> None:
     t, weights = operands(), torch.rand(4, dtype=torch.float64)
     loss = functional.elbo_loss(*t, beta=0.7, reduction="none", backend=KERNELS)

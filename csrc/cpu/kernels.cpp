@@ -53,25 +53,32 @@ void prefer_huge_pages(const Operand& op, const Extent& e) {
 #endif
 }
 
-// Runs step(i, load, store) over [0, count) a pack at a time; for the last, partial pack, load and store are partial.
+// Runs step(i, load, store, keep) over [0, count) a pack at a time. For the last, partial pack, load and store are
+// partial, and keep zeroes the lanes past the end.
 template <class T, class Step>
 FUSEDVAE_INLINE void for_packs(int64_t count, const Step& step) {
+  typedef typename Pack<T>::type P;
   constexpr int64_t w = Pack<T>::lanes;
   int64_t i = 0;
   for (; i + w <= count; i += w)
     step(
-        i, [](const T* p) FUSEDVAE_LAMBDA { return load<typename Pack<T>::type>(p); },
-        [](T* p, typename Pack<T>::type v) FUSEDVAE_LAMBDA { store(p, v); });
+        i, [](const T* p) FUSEDVAE_LAMBDA { return load<P>(p); }, [](T* p, P v) FUSEDVAE_LAMBDA { store(p, v); },
+        [](P v) FUSEDVAE_LAMBDA { return v; });
   const int64_t rest = count - i;
   if (rest > 0)
     step(
-        i, [rest](const T* p) FUSEDVAE_LAMBDA { return load_part<typename Pack<T>::type>(p, rest); },
-        [rest](T* p, typename Pack<T>::type v) FUSEDVAE_LAMBDA { store_part(p, v, rest); });
+        i, [rest](const T* p) FUSEDVAE_LAMBDA { return load_part<P>(p, rest); },
+        [rest](T* p, P v) FUSEDVAE_LAMBDA { store_part(p, v, rest); },
+        [rest](P v) FUSEDVAE_LAMBDA {
+          T lanes[sizeof(P) / sizeof(T)];
+          store(lanes, v);
+          return load_part<P>(lanes, rest);
+        });
 }
 
 // --- likelihood -----------------------------------------------------------------------------------------------------
 
-// The formula over arrays. `value` and gradients where the pointers are not null.
+// The formula over arrays.
 template <class T>
 struct NllArrays {
   const T *recon_x, *x, *spread, *weight;
@@ -79,10 +86,12 @@ struct NllArrays {
   T eps, uniform_weight;
 };
 
-template <class T, bool is_variance, bool has_weights, bool uniform_spread>
-void nll_arrays(const NllArrays<T> a, int64_t count) {  // by value: no store can change it
+// Returns the sum of the values if `sums`; values and gradients go where the pointers are not null.
+template <class T, bool is_variance, bool has_weights, bool uniform_spread, bool sums>
+double nll_arrays(const NllArrays<T> a, int64_t count) {  // by value: no store can change it
   using P = typename Pack<T>::type;
   const P zero = {}, eps = zero + a.eps;
+  P total = {};
   const auto precision_of = [eps](P spread, P* logvar) FUSEDVAE_LAMBDA {
     if (is_variance) {
       const P variance = spread < eps ? eps : spread;
@@ -95,27 +104,32 @@ void nll_arrays(const NllArrays<T> a, int64_t count) {  // by value: no store ca
   P logvar = {}, precision = {};
   const P weight = zero + a.uniform_weight;
   if (uniform_spread) precision = precision_of(zero + a.spread[0], &logvar);
-  for_packs<T>(count, [=](int64_t i, auto load, auto store) FUSEDVAE_LAMBDA {
+  for_packs<T>(count, [=, &total](int64_t i, auto load, auto store, auto keep) FUSEDVAE_LAMBDA {
     P l = logvar, p = precision;
     if (!uniform_spread) p = precision_of(load(a.spread + i), &l);
     const P w = has_weights ? load(a.weight + i) : weight;
     const GaussianNll<P> g = gaussian_nll(load(a.recon_x + i), load(a.x + i), l, p);
-    if (a.value) store(a.value + i, g.value);
+    if (sums)
+      total += keep(g.value);
+    else if (a.value)
+      store(a.value + i, g.value);
     const P d_recon = w * g.d_recon;
     if (a.grad_recon_x) store(a.grad_recon_x + i, d_recon);
     if (a.grad_x) store(a.grad_x + i, -d_recon);
     if (a.grad_spread) store(a.grad_spread + i, w * (is_variance ? g.d_logvar * p : g.d_logvar));
   });
+  return static_cast<double>(sum_lanes(total));
 }
 
 // The instance of nll_arrays for a combination known at run time.
 template <class T, bool... known>
-void nll_arrays_for(const NllArrays<T>& a, int64_t count) {
-  nll_arrays<T, known...>(a, count);
+double nll_arrays_for(const NllArrays<T>& a, int64_t count) {
+  return nll_arrays<T, known...>(a, count);
 }
 template <class T, bool... known, class... Rest>
-void nll_arrays_for(const NllArrays<T>& a, int64_t count, bool next, Rest... rest) {
-  next ? nll_arrays_for<T, known..., true>(a, count, rest...) : nll_arrays_for<T, known..., false>(a, count, rest...);
+double nll_arrays_for(const NllArrays<T>& a, int64_t count, bool next, Rest... rest) {
+  return next ? nll_arrays_for<T, known..., true>(a, count, rest...)
+              : nll_arrays_for<T, known..., false>(a, count, rest...);
 }
 
 // What becomes of the gradient of spread: written an element at a time, or summed.
@@ -181,21 +195,23 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
         a.uniform_weight = one_weight ? static_cast<T>(get(task.weight, t.b0 * task.weight.stride[0])) : T(1);
         a.weight = one_weight ? nullptr : read(task.weight, t, weight_buffer);
 
-        const bool wants_value = totals || task.value;
-        a.value = task.value ? place(task.value, t, value_buffer, false) : wants_value ? value_buffer : nullptr;
+        const bool one_sum = value_slots == 1 || (value_slots && t.nb == 1);
+        a.value = task.value                ? place(task.value, t, value_buffer, false)
+                  : value_slots && !one_sum ? value_buffer
+                                            : nullptr;
         a.grad_recon_x = task.grad_recon_x ? place(task.grad_recon_x, t, d_recon_buffer, stream) : nullptr;
         a.grad_x = task.grad_x ? place(task.grad_x, t, d_x_buffer, stream) : nullptr;
         a.grad_spread = reduction == Spread::none      ? nullptr
                         : reduction == Spread::element ? place(task.grad_spread, t, d_spread_buffer, stream)
                                                        : d_spread_buffer;
         const int64_t n = t.count();
-        nll_arrays_for<T>(a, n, task.is_variance, a.weight != nullptr, one_spread);
+        const double total = nll_arrays_for<T>(a, n, task.is_variance, a.weight != nullptr, one_spread, one_sum);
 
         if (task.value) write(task.value, t, a.value, value_buffer, false);
         if (task.grad_recon_x) write(task.grad_recon_x, t, a.grad_recon_x, d_recon_buffer, stream);
         if (task.grad_x) write(task.grad_x, t, a.grad_x, d_x_buffer, stream);
-        if (value_slots == 1) {
-          values[k] = sum(a.value, n);
+        if (one_sum) {
+          values[k * value_slots] = total;
         } else if (value_slots) {
           for (int64_t b = 0; b < t.nb; ++b) values[k * value_slots + b] = sum(a.value + b * e.sample(), e.sample());
         }
@@ -301,14 +317,17 @@ FUSEDVAE_INLINE void spread_of(double logvar, double* sigma, double* expm1_logva
   *expm1_logvar = std::expm1(logvar);
 }
 
+// Returns the sum of the KL.
 template <class T>
-void latent_arrays(const LatentArrays<T> a, int64_t count) {  // by value: no store can change it
+double latent_arrays(const LatentArrays<T> a, int64_t count) {  // by value: no store can change it
   using P = typename Pack<T>::type;
-  for_packs<T>(count, [=](int64_t i, auto load, auto store) FUSEDVAE_LAMBDA {
+  P total = {};
+  for_packs<T>(count, [=, &total](int64_t i, auto load, auto store, auto keep) FUSEDVAE_LAMBDA {
     const P mu = load(a.mu + i), logvar = load(a.logvar + i);
     P sigma, expm1_logvar;
     spread_of(logvar, &sigma, &expm1_logvar);
     const KlStandardNormal<P> kl = kl_standard_normal(mu, logvar, expm1_logvar);
+    total += keep(kl.value);
     if (a.kl) store(a.kl + i, kl.value);
     const P noise = a.noise ? load(a.noise + i) : P{};
     const Sample<P> z = sample(mu, sigma, noise);
@@ -332,6 +351,7 @@ void latent_arrays(const LatentArrays<T> a, int64_t count) {  // by value: no st
       if (a.grad_logvar) store(a.grad_logvar + i, d_logvar);
     }
   });
+  return static_cast<double>(sum_lanes(total));
 }
 
 template <class T>
@@ -371,15 +391,16 @@ void run_latent(const LatentTask& task, double* totals, bool by_sample, int thre
       else if (task.grad_kl)
         a.uniform_grad_kl = static_cast<T>(get(task.grad_kl, 0));
       if (task.z) a.z = place(task.z, t, z_buffer, false);
-      if (totals) a.kl = kl_buffer;
+      const bool one_sum = slots == 1 || t.nb == 1;
+      if (slots && !one_sum) a.kl = kl_buffer;
       if (task.grad_mu) a.grad_mu = place(task.grad_mu, t, d_mu_buffer, false);
       if (task.grad_logvar) a.grad_logvar = place(task.grad_logvar, t, d_logvar_buffer, false);
-      latent_arrays(a, n);
+      const double total = latent_arrays(a, n);
       if (task.z) write(task.z, t, a.z, z_buffer, false);
       if (task.grad_mu) write(task.grad_mu, t, a.grad_mu, d_mu_buffer, false);
       if (task.grad_logvar) write(task.grad_logvar, t, a.grad_logvar, d_logvar_buffer, false);
-      if (slots == 1) {
-        values[k] = sum(kl_buffer, n);
+      if (slots && one_sum) {
+        values[k * slots] = total;
       } else if (slots) {
         for (int64_t b = 0; b < t.nb; ++b) values[k * slots + b] = sum(kl_buffer + b * e.sample(), e.sample());
       }

@@ -195,7 +195,7 @@ def resolve(device_type: str, requested: str | None = None) -> str:
 
     Raises RuntimeError, with reason and remedy, if a backend asked for by name is unavailable; "auto" cannot fail.
     """
-    return _resolve(device_type, _choice if requested is None else _checked(requested))
+    return _resolve(device_type, _choice if requested is None else checked_name(requested))
 
 
 @torch.compiler.assume_constant_result  # what can serve a device does not change while a process lives
@@ -233,11 +233,12 @@ def describe(name: str, device_type: str) -> str:
     return "plain PyTorch" if name == "reference" else kernels(name).describe(device_type)
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str, *, source: str = "backend") -> str:
+    """A name that `use_backend` takes. Raises TypeError or ValueError for another, which came from ``source``."""
     if not isinstance(name, str):
-        raise TypeError(f"backend: expected a name, got {type(name).__name__}")
+        raise TypeError(f"{source}: expected a name, got {type(name).__name__}")
     if name not in ("auto", *NAMES):
-        raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
+        raise ValueError(f"{source}: expected one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
     return name
 
 
@@ -253,7 +254,7 @@ class use_backend:  # noqa: N801 - reads as a function at the call site, like to
 
     def __init__(self, name: str) -> None:
         global _choice
-        if _checked(name) != "auto" and all(unavailable(name, device) for device in device_types()):
+        if checked_name(name) != "auto" and all(unavailable(name, device) for device in device_types()):
             reasons = "; ".join(f"{device}: {unavailable(name, device)}" for device in device_types())
             raise RuntimeError(f"backend {name!r} is unavailable: {reasons}")
         self._previous, _choice = _choice, name
@@ -268,4 +269,4 @@ class use_backend:  # noqa: N801 - reads as a function at the call site, like to
         _choice = self._previous
 
 
-use_backend(os.environ.get("FUSEDVAE_BACKEND") or "auto")
+use_backend(checked_name(os.environ.get("FUSEDVAE_BACKEND") or "auto", source="FUSEDVAE_BACKEND"))
