@@ -124,10 +124,9 @@ class _Plan(NamedTuple):
         walked = with_stand_ins(operands, self.copies) if self.copies else operands
         arguments = dict.fromkeys(self.kernel.arg_names) | self.fixed
         for name, operand in zip(self.fields, walked, strict=True):
-            if isinstance(operand, Tensor):
-                arguments[name] = operand
-            elif operand is not None:
-                arguments[f"{name}_value"] = float(operand)
+            parameter = name if isinstance(operand, Tensor) else f"{name}_value"
+            if operand is not None and parameter in arguments:
+                arguments[parameter] = operand if isinstance(operand, Tensor) else float(operand)
         if self.partials is not None:
             arguments["partials"] = torch.empty(self.partials[0], dtype=self.partials[1], device=device)
         if self.totals:
