@@ -9,6 +9,7 @@ A log-variance may be None beside a mean: both are packed in the mean's tensor t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -94,10 +95,7 @@ class Operator:
         kernel = self._behind_the_dispatcher(lambda *args: self.kernel({}, *args))
 
         def traced(mode: Any, overload: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-            tensors = [t for t in args if isinstance(t, Tensor)]
-            sizes = [size for t in tensors for size in (*t.shape, *t.stride())]
-            is_readable = args[-1] == "triton" and all(t.dtype != torch.float64 for t in tensors)
-            if not is_readable or any(type(size) is not int for size in sizes) or _is_exporting():
+            if args[-1] != "triton" or not _is_readable([t for t in args if isinstance(t, Tensor)]):
                 return mode.__torch_dispatch__(overload, types, args, kwargs)
             from .backend import triton  # not before somebody uses it: it is slow to import
 
@@ -158,9 +156,18 @@ def _has_tangent(operand: Any) -> bool:
     return isinstance(operand, Tensor) and forward_ad.unpack_dual(operand).tangent is not None
 
 
-def _is_exporting() -> bool:
-    """Whether a program is traced to be stored, which kernels in it could not be."""
-    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+def _is_readable(operands: list[Tensor]) -> bool:
+    """Whether a compiler can read the Triton kernels that run on some operands.
+
+    A program that is traced to be stored could not keep them, and interpreted kernels are none.
+    """
+    sizes = [size for t in operands for size in (*t.shape, *t.stride())]
+    return (
+        all(t.dtype != torch.float64 for t in operands)
+        and all(type(size) is int for size in sizes)
+        and not (hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting())
+        and os.environ.get("TRITON_INTERPRET") != "1"
+    )
 
 
 def is_watched() -> bool:
