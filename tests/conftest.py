@@ -36,6 +36,27 @@ KERNELS = "triton" if INTERPRETED else "native"
 """The kernel backend of the tests that take no target."""
 
 
+def _round_in_the_interpreter() -> None:
+    """Have Triton's interpreter round float32 to bfloat16, as GPUs do; by itself it cuts the bits off."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(values)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+
+    interpreter._convert_float = converted
+
+
+if INTERPRETED:
+    _round_in_the_interpreter()
+
+
 class Target(NamedTuple):
     """Where a test runs."""
 

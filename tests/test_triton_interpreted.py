@@ -28,7 +28,16 @@ SELECTIONS = {
 
 def run(selection: list[str]) -> subprocess.CompletedProcess[str]:
     # The interpreter computes with numpy, which warns of the infinities and NaNs that these tests are after.
-    options = ["-q", "-m", "not slow and not large", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
+    options = [
+        "-q",
+        "-m",
+        "not slow and not large",
+        "-W",
+        "ignore::RuntimeWarning",
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", *options, *selection]
     return subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)

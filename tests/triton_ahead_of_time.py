@@ -46,6 +46,8 @@ def launches(call: Any, *, wide: bool = False) -> list[tuple[Any, dict[str, Any]
     found: list[tuple[Any, dict[str, Any]]] = []
     backend._launch = lambda kernel, programs, arguments: found.append((kernel, dict(arguments)))
     call()
+    for kernel, arguments in found:
+        assert set(arguments) - {"num_warps", "maxnreg"} == set(kernel.arg_names)
     if wide:
         for _, arguments in found:
             arguments["wide"] = True
@@ -90,6 +92,9 @@ def variants() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
     found["packed channels_last"] = launches(lambda: step(last[2], last[1], None, last[2], None))
     small = [leaf(f32, (37, 11)) for _ in range(5)]
     found["small and odd"] = launches(lambda: step(*small))
+    for size in (1, 50, 5000):
+        single = [leaf(f32, (1, size)) for _ in range(5)]
+        found[f"one sample of {size}"] = launches(lambda t=single: step(*t))
     found["64-bit offsets"] = launches(lambda: step(*t), wide=True)
     return found
 

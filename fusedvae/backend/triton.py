@@ -7,7 +7,7 @@ with what workspace, and keeps it: a training loop meets the same ones at every 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -124,18 +124,20 @@ class _Plan(NamedTuple):
         walked = with_stand_ins(operands, self.copies) if self.copies else operands
         arguments = dict.fromkeys(self.kernel.arg_names) | self.fixed
         for name, operand in zip(self.fields, walked, strict=True):
-            if isinstance(operand, Tensor):
-                arguments[name] = operand
-            elif operand is not None:
-                arguments[f"{name}_value"] = float(operand)
+            parameter = name if isinstance(operand, Tensor) else f"{name}_value"
+            if operand is not None and parameter in arguments:
+                arguments[parameter] = operand if isinstance(operand, Tensor) else float(operand)
         if self.partials is not None:
             arguments["partials"] = torch.empty(self.partials[0], dtype=self.partials[1], device=device)
         if self.totals:
             arguments["totals"] = torch.empty(self.totals, dtype=torch.float64, device=device)
         if self.counters:
             arguments["counters"] = _counters(self.counters, device)
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            _launch(self.kernel, self.programs, arguments)
+        if _is_traced:
+            torch.library.wrap_triton(self.kernel)[(self.programs,)](**arguments)
+        else:
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                _launch(self.kernel, self.programs, arguments)
         if self.copies:
             copy_back(operands, walked, self.copies)
 
@@ -144,15 +146,30 @@ def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
     kernel[(programs,)](**arguments)
 
 
+_is_traced = False
+"""Whether launches are for a compiler to see, on tensors without memory."""
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """A block whose launches are for a compiler to see."""
+    global _is_traced
+    before, _is_traced = _is_traced, True
+    try:
+        yield
+    finally:
+        _is_traced = before
+
+
 _zeros: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _counters(count: int, device: torch.device) -> Tensor:
     """Counters that are zero. Kernels leave them so: those of a stream are made once.
 
-    A captured graph, which may be replayed beside anything, gets its own.
+    A captured graph or a compiled program, which may run beside anything, gets its own.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _zeros.get((device, stream))

@@ -88,7 +88,7 @@ def number_at(data, value):
 def narrow(value, dtype: tl.constexpr):
     """To an operand's dtype; no chip rounds float64 to 16 bits in one go."""
     if dtype.primitive_bitwidth == 16:
-        return value.to(tl.float32).to(dtype, fp_downcast_rounding="rtne")
+        value = value.to(tl.float32)
     return value.to(dtype)
 
 
