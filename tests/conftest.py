@@ -10,21 +10,27 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from fusedvae.backend import NAMES, device_types, unavailable
 
+try:
+    import hypothesis
+except ModuleNotFoundError:  # as on a machine that has a GPU and no network
+    hypothesis = None
+    collect_ignore = ["test_layout.py", "test_properties.py"]
+
 # The same examples at every run; how long one takes says more about the machine than about the code.
-settings.register_profile(
-    "fusedvae",
-    derandomize=True,
-    deadline=None,
-    max_examples=100,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("fusedvae")
+if hypothesis is not None:
+    hypothesis.settings.register_profile(
+        "fusedvae",
+        derandomize=True,
+        deadline=None,
+        max_examples=100,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    hypothesis.settings.load_profile("fusedvae")
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
@@ -32,8 +38,6 @@ EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.floa
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process is one for Triton's interpreter, and tests that alone: see test_triton_interpreted.py."""
-KERNELS = "triton" if INTERPRETED else "native"
-"""The kernel backend of the tests that take no target."""
 
 
 def _round_in_the_interpreter() -> None:
@@ -75,12 +79,14 @@ def _targets() -> list:
 
 
 TARGETS = _targets()
+KERNEL_TARGETS = [target for target in TARGETS if target.values[0].backend != "reference"]
 
 
 @pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest) -> Target:
-    """Every backend on every device of this machine that it serves."""
-    return request.param
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Every backend on every device of this machine that it serves. Tensors that the test makes lie on that device."""
+    with torch.device(request.param.device):
+        yield request.param
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

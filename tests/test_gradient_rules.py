@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from conftest import KERNELS
+from conftest import KERNEL_TARGETS, Target
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedvae
 from fusedvae import functional
 
-pytestmark = pytest.mark.skipif(KERNELS not in fusedvae.backends(), reason="needs the kernels")
+pytestmark = pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _chosen(target: Target) -> Iterator[None]:
+    """What a test calls runs on the target's backend."""
+    with fusedvae.use_backend(target.backend):
+        yield
 
 
 def operands(dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -32,7 +41,7 @@ def written_out(
 
 def terms(*t: Tensor, beta: float | Tensor = 0.7) -> functional.ELBOTerms:
     """The same by the kernels."""
-    found = functional.elbo_loss(*t, beta=beta, return_terms=True, backend=KERNELS)
+    found = functional.elbo_loss(*t, beta=beta, return_terms=True)
     assert isinstance(found, functional.ELBOTerms)
     return found
 
@@ -102,7 +111,7 @@ def test_nothing_is_made_without_need() -> None:
         assert not terms(*t).loss.requires_grad
     made = Allocations()
     with made, torch.no_grad():
-        functional.elbo_loss(*t, backend=KERNELS)
+        functional.elbo_loss(*t)
     assert max(made.sizes, default=0) <= 1
 
 
@@ -122,12 +131,22 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.large
-def test_extra_memory_is_the_two_gradients() -> None:
+def test_extra_memory_is_the_two_gradients(target: Target) -> None:
     n = 1 << 22
     recon_x, recon_logvar = (torch.randn(4, n // 4).requires_grad_() for _ in range(2))
     x, mu, logvar = torch.randn(4, n // 4), torch.randn(4, 8), torch.randn(4, 8)
+
+    def step() -> None:
+        functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar).backward()
+
+    if target.device == "cuda":
+        before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+        step()
+        allocated = torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before
+        assert 2 * 4 * n <= allocated < 2 * 4 * n + n
+        return
     with torch.profiler.profile(profile_memory=True) as profile:
-        functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar, backend=KERNELS).backward()
+        step()
     allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > n)
     assert allocated == 2 * 4 * n
 
@@ -142,7 +161,7 @@ def test_learned_beta() -> None:
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
 def test_first_and_second_derivatives_numerically(reduction: str) -> None:
     def loss(*t: Tensor) -> tuple[Tensor, ...]:
-        return functional.elbo_loss(*t, beta=0.7, reduction=reduction, return_terms=True, backend=KERNELS)
+        return functional.elbo_loss(*t, beta=0.7, reduction=reduction, return_terms=True)
 
     t = operands()
     assert torch.autograd.gradcheck(loss, t)
@@ -150,16 +169,16 @@ def test_first_and_second_derivatives_numerically(reduction: str) -> None:
 
 
 @pytest.mark.large
-def test_derivatives_of_the_latent_numerically() -> None:
+def test_derivatives_of_the_latent_numerically(target: Target) -> None:
     mu, logvar, noise = (torch.randn(3, 5, dtype=torch.float64).requires_grad_() for _ in range(3))
     packed = torch.randn(3, 6, 2, dtype=torch.float64).requires_grad_()
 
     def from_seed(*t: Tensor) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(1)
-        return functional.latent(*t, generator=generator, backend=KERNELS)
+        generator = torch.Generator(target.device).manual_seed(1)
+        return functional.latent(*t, generator=generator)
 
     def given(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-        return functional.reparameterize(mu, logvar, noise=noise, backend=KERNELS)
+        return functional.reparameterize(mu, logvar, noise=noise)
 
     for function, inputs in ((from_seed, (mu, logvar)), (from_seed, (packed,)), (given, (mu, logvar, noise))):
         assert torch.autograd.gradcheck(function, inputs)
@@ -172,14 +191,14 @@ def test_forward_mode_is_refused_rather_than_lost() -> None:
     with torch.autograd.forward_ad.dual_level():
         t[0] = torch.autograd.forward_ad.make_dual(t[0], torch.ones_like(t[0]))
         with pytest.raises(NotImplementedError, match="forward mode"):
-            functional.elbo_loss(*t, backend="native")
+            functional.elbo_loss(*t)
         with pytest.raises(NotImplementedError, match="forward mode"):
-            functional.latent(t[0], t[0], backend="native")
+            functional.latent(t[0], t[0])
 
 
 def test_weights_a_sample() -> None:
     t, weights = operands(), torch.rand(4, dtype=torch.float64)
-    loss = functional.elbo_loss(*t, beta=0.7, reduction="none", backend=KERNELS)
+    loss = functional.elbo_loss(*t, beta=0.7, reduction="none")
     each = [written_out(*(v[k : k + 1] for v in t[:4]), t[4])[0] for k in range(4)]
     assert_all_close([loss], [torch.stack(each)])
     expected = torch.autograd.grad((torch.stack(each) * weights).sum(), t)
@@ -188,8 +207,8 @@ def test_weights_a_sample() -> None:
 
 def test_the_latents_own_kl() -> None:
     recon_x, x, mu, logvar, recon_logvar = operands()
-    kl = functional.latent(mu, logvar, backend=KERNELS).kl
-    loss = functional.elbo_loss(recon_x, x, None, None, recon_logvar, kl=kl, beta=0.7, backend=KERNELS)
+    kl = functional.latent(mu, logvar).kl
+    loss = functional.elbo_loss(recon_x, x, None, None, recon_logvar, kl=kl, beta=0.7)
     expected = written_out(recon_x, x, mu, logvar, recon_logvar)[0]
     t = [recon_x, x, mu, logvar, recon_logvar]
     assert_all_close([loss, *torch.autograd.grad(loss, t)], [expected, *torch.autograd.grad(expected, t)])
@@ -198,16 +217,16 @@ def test_the_latents_own_kl() -> None:
 def test_a_loss_scaler_does_not_underflow_float16() -> None:
     recon_x = (torch.rand(64, 32) * 1e-3).half().requires_grad_()
     x, mu = torch.zeros(64, 32), torch.zeros(64, 2)
-    loss = functional.elbo_loss(recon_x, x, mu, mu, backend=KERNELS)
+    loss = functional.elbo_loss(recon_x, x, mu, mu)
     (scaled,) = torch.autograd.grad(loss * 65536, recon_x)
     torch.testing.assert_close(scaled.double(), recon_x.double() * 1024, rtol=1e-3, atol=0)
 
 
-def test_autocast_gives_float32_as_for_a_loss_of_pytorch() -> None:
+def test_autocast_gives_float32_as_for_a_loss_of_pytorch(target: Target) -> None:
     layer, x = torch.nn.Linear(4, 4), torch.randn(3, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(target.device, dtype=torch.bfloat16):
         out = layer(x)
-        loss = functional.elbo_loss(out, x, out, out, backend=KERNELS)
+        loss = functional.elbo_loss(out, x, out, out)
         assert out.dtype == torch.bfloat16
         assert loss.dtype == torch.nn.functional.mse_loss(out, x).dtype == torch.float32
     loss.backward()
@@ -224,14 +243,14 @@ def test_checkpointing_makes_the_same_noise_again() -> None:
         return [z, *torch.autograd.grad((z**2).sum() + kl.sum(), [mu, logvar])]
 
     def latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(functional.latent(mu, logvar, backend=KERNELS))
+        return tuple(functional.latent(mu, logvar))
 
     found = gradients(lambda *t: torch.utils.checkpoint.checkpoint(latent, *t, use_reentrant=False))
     for f, e in zip(found, gradients(latent), strict=True):
         assert torch.equal(f, e)
 
 
-def test_operators_pass_opcheck() -> None:
+def test_operators_pass_opcheck(target: Target) -> None:
     ops, seed = torch.ops.fusedvae, torch.tensor(5)
     recon_x, x, mu, logvar, spread = (t.detach() for t in operands(torch.float32))
     for t in (recon_x, mu, logvar, spread):
@@ -256,16 +275,18 @@ def test_operators_pass_opcheck() -> None:
                 torch.float32,
                 True,
                 needed,
-                KERNELS,
+                target.backend,
             ),
         )
-    opcheck(ops.latent, (mu, logvar, seed, torch.float32, KERNELS))
-    opcheck(ops.reparameterize, (mu, logvar, seed, None, KERNELS))
-    opcheck(ops.normal, ([4, 5], seed, torch.float32, KERNELS))
-    opcheck(ops.draw_seed, (torch.device("cpu"), None), test_utils=("test_schema", "test_faketensor"))
+    opcheck(ops.latent, (mu, logvar, seed, torch.float32, target.backend))
+    opcheck(ops.reparameterize, (mu, logvar, seed, None, target.backend))
+    opcheck(ops.normal, ([4, 5], seed, torch.float32, target.backend))
+    opcheck(ops.draw_seed, (torch.device(target.device), None), test_utils=("test_schema", "test_faketensor"))
     recon_x, mu, logvar, spread = (t.detach() for t in (recon_x, mu, logvar, spread))
-    opcheck(ops.nll_backward, (recon_x, x, spread, None, torch.tensor(2.0), False, 0.0, [True, False, True], KERNELS))
-    opcheck(ops.latent_backward, (mu, logvar, seed, None, mu, mu.sum(1), KERNELS))
+    opcheck(
+        ops.nll_backward, (recon_x, x, spread, None, torch.tensor(2.0), False, 0.0, [True, False, True], target.backend)
+    )
+    opcheck(ops.latent_backward, (mu, logvar, seed, None, mu, mu.sum(1), target.backend))
 
 
 @pytest.mark.slow
@@ -277,8 +298,8 @@ def test_a_compiled_training_step_is_one_graph_and_agrees_with_eager() -> None:
     x = torch.randn(8, 20)
 
     def step(x: Tensor) -> Tensor:
-        z, kl = functional.latent(encoder(x), backend=KERNELS)
-        return functional.elbo_loss(decoder(z), x, None, None, None, kl=kl, beta=beta, backend=KERNELS)
+        z, kl = functional.latent(encoder(x))
+        return functional.elbo_loss(decoder(z), x, None, None, None, kl=kl, beta=beta)
 
     def run(function) -> list[Tensor]:
         torch.manual_seed(3)

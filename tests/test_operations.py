@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Target, kl_elements, nll_elements, reduced, threads
+from conftest import KERNEL_TARGETS, Target, kl_elements, nll_elements, reduced, threads
 from torch import Tensor
 
 from fusedvae import functional
@@ -31,6 +31,7 @@ LAYOUTS = {
     "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t,
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "strided": lambda t: torch.stack((t, t), -1)[..., 0],
+    "misaligned": lambda t: torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape),
     "half of a pair": lambda t: torch.cat((t, t), 1).chunk(2, 1)[0] if t.dim() > 1 else t,
 }
 
@@ -77,7 +78,9 @@ def test_operands_of_different_layouts(target: Target, reduction: str) -> None:
     arrange = list(LAYOUTS.values())
     for k in range(len(arrange)):
         shapes = [SHAPE, SHAPE, (5, 4, 2, 3), (5, 4, 2, 3), SHAPE]
-        compare_elbo(target, [arrange[(k + j) % 5](torch.randn(s)) for j, s in enumerate(shapes)], reduction, 2e-6)
+        compare_elbo(
+            target, [arrange[(k + j) % len(arrange)](torch.randn(s)) for j, s in enumerate(shapes)], reduction, 2e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -139,9 +142,9 @@ def test_latent(target: Target, shape: tuple[int, ...], packed: bool, channels_l
     half = (shape[0], shape[1] // 2, *shape[2:])
     zero = torch.zeros(half)
     noise = functional.reparameterize(
-        zero, zero, generator=torch.Generator().manual_seed(9), backend="reference"
+        zero, zero, generator=torch.Generator(target.device).manual_seed(9), backend="reference"
     ).double()
-    z, kl = functional.latent(*inputs, generator=torch.Generator().manual_seed(9), backend=target.backend)
+    z, kl = functional.latent(*inputs, generator=torch.Generator(target.device).manual_seed(9), backend=target.backend)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     mu, logvar = exact[0].chunk(2, 1) if packed else exact
     expected_z = mu + torch.exp(logvar / 2) * noise
@@ -202,23 +205,24 @@ def test_errors_no_larger_than_those_of_eager(target: Target) -> None:
         assert abs(total.item() - exact.sum().item()) <= 1e-6 * exact.abs().sum().item()
 
 
-def run_everything(backend: str) -> list[Tensor]:
+def run_everything(backend: str, device: str = "cpu") -> list[Tensor]:
     """Values and gradients of a mid-sized problem."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(device).manual_seed(3)
     shapes = ((33, 3, 40, 41), (33, 3, 40, 41), (33, 700), (33, 700), (3, 1, 1))
-    t = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+    t = [torch.randn(s, generator=generator, device=device).requires_grad_() for s in shapes]
     z, kl = functional.latent(t[2], t[3], generator=generator, backend=backend)
     loss = functional.elbo_loss(*t, backend=backend)
-    column = functional.gaussian_nll(t[0], t[1], torch.zeros(41).requires_grad_(), backend=backend)
+    column = functional.gaussian_nll(t[0], t[1], torch.zeros(41, device=device).requires_grad_(), backend=backend)
     return [z, kl, loss, column, *torch.autograd.grad(loss + (z**2).sum() + kl.sum() + column, t)]
 
 
 @pytest.mark.large
-def test_bitwise_the_same_for_any_number_of_threads() -> None:
+@pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
+def test_bitwise_the_same_on_every_run_and_for_any_number_of_threads(target: Target) -> None:
     results = []
     for count in (1, 2, 3, 2):
         with threads(count):
-            results.append(run_everything("auto"))
+            results.append(run_everything(target.backend, target.device))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)

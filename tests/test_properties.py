@@ -42,7 +42,7 @@ def operands(draw: st.DrawFn, shape: tuple[int, ...], dtypes: st.SearchStrategy[
         elif kind == 2 and sizes[k]:
             steps[k] = 0
     room = [1 if step == 0 else start + size * step for start, step, size in zip(starts, steps, sizes, strict=True)]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     values = torch.randn(room, generator=generator)
     memory = (values.clamp(0, 1) * 255 if not dtype.is_floating_point else values).to(dtype)
     for k, (start, step) in enumerate(zip(starts, steps, strict=True)):
@@ -177,10 +177,12 @@ def test_latent(target: Target, data: st.DataObject, packed: bool, seed: int) ->
         inputs = [data.draw(operands(shape), "mu"), data.draw(operands(shape), "logvar")]
         arguments = tuple(o.tensor for o in inputs)
         mu, logvar = (o.exact for o in inputs)
-    z, kl = functional.latent(*arguments, generator=torch.Generator().manual_seed(seed), backend=target.backend)
+    z, kl = functional.latent(
+        *arguments, generator=torch.Generator(target.device).manual_seed(seed), backend=target.backend
+    )
     zeros = torch.zeros(shape, dtype=torch.float64)
     noise = functional.reparameterize(
-        zeros, zeros, generator=torch.Generator().manual_seed(seed), backend=target.backend
+        zeros, zeros, generator=torch.Generator(target.device).manual_seed(seed), backend=target.backend
     )
     expected = mu + torch.exp(logvar / 2) * noise, reduced(kl_elements(mu, logvar), "none")
     check((z, kl), expected, inputs)
