@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backend, ops
 from .backend import Memo, reference
+from .layout import described
 from .ops import unpack
 
 _Grads = tuple[Tensor | None, ...]
@@ -64,14 +65,14 @@ class _Latent(torch.autograd.Function):
     ) -> Any:
         z, kl = ops.latent.below_autograd(memo, options, mu, logvar, seed)
         ctx.save_for_backward(mu, logvar, seed)
-        ctx.name = options[-1]
+        ctx.memo, ctx.name = memo, options[-1]
         ctx.set_materialize_grads(False)
         return z, kl
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
         mu, logvar, seed = ctx.saved_tensors
-        grads = _latent_gradients(ctx.name, mu, logvar, seed, None, grad_z, grad_kl)
+        grads = _latent_gradients(ctx.memo, ctx.name, mu, logvar, seed, None, grad_z, grad_kl)
         return (None, None, *grads, None)
 
 
@@ -90,7 +91,7 @@ class _Reparameterize(torch.autograd.Function):
     ) -> Tensor:
         z = ops.reparameterize.below_autograd(memo, options, mu, logvar, seed, noise)
         ctx.save_for_backward(mu, logvar, seed, noise)
-        ctx.name = options[-1]
+        ctx.memo, ctx.name = memo, options[-1]
         return z
 
     @staticmethod
@@ -101,11 +102,12 @@ class _Reparameterize(torch.autograd.Function):
             # z is linear in the noise, and hardly anybody asks: the formula will do.
             _, log_variance = unpack(mu, logvar)
             grad_noise = (grad_z * torch.exp(0.5 * log_variance)).to(noise.dtype)
-        grads = _latent_gradients(ctx.name, mu, logvar, seed, noise, grad_z, None)
+        grads = _latent_gradients(ctx.memo, ctx.name, mu, logvar, seed, noise, grad_z, None)
         return (None, None, *grads, None, grad_noise)
 
 
 def _latent_gradients(
+    memo: Memo | None,
     name: str,
     mu: Tensor,
     logvar: Tensor | None,
@@ -129,7 +131,13 @@ def _latent_gradients(
             return z, reference.reduce(reference.kl_standard_normal(mu, logvar), "sample")
 
         return _second_order(formula, [mu, logvar], [grad_z, grad_kl])
-    grads = ops.latent_backward(mu, logvar, seed, noise, grad_z, grad_kl, options=(name,))
+    operands, options = (mu, logvar, seed, noise, grad_z, grad_kl), (name,)
+    if memo is None or ops.is_watched():
+        grads = ops.latent_backward(*operands, options=options)
+    else:
+        # What comes in may be laid out otherwise than the last time, though the operands are not.
+        own = memo.setdefault((described(grad_z), described(grad_kl)), {})
+        grads = ops.latent_backward.kernel(own, options, *operands)
     return grads[0], None if logvar is None else grads[1]
 
 

@@ -173,10 +173,7 @@ def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
     """
     memory: dict[tuple, _Call] = {}
 
-    @wraps(prepare)
-    def recall(*operands: Any, **options: Any) -> _Call:
-        if ops.is_watched():
-            return prepare(*operands, **options)
+    def recall(operands: tuple[Any, ...], options: dict[str, Any]) -> _Call:
         try:
             key = (
                 # All that may matter of an operand but the values in it.
@@ -201,7 +198,11 @@ def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
             memory[key] = call
         return call
 
-    return recall
+    @wraps(prepare)
+    def remembered(*operands: Any, **options: Any) -> _Call:
+        return prepare(*operands, **options) if ops.is_watched() else recall(operands, options)
+
+    return remembered
 
 
 _MOST_REMEMBERED = 1024

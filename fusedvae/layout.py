@@ -8,6 +8,7 @@ strides: nothing here reads a tensor, and plans are cached, so that a training l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -116,6 +117,9 @@ def canonical(shape: tuple[int, ...], operands: tuple[Strides, ...], *, keep_bat
     sets the memory order. Operands that cannot be walked in place are named in ``copies``.
     """
     order = contiguous_strides(shape)
+    if 0 in shape:  # nothing to walk; what remains is how many samples have no elements
+        inner = math.prod(shape[1:])
+        return Layout((shape[0], 1, inner), ((inner, 0, 1),) * len(operands), (inner, 0, 1), frozenset(), order)
     dense = dense_strides(shape, operands[0])
 
     def attempt(candidates: Sequence[Strides]) -> tuple[list[int], list[list[int]]] | None:

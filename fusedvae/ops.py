@@ -9,12 +9,14 @@ A log-variance may be None beside a mean: both are packed in the mean's tensor t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 
 from . import backend
@@ -48,6 +50,8 @@ class Operator:
         for device in ("CPU", "CUDA"):
             _library.impl(self._name, self._behind_the_dispatcher(lambda *args: kernel({}, *args)), device)
         torch.library.register_fake(f"fusedvae::{self._name}", self._behind_the_dispatcher(fake), lib=_library)
+        if options.endswith("str backend"):
+            self._let_compilers_see_triton_kernels()
         self.overload = getattr(torch.ops.fusedvae, self._name).default
 
     def __call__(self, *operands: Any, options: tuple[Any, ...] = ()) -> Any:
@@ -80,12 +84,34 @@ class Operator:
 
         _library.impl(self._name, self._behind_the_dispatcher(run), "Autograd")
 
+    def _let_compilers_see_triton_kernels(self) -> None:
+        """Have a compiler trace through to Triton kernels, as `torch.library.triton_op` does, where it can read them.
+
+        It passes numbers to them in float32 and plans for sizes that are known: otherwise, and for all other backends,
+        the operator stays whole in its graph.
+        """
+        if not hasattr(torch.library, "wrap_triton"):
+            return
+        kernel = self._behind_the_dispatcher(lambda *args: self.kernel({}, *args))
+
+        def traced(mode: Any, overload: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+            if args[-1] != "triton" or not _is_readable([t for t in args if isinstance(t, Tensor)]):
+                return mode.__torch_dispatch__(overload, types, args, kwargs)
+            from .backend import triton  # not before somebody uses it: it is slow to import
+
+            with mode, triton.traced():
+                return kernel(*args)
+
+        torch.library.register_torch_dispatch(f"fusedvae::{self._name}", FunctionalTensorMode, traced, lib=_library)
+
     def _differentiable(self, operands: tuple[Any, ...]) -> Callable | None:
         """What runs this with its derivative recorded, if there is a need to."""
+        if self.formula is None:
+            return None
         wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands)
         # PyTorch has the formula say that it knows no forward mode, rather than lose a tangent.
         wanted = wanted or (forward_ad._current_level >= 0 and any(map(_has_tangent, operands)))
-        return self.formula.apply if self.formula is not None and wanted else None
+        return self.formula.apply if wanted else None
 
     def _dispatch(self, options: tuple[Any, ...], *operands: Any) -> Any:
         flat: list[Any] = []
@@ -130,6 +156,20 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, li
 
 def _has_tangent(operand: Any) -> bool:
     return isinstance(operand, Tensor) and forward_ad.unpack_dual(operand).tangent is not None
+
+
+def _is_readable(operands: list[Tensor]) -> bool:
+    """Whether a compiler can read the Triton kernels that run on some operands.
+
+    A program that is traced to be stored could not keep them, and interpreted kernels are none.
+    """
+    sizes = [size for t in operands for size in (*t.shape, *t.stride())]
+    return (
+        all(t.dtype != torch.float64 for t in operands)
+        and all(type(size) is int for size in sizes)
+        and not (hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting())
+        and os.environ.get("TRITON_INTERPRET") != "1"
+    )
 
 
 def is_watched() -> bool:

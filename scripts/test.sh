@@ -13,4 +13,6 @@ check ruff check
 check ruff format --check
 check clang-format --dry-run -Werror "${cpp[@]}"
 check mypy
-check python -m pytest "$@"
+# A process a core, whose threads wait for each other asleep: awake they would keep the other process from running.
+export OMP_WAIT_POLICY=passive
+check python -m pytest -n "$(nproc)" --dist loadfile "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,6 +36,31 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process is one for Triton's interpreter, and tests that alone: see test_triton_interpreted.py."""
+
+
+def _round_in_the_interpreter() -> None:
+    """Have Triton's interpreter round float32 to bfloat16, as GPUs do; by itself it cuts the bits off."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(values)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+
+    interpreter._convert_float = converted
+
+
+if INTERPRETED:
+    _round_in_the_interpreter()
+
+
 class Target(NamedTuple):
     """Where a test runs."""
 
@@ -45,7 +71,7 @@ class Target(NamedTuple):
 def _targets() -> list:
     found = []
     for device in device_types():
-        for backend in NAMES:
+        for backend in ["triton"] if INTERPRETED else NAMES:
             if unavailable(backend, device) is None:
                 marks = [pytest.mark.gpu] if device == "cuda" else []
                 found.append(pytest.param(Target(backend, device), id=f"{backend}-{device}", marks=marks))

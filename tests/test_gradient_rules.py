@@ -130,6 +130,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+@pytest.mark.large
 def test_extra_memory_is_the_two_gradients(target: Target) -> None:
     n = 1 << 22
     recon_x, recon_logvar = (torch.randn(4, n // 4).requires_grad_() for _ in range(2))
@@ -156,6 +157,7 @@ def test_learned_beta() -> None:
     assert_all_close(list(found), list(torch.autograd.grad(written_out(*t, beta=beta)[0], [beta, *t])))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
 def test_first_and_second_derivatives_numerically(reduction: str) -> None:
     def loss(*t: Tensor) -> tuple[Tensor, ...]:
@@ -166,6 +168,7 @@ def test_first_and_second_derivatives_numerically(reduction: str) -> None:
     assert torch.autograd.gradgradcheck(loss, t)
 
 
+@pytest.mark.large
 def test_derivatives_of_the_latent_numerically(target: Target) -> None:
     mu, logvar, noise = (torch.randn(3, 5, dtype=torch.float64).requires_grad_() for _ in range(3))
     packed = torch.randn(3, 6, 2, dtype=torch.float64).requires_grad_()

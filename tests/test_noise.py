@@ -124,6 +124,7 @@ def test_a_seed_is_its_64_bits(target: Target) -> None:
     assert not torch.equal(first(7), first(7 + 2**63)), "the top bit of the seed is ignored"
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("count", [5, 1021, 70_001, 300_007])
 def test_the_thread_count_changes_nothing(target: Target, count: int) -> None:
     results = []
@@ -134,6 +135,7 @@ def test_the_thread_count_changes_nothing(target: Target, count: int) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.large
 def test_moments_and_distribution_are_those_of_a_standard_normal(target: Target) -> None:
     count = 1_000_000
     values = normal(count, 15, device=target.device, backend=target.backend).cpu().double().numpy()
@@ -145,6 +147,7 @@ def test_moments_and_distribution_are_those_of_a_standard_normal(target: Target)
     assert 4.3 < np.abs(values).max() < 6.7
 
 
+@pytest.mark.large
 def test_neighbours_and_lanes_are_uncorrelated(target: Target) -> None:
     values = normal(400_000, 16, device=target.device, backend=target.backend).cpu().double().numpy()
     lanes = values.reshape(-1, 4)
@@ -156,6 +159,7 @@ def test_neighbours_and_lanes_are_uncorrelated(target: Target) -> None:
         assert abs(np.mean(values[:-lag] * values[lag:])) < 5 / np.sqrt(len(values)), lag
 
 
+@pytest.mark.large
 def test_streams_of_different_seeds_are_independent(target: Target) -> None:
     count = 40_000
     seeds = [0, 1, 2, 3, 2**32, 2**32 + 1, 2**63, -1]

@@ -83,7 +83,9 @@ def test_operands_of_different_layouts(target: Target, reduction: str) -> None:
         )
 
 
-@pytest.mark.parametrize("size", [1, 3, 15, 16, 17, 63, 1023, 1024, 1025, 4097, 50_001])
+@pytest.mark.parametrize(
+    "size", [1, 3, 15, 16, 17, 63, 1023, 1024, 1025, 4097, pytest.param(50_001, marks=pytest.mark.large)]
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_sizes_around_the_edges_of_tiles(target: Target, batch: int, size: int) -> None:
     for reduction in REDUCTIONS:
@@ -184,6 +186,7 @@ def test_not_a_number_and_infinity_go_where_they_go_in_eager(target: Target) -> 
         torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.large
 def test_errors_no_larger_than_those_of_eager(target: Target) -> None:
     mu, x, logvar = torch.randn(3, 100_000).unbind(0)
     logvar = logvar * 3
@@ -213,6 +216,7 @@ def run_everything(backend: str, device: str = "cpu") -> list[Tensor]:
     return [z, kl, loss, column, *torch.autograd.grad(loss + (z**2).sum() + kl.sum() + column, t)]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
 def test_bitwise_the_same_on_every_run_and_for_any_number_of_threads(target: Target) -> None:
     results = []
@@ -237,6 +241,7 @@ for a, b in zip(native, reference, strict=True):
 """
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa: str) -> None:
     if isa != "baseline" and isa.upper() not in (torch.backends.cpu.get_cpu_capability(), "AVX2"):

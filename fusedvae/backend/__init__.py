@@ -123,7 +123,7 @@ def _halves(packed: Tensor | None) -> tuple[Any, Any]:
     return first, second
 
 
-Memo = dict[str, Any]
+Memo = dict[Any, Any]
 """A place for what is worked out of a call's sizes, strides, dtypes and options.
 
 The caller passes the same one to calls that agree in all of these, and an empty one where it keeps none."""

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedvae.layout import Described, Strides, canonical, dense_strides, described, expanded
+from fusedvae.layout import Described, Strides, described
 
 from . import ElboOperands, LatentOperands, Memo, NllOperands, Objective
 from .reference import HALF_LOG_2PI
+from .walk import ABSENT, Copy, Part, copy_back, walk, walk_nll, with_stand_ins
 
 try:
     from fusedvae import _C
@@ -40,20 +41,11 @@ _Form = tuple[int, ...] | None
 """An operand as the extension describes it: see csrc/bindings.cpp."""
 
 
-class _Copy(NamedTuple):
-    """An operand that the kernels cannot walk, and the tensor that stands in for it."""
-
-    field: int
-    is_output: bool
-    shape: tuple[int, ...]
-    strides: Strides
-
-
 class _Plan(NamedTuple):
     """A task of the extension, and what must be copied around its runs."""
 
     task: Any
-    copies: tuple[_Copy, ...] = ()
+    copies: tuple[Copy, ...] = ()
     unpacked: bool = False
     """Whether it takes packed operands apart, since their halves are among the copies."""
     gpu: int | None = None
@@ -80,16 +72,9 @@ class _Plan(NamedTuple):
     def _run_with_copies(self, operands: Any, *extra: int) -> None:
         if self.unpacked:
             operands = operands.unpacked()
-        walked = list(operands)
-        for field, is_output, shape, strides in self.copies:
-            original = operands[field]
-            walked[field] = torch.empty_strided(shape, strides, dtype=original.dtype, device=original.device)
-            if not is_output:
-                walked[field].copy_(original)
+        walked = with_stand_ins(operands, self.copies)
         _Plan(self.task, gpu=self.gpu).run(walked, *extra)
-        for field, is_output, _, _ in self.copies:
-            if is_output:
-                operands[field].copy_(walked[field].sum_to_size(operands[field].shape))
+        copy_back(operands, walked, self.copies)
 
 
 _workspaces: dict[tuple[int, int], Tensor] = {}
@@ -111,29 +96,18 @@ def _workspace(gpu: int, stream: int, size: int) -> Tensor:
 # --- plans, from descriptions of the operands -------------------------------------------------------------------------
 
 
-class _Part(NamedTuple):
-    """What a kernel takes for an operand: a field of the call's operands, or half of a packed one."""
-
-    field: int
-    described: Described
-    offset: int = 0
-
-
-_ABSENT = _Part(-1, None)
-
-
 class _Parts:
     """The parts of a call's operands, by field name."""
 
     def __init__(self, fields: Sequence[str], descriptions: Sequence[Described]) -> None:
-        self._parts = {name: _Part(k, d) for k, (name, d) in enumerate(zip(fields, descriptions, strict=True))}
+        self._parts = {name: Part(k, d) for k, (name, d) in enumerate(zip(fields, descriptions, strict=True))}
         present = [k for k, d in enumerate(descriptions) if d is not None]
         self._sources = {field: position for position, field in enumerate(present)}
 
-    def __getitem__(self, name: str) -> _Part:
-        return self._parts.get(name, _ABSENT)
+    def __getitem__(self, name: str) -> Part:
+        return self._parts.get(name, ABSENT)
 
-    def pair(self, mean: str, logvar: str, *, packed: bool) -> tuple[_Part, _Part]:
+    def pair(self, mean: str, logvar: str, *, packed: bool) -> tuple[Part, Part]:
         """The parts of a mean and a log-variance, or the halves of the field that has both."""
         whole = self[mean]
         if not packed or not whole.described:
@@ -141,9 +115,9 @@ class _Parts:
         shape, strides, dtype = whole.described
         channels = shape[1] // 2
         half = torch.Size((shape[0], channels, *shape[2:])), strides, dtype
-        return _Part(whole.field, half), _Part(whole.field, half, channels * strides[1] * dtype.itemsize)
+        return Part(whole.field, half), Part(whole.field, half, channels * strides[1] * dtype.itemsize)
 
-    def form(self, part: _Part, strides: Strides) -> _Form:
+    def form(self, part: Part, strides: Strides) -> _Form:
         """The form of a part that is walked with ``strides``."""
         if part.described is None:
             return None
@@ -156,57 +130,9 @@ class _Parts:
         return self.form(part, (part.described[1][0] if part.described[1] else 0, 0, 0) if part.described else ())
 
 
-class _Walk(NamedTuple):
-    extent: tuple[int, ...]
-    logical: Strides
-    strides: list[Strides]
-    """Of each part; () of those that are no tensors."""
-    copies: tuple[_Copy, ...]
-
-
-def _walk(
-    shape: torch.Size, parts: Sequence[_Part], first_output: int, *, keep_batch: bool, indexed: bool = False
-) -> _Walk:
-    """How to walk operands that broadcast to ``shape``; those from ``first_output`` on are written to."""
-    tensors = [(k, part.field, part.described) for k, part in enumerate(parts) if part.described]
-    layout = canonical(
-        tuple(shape),
-        tuple([expanded(own, steps, shape) for _, _, (own, steps, _) in tensors]),
-        keep_batch=keep_batch,
-        indexed=indexed,
-    )
-    strides: list[Strides] = [()] * len(parts)
-    for (k, _, _), steps in zip(tensors, layout.strides, strict=True):
-        strides[k] = steps
-    copied = [tensors[c] for c in sorted(layout.copies)]
-    copies = tuple([_Copy(field, k >= first_output, shape, layout.dense) for k, field, _ in copied])
-    return _Walk(layout.extent, layout.logical, strides, copies)
-
-
-def _walk_nll(shape: torch.Size, parts: list[_Part], keep_batch: bool) -> _Walk:
-    """How to walk the operands of a csrc/tasks.h NllTask."""
-    walk = _walk(shape, parts, 4, keep_batch=keep_batch)
-    recon_x, grad_spread = parts[0].described, parts[-1].described
-    assert recon_x
-    if not grad_spread or _can_sum(walk, parts[-1].field, grad_spread[0], shape):
-        return walk
-    # Broadcast in a pattern that the kernels cannot sum over: they write it out, and PyTorch adds it up.
-    strides = dense_strides(shape, expanded(recon_x[0], recon_x[1], shape))
-    written_out = _Part(parts[-1].field, (shape, strides, grad_spread[2]))
-    walk = _walk(shape, [*parts[:-1], written_out], 4, keep_batch=keep_batch)
-    if any(copy.field == written_out.field for copy in walk.copies):
-        return walk
-    return walk._replace(copies=(*walk.copies, _Copy(written_out.field, True, shape, strides)))
-
-
-def _can_sum(walk: _Walk, field: int, own_shape: torch.Size, shape: torch.Size) -> bool:
-    """Whether the kernels can sum this gradient over what it is broadcast along (csrc/tasks.h, NllTask)."""
-    if own_shape == shape:
-        return True
-    # Sums of nothing are zero, but the kernels see no extent to make them for.
-    if shape.numel() == 0 or any(copy.field == field for copy in walk.copies):
-        return False
-    (batch, outer, inner), (s0, s1, s2) = walk.extent, walk.strides[-1]
+def _can_sum(extent: tuple[int, int, int], strides: Strides) -> bool:
+    """Whether the kernels can sum a gradient over what it is broadcast along (csrc/tasks.h, NllTask)."""
+    (batch, outer, inner), (s0, s1, s2) = extent, strides
     summed_batch, summed_outer = s0 == 0 and batch > 1, s1 == 0 and outer > 1
     if s2 == 0 and inner > 1:
         return True
@@ -216,31 +142,31 @@ def _can_sum(walk: _Walk, field: int, own_shape: torch.Size, shape: torch.Size) 
 
 def _nll_arguments(
     parts: _Parts, objective: Objective, *, keep_batch: bool
-) -> tuple[tuple[Any, ...], tuple[_Copy, ...]]:
+) -> tuple[tuple[Any, ...], tuple[Copy, ...]]:
     """What makes the extension's NllTask, and the copies around it."""
     packed = parts["spread"].described is None
     mean, spread = parts.pair("recon_x", "spread", packed=packed)
     grad_mean, grad_spread = parts.pair("grad_recon_x", "grad_spread", packed=packed)
-    value = parts["loss"] if objective.reduction == "element" else _ABSENT
+    value = parts["loss"] if objective.reduction == "element" else ABSENT
     operands = [mean, parts["x"], spread, parts["weight"], value, grad_mean, parts["grad_x"], grad_spread]
     assert mean.described
-    walk = _walk_nll(mean.described[0], operands, keep_batch)
-    forms = tuple(map(parts.form, operands, walk.strides))
-    return (walk.extent, forms, objective.is_variance, objective.eps), walk.copies
+    walked = walk_nll(mean.described[0], operands, keep_batch=keep_batch, can_sum=_can_sum)
+    forms = tuple(map(parts.form, operands, walked.strides))
+    return (walked.extent, forms, objective.is_variance, objective.eps), walked.copies
 
 
 def _latent_arguments(
     parts: _Parts, per_sample: tuple[_Form, _Form], *, keep_batch: bool, indexed: bool
-) -> tuple[tuple[Any, ...], tuple[_Copy, ...]]:
+) -> tuple[tuple[Any, ...], tuple[Copy, ...]]:
     """What makes the extension's LatentTask, and the copies around it; ``per_sample`` is grad_kl and kl."""
     packed = parts["logvar"].described is None
     mu, logvar = parts.pair("mu", "logvar", packed=packed)
     grad_mu, grad_logvar = parts.pair("grad_mu", "grad_logvar", packed=packed)
     operands = [mu, logvar, parts["noise"], parts["grad_z"], parts["z"], grad_mu, grad_logvar]
     assert mu.described
-    walk = _walk(mu.described[0], operands, 4, keep_batch=keep_batch, indexed=indexed)
-    forms = (*map(parts.form, operands, walk.strides), *per_sample)
-    return (walk.extent, walk.logical, forms), walk.copies
+    walked = walk(mu.described[0], operands, 4, keep_batch=keep_batch, indexed=indexed)
+    forms = (*map(parts.form, operands, walked.strides), *per_sample)
+    return (walked.extent, walked.logical, forms), walked.copies
 
 
 @lru_cache(maxsize=1024)
@@ -248,7 +174,7 @@ def _elbo_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Pl
     parts = _Parts(ElboOperands._fields, descriptions)
     by_element, by_sample = objective.reduction == "element", objective.reduction == "sample"
     nll = kl = None
-    copies: tuple[_Copy, ...] = ()
+    copies: tuple[Copy, ...] = ()
     if parts["recon_x"].described:
         nll, copies = _nll_arguments(parts, objective, keep_batch=by_sample)
     if parts["mu"].described:

@@ -3,8 +3,8 @@
 A command is a module of this package, named in ``COMMANDS``: its docstring's first line is its help,
 ``add_arguments(parser)`` says what it takes and ``run(arguments)`` does it and returns the exit status.
 
-Exit statuses: 0, done; 2, bad input, with one line on stderr that says what; 130, interrupted by Ctrl-C
-(143 by SIGTERM).
+Exit statuses: 0, done; 1, done, and what was found is bad (see the command's help); 2, bad input, with one line on
+stderr that says what; 130, interrupted by Ctrl-C (143 by SIGTERM).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from .errors import CommandError
 
-COMMANDS = ("train", "info")
+COMMANDS = ("train", "bench", "info")
 
 
 class _Parser(argparse.ArgumentParser):

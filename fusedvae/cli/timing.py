@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from .. import functional
 from ..backend import resolve, use_backend
 from ..losses import ELBOLoss
 from ..vae import VAE
+from .bench.measuring import Contestant, interleaved
 from .settings import Settings
 
 SECONDS = 1.5
@@ -97,30 +97,7 @@ def step_times(model: VAE, x: Tensor, settings: Settings) -> StepTimes | None:
 
 
 def _compare(fused: Callable[[], None], reference: Callable[[], None], device: torch.device) -> Comparison:
-    """Medians of alternating runs, each side first in every other round: what else the machine does falls on both
-    alike."""
-
-    def seconds(work: Callable[[], None]) -> float:
-        _wait(device)
-        started = time.perf_counter()
-        work()
-        _wait(device)
-        return time.perf_counter() - started
-
-    sides = (fused, reference)
-    for work in sides * 2:
-        seconds(work)
-    measured: tuple[list[float], list[float]] = ([], [])
-    at_least, at_most = ROUNDS
-    end = time.perf_counter() + SECONDS
-    for count in range(at_most):
-        if count >= at_least and time.perf_counter() > end:
-            break
-        for side in (0, 1) if count % 2 == 0 else (1, 0):
-            measured[side].append(seconds(sides[side]))
-    return Comparison(statistics.median(measured[0]), statistics.median(measured[1]))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Medians of runs that take turns: what else the machine does falls on both alike."""
+    sides = [Contestant("fused", lambda _: fused()), Contestant("reference", lambda _: reference())]
+    times = interleaved(sides, device, seconds=SECONDS, rounds=ROUNDS).seconds
+    return Comparison(statistics.median(times["fused"]), statistics.median(times["reference"]))

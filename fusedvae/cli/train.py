@@ -14,7 +14,6 @@ import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ..backend import NAMES, resolve, use_backend
 from . import checkpoint, pictures
 from .data import DIGITS, Samples, load
 from .errors import CommandError, require
+from .options import integer, number, usable_device
 from .settings import ARCHITECTURES, DTYPES, LEARNED, PER_PIXEL, Settings
 from .timing import step_times
 from .trainer import METRICS, Interruption, Row, Trainer
@@ -38,41 +38,11 @@ CHANGEABLE = ("data", "array", "image_size", "epochs", "device", "threads", "bac
 """Options that may be given again with --resume. The data may have moved, but not changed."""
 
 
-def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _number(low: float, high: float = math.inf, *, exclusive: bool = False) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        inside = low < value < high if exclusive else low <= value <= high
-        if not (inside and math.isfinite(value)):
-            wanted = f"above {low:g}" if exclusive else f"of at least {low:g}" if low > -math.inf else ""
-            wanted += f" and below {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"expected a number {wanted}".rstrip() + f", got {text!r}")
-        return value
-
-    return parse
-
-
 def _recon_logvar(text: str) -> str | float:
     if text in (PER_PIXEL, LEARNED):
         return text
     try:
-        return _number(-math.inf)(text)
+        return number(-math.inf)(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"expected '{PER_PIXEL}', '{LEARNED}' or a number, got {text!r}") from None
 
@@ -109,25 +79,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         data,
         "--image-size",
         "resize and crop a folder's images to this side",
-        type=_integer(1),
+        type=integer(1),
         metavar="PIXELS",
     )
     option(
         data,
         "--heldout",
         "part of the samples not trained on; the same ones for every seed",
-        type=_number(0, 1, exclusive=True),
+        type=number(0, 1, exclusive=True),
         metavar="FRACTION",
     )
 
     model = parser.add_argument_group("model")
     option(model, "--arch", "networks; auto: conv for images, mlp for vectors", choices=ARCHITECTURES)
-    option(model, "--latent", "number of latent variables", type=_integer(1), metavar="N")
+    option(model, "--latent", "number of latent variables", type=integer(1), metavar="N")
     option(
         model,
         "--width",
         "channels at full resolution (conv, default 32) or units of the first layer (mlp, default 512)",
-        type=_integer(1),
+        type=integer(1),
         metavar="N",
     )
     option(
@@ -142,27 +112,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         model,
         "--logvar-floor",
         f"lower bound of a {PER_PIXEL} log-variance: lower gives a better bound, higher better samples",
-        type=_number(-math.inf),
+        type=number(-math.inf),
         metavar="X",
     )
 
     training = parser.add_argument_group("training")
-    option(training, "--beta", "weight of the KL", type=_number(0), metavar="X")
+    option(training, "--beta", "weight of the KL", type=number(0), metavar="X")
     option(
         training,
         "--warmup",
         "epochs over which beta grows from 0 to its value",
-        type=_number(0),
+        type=number(0),
         metavar="EPOCHS",
     )
-    option(training, "--epochs", "times to go through the data", type=_integer(1), metavar="N")
-    option(training, "--batch", "samples a step", type=_integer(1), metavar="N")
-    option(training, "--lr", "learning rate of AdamW", type=_number(0, exclusive=True), metavar="X")
+    option(training, "--epochs", "times to go through the data", type=integer(1), metavar="N")
+    option(training, "--batch", "samples a step", type=integer(1), metavar="N")
+    option(training, "--lr", "learning rate of AdamW", type=number(0, exclusive=True), metavar="X")
     option(
         training,
         "--seed",
         "of the initial weights, the order of the data and the noise",
-        type=_integer(0, 2**32 - 1),
+        type=integer(0, 2**32 - 1),
         metavar="N",
     )
 
@@ -174,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
     )
     option(machine, "--device", "cpu, cuda, cuda:1, ...; auto: cuda where there is one", metavar="NAME")
-    option(machine, "--threads", "CPU threads; with --resume, those of before", type=_integer(1), metavar="N")
+    option(machine, "--threads", "CPU threads; with --resume, those of before", type=integer(1), metavar="N")
     option(machine, "--backend", "what computes sampling and loss", choices=("auto", *NAMES))
 
 
@@ -227,13 +197,7 @@ def _continued(state: dict, given: dict[str, Any], arguments: argparse.Namespace
 
 def _on_this_machine(settings: Settings) -> Settings:
     """Settings with what "auto" stands for here: a run that goes on elsewhere goes on alike."""
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.ones((), device=torch.device(name)).item()  # "meta" exists, but holds no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    name = usable_device(settings.device)
     return dataclasses.replace(settings, device=name, threads=settings.threads or torch.get_num_threads())
 
 

@@ -1,0 +1,215 @@
+"""Whether a contestant's answer is right: its values and gradients against the formulas in float64.
+
+The formulas are written down here once more, with their gradients, and share nothing with the contestants. Noise is
+recovered from the sample, eps = (z - mu) / exp(logvar / 2): the gradients must be those of that very noise, and it must
+look like noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .cases import Case, Operands
+from .contestants import MLP, Function
+
+TOLERANCES = {"float32": 2e-4, "bfloat16": 2.0**-5, "float16": 2.0**-8}
+"""Of an error, over the size of what it is an error of: careless summation stays within, a mistake does not."""
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+_CHUNK = 2**21
+"""Elements to widen to float64 at a time."""
+_SIGMAS = 7.0
+"""How far the statistics of noise may be from their expectation."""
+
+
+class WrongAnswerError(Exception):
+    """What a contestant gives is not what the operation is: says what, and by how much."""
+
+
+def check(
+    case: Case,
+    operands: Operands,
+    outputs: tuple[Tensor, ...],
+    grads: dict[str, Tensor] | None,
+    *,
+    constant: bool = False,
+) -> float:
+    """The largest error of outputs and gradients, relative to the size of each; raises `WrongAnswerError`.
+
+    Args:
+        grads: by the names of `Operands.leaves`; None where there are none to check.
+        constant: whether the likelihood has the constant log(2 pi) / 2 an element.
+    """
+    errors = _Errors(TOLERANCES[case.dtype])
+    loss, loss_size = 0.0, 0.0
+    summed, summed_size = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    z = outputs[0] if case.samples else None
+    kl = outputs[1] if case.operation == "latent" else None
+    noise: list[Tensor] = []
+    for start, end in _chunks(operands):
+        part = operands.rows(start, end)
+        expected: dict[str, Tensor] = {}
+        slack: dict[str, Tensor] = {}
+        if case.uses_latent:
+            assert part.mu is not None
+            mu, logvar = (t.detach().double() for t in _moments(part.mu, part.logvar))
+            elements = 0.5 * (mu.square() + torch.expm1(logvar) - logvar)
+            weight = torch.zeros((), dtype=torch.float64)
+            if case.operation in ("kl", "elbo"):
+                loss += elements.sum().item() / case.batch
+                loss_size += elements.abs().sum().item() / case.batch
+                weight = torch.tensor(1.0 / case.batch, dtype=torch.float64)
+            elif part.grad_kl is not None:
+                assert kl is not None
+                errors.compare("the KL", kl[start:end], elements.flatten(1).sum(1))
+                weight = part.grad_kl.double().view(-1, *[1] * (mu.dim() - 1))
+            d_mu, d_logvar = weight.to(mu) * mu, weight.to(mu) * 0.5 * torch.expm1(logvar)
+            rounding = torch.zeros_like(mu)
+            if z is not None:
+                assert part.grad_z is not None
+                std, grad_z = torch.exp(0.5 * logvar), part.grad_z.double()
+                sample = z[start:end].detach().double()
+                eps = (sample - mu) / std
+                noise.append(eps.flatten().float())
+                d_mu = d_mu + grad_z
+                d_logvar = d_logvar + 0.5 * grad_z * eps * std
+                # z is rounded, and so is the noise that is recovered from it.
+                rounding = torch.finfo(z.dtype).eps * (sample.abs() + mu.abs()) * grad_z.abs()
+            if part.logvar is None:
+                expected["mu"] = torch.cat([d_mu, d_logvar], dim=1)
+                slack["mu"] = torch.cat([torch.zeros_like(rounding), rounding], dim=1)
+            else:
+                expected["mu"], expected["logvar"] = d_mu, d_logvar
+                slack["logvar"] = rounding
+        if case.uses_x:
+            assert part.recon_x is not None
+            assert part.x is not None
+            assert part.recon_logvar is not None
+            spread = part.recon_logvar.detach().double()
+            difference = part.recon_x.detach().double() - part.x.double()
+            precision = torch.exp(-spread)
+            elements = 0.5 * (spread + difference.square() * precision)
+            elements += constant * HALF_LOG_2PI
+            loss += elements.sum().item() / case.batch
+            loss_size += elements.abs().sum().item() / case.batch
+            expected["recon_x"] = difference * precision / case.batch
+            d_spread = 0.5 * (1 - difference.square() * precision) / case.batch
+            if part.recon_logvar.shape == part.x.shape:
+                expected["recon_logvar"] = d_spread
+            else:
+                summed = summed.to(d_spread) + d_spread.sum_to_size(spread.shape)
+                summed_size = summed_size.to(d_spread) + d_spread.abs().sum_to_size(spread.shape)
+        for name, gradient in expected.items():
+            if grads is not None:
+                errors.compare(f"the gradient of {name}", grads[name][start:end], gradient, slack.get(name))
+    if noise:
+        _check_noise(torch.cat(noise))
+    if case.operation in ("kl", "nll", "elbo"):
+        expected_loss, size = (outputs[0].new_tensor(value, dtype=torch.float64) for value in (loss, loss_size))
+        errors.compare("the value", outputs[0], expected_loss, size=size)
+    if case.uses_x and grads is not None and case.shapes.recon_logvar != "each":
+        errors.compare("the gradient of recon_logvar", grads["recon_logvar"], summed, size=summed_size)
+    return errors.largest()
+
+
+def check_fresh_noise(first: Tensor, second: Tensor) -> None:
+    """Two samples of one distribution must differ."""
+    if torch.equal(first, second):
+        raise WrongAnswerError("two samples have the same noise")
+
+
+def check_step(model: MLP, function: Function, x: Tensor, *, constant: bool = False) -> float:
+    """The largest error of a training step's loss and of the parameters' gradients; raises `WrongAnswerError`."""
+    errors = _Errors(TOLERANCES["float32"])
+    model.zero_grad()
+    loss, z, mu, logvar = function(x)
+    loss.backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    eps = (z.detach().double() - mu.detach().double()) / torch.exp(0.5 * logvar.detach().double())
+    _check_noise(eps.flatten().float())
+    exact, data = copy.deepcopy(model).double(), x.double()
+    exact.zero_grad()
+    mu64, logvar64 = exact.encode(data)
+    recon_x, recon_logvar = exact.decode(mu64 + torch.exp(0.5 * logvar64) * eps)
+    nll = 0.5 * (recon_logvar + (recon_x - data).square() * torch.exp(-recon_logvar))
+    total = (nll + constant * HALF_LOG_2PI).sum() + 0.5 * (mu64.square() + torch.expm1(logvar64) - logvar64).sum()
+    expected_loss = total / len(x)
+    expected_loss.backward()
+    errors.compare("the loss", loss, expected_loss)
+    for (name, parameter), gradient in zip(exact.named_parameters(), found, strict=True):
+        if gradient is None or parameter.grad is None:
+            raise WrongAnswerError(f"{name} has no gradient")
+        errors.compare(f"the gradient of {name}", gradient, parameter.grad)
+    return errors.largest()
+
+
+class _Errors:
+    """Compares, and keeps the largest error of each thing compared."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self._largest: dict[str, float] = {}
+
+    def compare(
+        self, what: str, found: Tensor, expected: Tensor, slack: Tensor | None = None, size: Tensor | None = None
+    ) -> None:
+        """Errors beyond ``slack`` count relative to ``size``: that of the terms, for a sum of terms of either sign; by
+        default that of the element and, so that zeros have one, of the root mean square of all."""
+        if found.shape != expected.shape:
+            raise WrongAnswerError(f"{what} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+        expected = expected.detach()
+        if size is None:
+            size = expected.abs() + expected.square().mean().sqrt()
+        distance = (found.detach().double() - expected).abs()
+        if slack is not None:
+            distance = (distance - slack).clamp(min=0)
+        error = (distance / (size + torch.finfo(torch.float32).tiny)).max().item()
+        self._largest[what] = max(self._largest.get(what, 0.0), math.inf if math.isnan(error) else error)
+
+    def largest(self) -> float:
+        """Of all; raises `WrongAnswerError` if any is larger than the tolerance."""
+        wrong = [f"{what} ({error:.2g})" for what, error in self._largest.items() if error > self.tolerance]
+        if wrong:
+            raise WrongAnswerError(f"off by more than {self.tolerance:.2g} of its size: {', '.join(wrong)}")
+        return max(self._largest.values(), default=0.0)
+
+
+def _moments(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:
+    if logvar is None:
+        mean, log_variance = mu.chunk(2, dim=1)
+        return mean, log_variance
+    return mu, logvar
+
+
+def _chunks(operands: Operands) -> Iterator[tuple[int, int]]:
+    """Ranges of samples that have about `_CHUNK` elements."""
+    largest = max(operands.leaves.values(), key=torch.numel)
+    witness = operands.mu if operands.mu is not None else operands.x
+    assert witness is not None
+    batch = len(witness)
+    rows = max(1, _CHUNK * batch // max(largest.numel(), 1))
+    for start in range(0, batch, rows):
+        yield start, min(start + rows, batch)
+
+
+def _check_noise(eps: Tensor) -> None:
+    """Whether values can be independent standard normal ones: finite, of mean 0 and variance 1, uncorrelated."""
+    if not eps.isfinite().all():
+        raise WrongAnswerError("the sample has values that are not finite")
+    count = eps.numel()
+    if count < 2:
+        return
+    eps = eps.double()
+    for what, found, deviation in (
+        ("the mean of the noise", eps.mean(), math.sqrt(1 / count)),
+        ("the variance of the noise, less 1,", eps.square().mean() - 1, math.sqrt(2 / count)),
+        ("the correlation of neighbours in the noise", (eps[1:] * eps[:-1]).mean(), math.sqrt(1 / count)),
+    ):
+        # Noise recovered from a rounded sample is not quite the noise that was drawn.
+        if abs(found.item()) > _SIGMAS * deviation + 1e-3:
+            raise WrongAnswerError(f"{what} is {found.item():.3g}, which chance does not explain")

@@ -1,0 +1,163 @@
+"""What is particular to the Triton kernels: tiles and their sums, 64-bit offsets, words far out in the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conftest import INTERPRETED, Target
+from test_noise import philox4x32
+from test_operations import check, with_gradients
+from torch import Tensor
+
+import fusedvae
+from fusedvae import functional
+from fusedvae.random import normal
+
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("needs a GPU or Triton's interpreter", allow_module_level=True)
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+from fusedvae.backend import triton as backend  # noqa: E402
+from fusedvae.backend.triton_kernels import words_of  # noqa: E402
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+SHAPES = {
+    "each": (5, 3, 9, 11),
+    "scalar": (),
+    "channel": (3, 1, 1),
+    "pixel": (1, 3, 9, 11),
+    "sample": (5, 1, 1, 1),
+    "sample and channel": (5, 3, 1, 1),
+    "column": (11,),
+    "row": (9, 1),
+}
+
+
+def forget_plans() -> None:
+    """Have launches planned anew."""
+    for plan in (
+        backend._nll_plan,
+        backend._latent_plan,
+        backend._elbo_plan,
+        backend._normal_plan,
+        backend._scale_plan,
+    ):
+        plan.cache_clear()
+
+
+@pytest.fixture
+def plans_anew() -> Iterator[None]:
+    """For a test that changes what plans are made of."""
+    forget_plans()
+    yield
+    forget_plans()
+
+
+def objectives(spread: tuple[int, ...], name: str = "triton") -> list[Tensor]:
+    """Values and gradients of objectives with a total and with values a sample."""
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    shapes = ((5, 3, 9, 11), (5, 3, 9, 11), (5, 24), (5, 24), spread)
+    t = [torch.randn(s, generator=generator, device=DEVICE).requires_grad_() for s in shapes]
+    found = []
+    for reduction in ("batchmean", "none"):
+        found += with_gradients(functional.elbo_loss(*t, reduction=reduction, beta=0.3, backend=name), t)
+    return found
+
+
+def latents(name: str = "triton") -> list[Tensor]:
+    """A sample, its KL, and their gradients."""
+    generator = torch.Generator(DEVICE).manual_seed(4)
+    t = [torch.randn(3, 6, 50, generator=generator, device=DEVICE).requires_grad_() for _ in range(2)]
+    z, kl = functional.latent(*t, generator=generator, backend=name)
+    return [z, kl, *torch.autograd.grad((z**2).sum() + (kl**2).sum(), t)]
+
+
+def no_counts_are_left() -> bool:
+    """Whether all counters are zero again: a later launch would never see its last program otherwise."""
+    return all(bool((zeros == 0).all()) for zeros in backend._zeros.values())
+
+
+@pytest.mark.parametrize("spread", SHAPES)
+def test_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch, plans_anew: None, spread: str) -> None:
+    monkeypatch.setattr(backend, "_SMALL_TILE", 128)
+    monkeypatch.setattr(backend, "_COLUMN", 16)
+    check(objectives(SHAPES[spread]), objectives(SHAPES[spread], "reference"), 4e-6)
+    assert no_counts_are_left()
+
+
+def test_a_kl_over_many_tiles(monkeypatch: pytest.MonkeyPatch, plans_anew: None) -> None:
+    monkeypatch.setattr(backend, "_SMALL_TILE", 64)
+    check(latents(), latents("reference"), 4e-6)
+    assert no_counts_are_left()
+
+
+def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch, plans_anew: None) -> None:
+    def results() -> list[Tensor]:
+        return [*objectives((3, 1, 1)), *latents(), normal(1001, 5, device=DEVICE, backend="triton")]
+
+    narrow = results()
+    forget_plans()
+    monkeypatch.setattr(backend, "_NARROW", 0)
+    for f, e in zip(results(), narrow, strict=True):
+        assert torch.equal(f, e)
+
+
+@pytest.mark.parametrize(("size", "strides", "wide"), [(2**15, (2**16, 1), True), (2**15, (2**15, 1), False)])
+def test_what_needs_64_bits(size: int, strides: tuple[int, int], wide: bool) -> None:
+    """Offsets past 2^31 need 64 bits, though there are fewer elements; seen from the plan, without the memory."""
+    operand = torch.Size((size, 2**15)), strides, torch.float32
+    nothing = (None,) * 7
+    assert backend._latent_plan((operand, operand, *nothing), False).fixed["wide"] is wide
+
+
+@triton.jit
+def words_kernel(out, quad, seed, wide: tl.constexpr):
+    """The four words of one counter."""
+    w0, w1, w2, w3 = words_of(tl.load(quad), tl.load(seed), wide)
+    tl.store(out, w0.to(tl.int64))
+    tl.store(out + 1, w1.to(tl.int64))
+    tl.store(out + 2, w2.to(tl.int64))
+    tl.store(out + 3, w3.to(tl.int64))
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 7])
+@pytest.mark.parametrize("quad", [0, 2**32 - 1, 2**32, 2**40 + 5])
+def test_counters_have_64_bits(quad: int, seed: int) -> None:
+    out = torch.empty(4, dtype=torch.int64, device=DEVICE)
+    words_kernel[(1,)](out, torch.tensor([quad], device=DEVICE), torch.tensor([seed], device=DEVICE), True)
+    counter = np.array([[quad % 2**32, quad >> 32, 0, 0]], dtype=np.uint64)
+    assert out.tolist() == philox4x32(counter, (seed % 2**32, (seed >> 32) % 2**32))[0].tolist()
+
+
+def test_the_same_training_as_on_other_backends() -> None:
+    x = torch.rand(32, 12, device=DEVICE)
+
+    def losses(name: str) -> Tensor:
+        torch.manual_seed(1)
+        vae = fusedvae.VAE(torch.nn.Linear(12, 8), torch.nn.Linear(4, 24), 4).to(DEVICE)
+        optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
+        found = []
+        with fusedvae.use_backend(name):
+            for _ in range(8):
+                optimizer.zero_grad()
+                loss = vae.loss(x)
+                loss.backward()
+                optimizer.step()
+                found.append(loss.detach())
+        return torch.stack(found)
+
+    found = losses("triton")
+    assert found[-1] < found[0]
+    for name in fusedvae.backends():
+        torch.testing.assert_close(losses(name), found, rtol=2e-5, atol=1e-5)
+
+
+def test_the_interpreter_is_never_the_first_choice() -> None:
+    if INTERPRETED and "native" in fusedvae.backends():
+        assert fusedvae.backend.resolve("cpu") == "native"
+    assert fusedvae.backends()["triton"].devices == (Target("triton", DEVICE).device,)

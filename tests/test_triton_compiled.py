@@ -1,0 +1,57 @@
+"""The Triton kernels compiled for GPUs that need not be there: what becomes of registers and of memory accesses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def compile_for(chip: str) -> list[dict[str, Any]]:
+    script = Path(__file__).parent / "triton_ahead_of_time.py"
+    done = subprocess.run([sys.executable, script, chip], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[dict[str, Future]]:
+    """What became of every launch of every variant, a list for each chip; two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {chip: pool.submit(compile_for, chip) for chip in CHIPS}
+
+
+@pytest.fixture(params=CHIPS)
+def launches(request: pytest.FixtureRequest, compiled: dict[str, Future]) -> list[dict[str, Any]]:
+    return compiled[request.param].result()
+
+
+def test_every_kernel_is_there(launches: list[dict[str, Any]]) -> None:
+    names = {launch["kernel"] for launch in launches}
+    assert names == {"normal_kernel", "latent_kernel", "nll_kernel", "elbo_kernel", "scale_kernel"}
+
+
+def test_nothing_is_spilled_and_threads_have_no_memory_of_their_own(launches: list[dict[str, Any]]) -> None:
+    assert [launch for launch in launches if launch["local"] != 0] == []
+
+
+@pytest.mark.parametrize("kind", ["ld", "st"])
+def test_contiguous_operands_move_once_and_128_bits_at_a_time(launches: list[dict[str, Any]], kind: str) -> None:
+    """The bytes that a program moves so are those of its tiles of the operands, no more and no less."""
+    contiguous = [launch for launch in launches if launch["variant"].startswith("contiguous")]
+    assert len(contiguous) >= 4 * 10
+    assert any(launch[kind]["wanted"] > 0 for launch in contiguous)
+    assert [launch for launch in contiguous if launch[kind]["wide"] != launch[kind]["wanted"]] == []
+    # What is left are single values: a seed, a factor, sums.
+    assert max(launch[kind]["others"] for launch in contiguous) <= 12

@@ -1,0 +1,196 @@
+"""Compile the Triton kernels for a chip that need not be there, and print what became of them as JSON.
+
+    python triton_ahead_of_time.py sm_90
+
+Launches are recorded from calls on CPU tensors, so that kernels are compiled with the arguments they are called with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedvae import functional
+from fusedvae.backend import triton as backend
+from fusedvae.random import normal
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+INPUTS = ("recon_x", "x", "spread", "weight", "mu", "logvar", "noise", "grad_z")
+OUTPUTS = ("loss", "grad_recon_x", "grad_x", "grad_spread", "z", "grad_mu", "grad_logvar", "out")
+SHAPE = (64, 4, 64, 64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def launches(call: Any, *, wide: bool = False) -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels that a call launches, with their arguments."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+    backend._launch = lambda kernel, programs, arguments: found.append((kernel, dict(arguments)))
+    call()
+    for kernel, arguments in found:
+        assert set(arguments) - {"num_warps", "maxnreg"} == set(kernel.arg_names)
+    if wide:
+        for _, arguments in found:
+            arguments["wide"] = True
+    return found
+
+
+def leaf(dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.empty(shape, dtype=dtype).fill_(0.5).requires_grad_(dtype.is_floating_point)
+
+
+def step(recon_x: Tensor, x: Tensor, spread: Tensor | float | None, mu: Tensor, logvar: Tensor | None) -> None:
+    """All launches of training steps with a total and with values a sample."""
+    functional.elbo_loss(recon_x, x, mu, logvar, spread, backend="triton").backward()
+    functional.elbo_loss(recon_x, x, mu, logvar, spread, reduction="none", backend="triton").sum().backward()
+    z, kl = functional.latent(mu, logvar, backend="triton")
+    torch.autograd.backward([z, kl], [torch.ones_like(z), torch.ones_like(kl)])
+
+
+def variants() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+    """Name -> launches. Those that are "contiguous" must move all their elements 128 bits at a time."""
+    found = {}
+    for dtype in FLOATS:
+        name = str(dtype).partition(".")[2]
+        t = [leaf(dtype) for _ in range(5)]
+        found[f"contiguous {name}"] = [
+            *launches(lambda t=t: step(*t)),
+            *launches(lambda t=t: functional.reparameterize(t[3], t[4], noise=t[2], backend="triton").backward(t[0])),
+            *launches(lambda t=t: functional.gaussian_nll_loss(*t[:3], reduction="none", backend="triton").sum()),
+            *launches(lambda dtype=dtype: normal(SHAPE, 1, dtype=dtype, backend="triton")),
+        ]
+    f32, bf16, u8 = torch.float32, torch.bfloat16, torch.uint8
+    t = [leaf(f32) for _ in range(5)]
+    mixed = [leaf(bf16), leaf(u8), leaf(f32, (4, 1, 1)), leaf(bf16, (64, 128)), leaf(f32, (64, 128))]
+    found["mixed dtypes"] = launches(lambda: step(*mixed))
+    for spread in ((), (64, 1, 1, 1), (64, 4, 1, 1), (1, *SHAPE[1:]), (64, 1, 64, 64), (64,)):
+        found[f"spread {spread}"] = launches(lambda s=spread: step(t[0], t[1], leaf(f32, s), t[3], t[4]))
+    found["a number for spread"] = launches(lambda: step(t[0], t[1], 0.5, t[3], t[4]))
+    packed = leaf(f32, (64, 8, 64, 64))
+    found["packed"] = launches(lambda: step(packed, t[1], None, packed, None))
+    last = [v.detach().to(memory_format=torch.channels_last).requires_grad_() for v in (*t[:2], packed)]
+    found["channels_last"] = launches(lambda: step(last[0], last[1], leaf(f32, (4, 1, 1)), last[0], last[1]))
+    found["packed channels_last"] = launches(lambda: step(last[2], last[1], None, last[2], None))
+    small = [leaf(f32, (37, 11)) for _ in range(5)]
+    found["small and odd"] = launches(lambda: step(*small))
+    for size in (1, 50, 5000):
+        single = [leaf(f32, (1, size)) for _ in range(5)]
+        found[f"one sample of {size}"] = launches(lambda t=single: step(*t))
+    found["64-bit offsets"] = launches(lambda: step(*t), wide=True)
+    return found
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], target: GPUTarget) -> Any:
+    """Compile as a launch would: alignment and ones are part of a kernel's signature."""
+    signature, constants, attributes = {}, {}, {}
+    for k, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(k,)] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name], aligned = TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = parameter.annotation_type, False
+        else:
+            signature[parameter.name], aligned = "i64" if value >= 2**31 else "i32", value % 16 == 0
+        if aligned:
+            attributes[(k,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {name: arguments[name] for name in ("num_warps", "maxnreg") if name in arguments}
+    return triton.compile(source, target=target, options=options)
+
+
+def local_memory(assembly: dict[str, Any], target: GPUTarget) -> int:
+    """Bytes of memory of their own that threads need, for spilled registers or arrays; plus the count of spills."""
+    if target.backend == "hip":
+        pattern = r"\.(?:private_segment_fixed_size|vgpr_spill_count|sgpr_spill_count):\s*(\d+)"
+        found = re.findall(pattern, assembly["amdgcn"])
+        assert len(found) == 3
+        return sum(map(int, found))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(assembly["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)
+    assert len(found) == 2, usage
+    return sum(map(int, found))
+
+
+def accesses(assembly: dict[str, Any], target: GPUTarget, kind: str) -> list[int]:
+    """Bytes of each access to global memory that a program's threads do once, but for the sums of other tiles."""
+    if target.backend == "hip":
+        kind = {"ld": "load", "st": "store"}[kind]
+        sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1, "ubyte": 1}
+        lines = [line for line in assembly["amdgcn"].splitlines() if not line.endswith(" nt")]
+        found = re.findall(rf"(?:global|buffer|flat)_{kind}_([a-z0-9]+)(?:_d16_hi|_d16)?\b", "\n".join(lines))
+        return [sizes[size.partition("_")[0]] for size in found]
+    pattern = rf"\b{kind}\.global((?:\.[a-zA-Z_][\w:]*)*?)(?:\.v(\d))?\.[bfus](\d+)\b"
+    found = re.findall(pattern, assembly["ptx"])
+    return [int(vector or 1) * int(bits) // 8 for modifiers, vector, bits in found if ".cg" not in modifiers]
+
+
+def wanted(arguments: dict[str, Any], names: tuple[str, ...]) -> int:
+    """Bytes of the operands' elements in a tile, for operands that have one for every element."""
+    if "factor" in arguments:
+        return sum(
+            arguments["tile"] * arguments[f"data_{k}"].itemsize for k in range(5) if arguments[f"data_{k}"] is not None
+        )
+    total = 0
+    for name in names:
+        tensor = arguments.get(name)
+        if name == "mu" and arguments.get("grad_z") is not None and arguments["grad_kl"] is None:
+            continue  # no part of the gradients of z
+        if tensor is None or tensor.numel() != math.prod(SHAPE):
+            continue
+        half = "kl_" if name in ("mu", "logvar", "grad_mu", "grad_logvar") else "nll_"
+        prefix = half if f"{half}tile_b" in arguments else ""
+        tile = arguments["tile"] if "tile" in arguments else math.prod(arguments[f"{prefix}tile_{d}"] for d in "boi")
+        total += tile * tensor.itemsize
+    return total
+
+
+def main(chip: str) -> None:
+    is_amd = chip.startswith("gfx")
+    target = GPUTarget("hip", chip, 64) if is_amd else GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
+    backend._LANES = target.warp_size
+    type(backend.BACKEND).unavailable = lambda self, device_type: None
+    results = []
+    for variant, found in variants().items():
+        for kernel, arguments in found:
+            assembly = compiled(kernel, arguments, target).asm
+            threads = arguments["num_warps"] * target.warp_size
+            result = {"variant": variant, "kernel": kernel.fn.__name__, "local": local_memory(assembly, target)}
+            for kind, names in (("ld", INPUTS), ("st", OUTPUTS)):
+                sizes = accesses(assembly, target, kind)
+                result[kind] = {
+                    "wide": sum(size for size in sizes if size == 16) * threads,
+                    "others": sum(size != 16 for size in sizes),
+                    "wanted": wanted(arguments, names),
+                }
+            results.append(result)
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
