@@ -147,6 +147,9 @@ def test_wheel_has_the_extension(wheel: Path):
     assert record["error"] is None
     assert "baseline" in record["cpu"]
     assert record["compiler"]
+    if shutil.which("nvcc") and os.environ.get("FUSEDVAE_CUDA") != "0":
+        assert record["cuda_absent"] is None
+        assert {"sm_80", "sm_90"} <= set(record["cuda"]) or os.environ.get("FUSEDVAE_CUDA_ARCHS")
 
 
 @pytest.mark.slow
@@ -181,7 +184,7 @@ def test_install_without_a_compiler(case: str, checkout: Path, venv: Venv, tmp_p
     broken.write_text(BROKEN)
     broken.chmod(0o755)
     cxx, reason = NO_COMPILER[case]
-    environment = {"CXX": cxx.format(broken=broken), "CC": "false"}
+    environment = {"CXX": cxx.format(broken=broken), "CC": "false", "FUSEDVAE_CUDA": "0"}
 
     said = venv.install("--no-build-isolation", checkout, **environment, FUSEDVAE_REQUIRE_EXT="0")
     (warning,) = (line for line in said.splitlines() if "WARNING: installing without the native kernels" in line)
