@@ -168,7 +168,7 @@ def test_vectors_are_read_and_written_once_by_instructions_of_16_bytes(architect
 
     3N read and 2N written by the likelihood with its gradients (recon_x, x, recon_logvar; two gradients), 2M read and M
     written by the latent (mu, logvar; z), 3M and 2M by its backward pass (and grad_z; two gradients). Operands that are
-    not given are skipped by a branch, and totals take 8 bytes a chunk of 4096 elements.
+    not given are skipped by a branch, and totals take 8 bytes a chunk of 2048 elements or more.
     """
     seen = set()
     for kernel, instructions in accesses(architecture):

@@ -13,13 +13,14 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-// Elements that a thread takes of a chunk.
-constexpr int kElements = 16;
+// Elements that a thread takes of a chunk: fewer where there are few, for they must go round all multiprocessors.
+constexpr int kElements = 16, kFewElements = 8;
+constexpr int64_t kFew = int64_t{1} << 20;
 
 // How elements, in row-major order, are cut into chunks: each within one segment (a sample, say), which has a sum of
-// its own. It depends on the sizes alone. A team is a power of two; it takes a chunk of up to kElements a thread.
+// its own. It depends on the sizes alone. A team is a power of two; it takes a chunk of so many elements a thread.
 struct Chunks {
-  int team = 1;
+  int team = 1, per_thread = kElements;
   int64_t segment = 0;      // elements
   int64_t per_segment = 0;  // chunks
   int64_t count = 0;        // chunks in all
@@ -27,11 +28,12 @@ struct Chunks {
   Chunks() = default;
   Chunks(int64_t elements, int64_t segment_size) : segment(segment_size) {
     if (elements == 0) return;
+    if (elements <= kFew) per_thread = kFewElements;
     while (team < kThreads && team * 4 < segment) team *= 2;
     per_segment = (segment + capacity() - 1) / capacity();
     count = elements / segment * per_segment;
   }
-  __host__ __device__ int capacity() const { return team * kElements; }
+  __host__ __device__ int capacity() const { return team * per_thread; }
   int64_t blocks() const { return (count + kThreads / team - 1) / (kThreads / team); }
 };
 
