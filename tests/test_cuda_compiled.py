@@ -126,6 +126,17 @@ def accesses(architecture: str) -> list[tuple[Kernel, Counter[str]]]:
     return found
 
 
+def test_where_no_gpu_can_run_them_the_reason_is_a_sentence_and_others_serve():
+    extension()
+    reason = backend.unavailable("native", "cuda")
+    if reason is None:
+        pytest.skip("a GPU can")
+    assert re.fullmatch(r"[^\n]*(driver|GPU)[^\n]*", reason)
+    assert backend.resolve("cuda") in ("triton", "reference")
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
+        backend.resolve("cuda", "native")
+
+
 def test_every_kernel_is_there(architecture: str):
     assert {(kernel.name, kernel.access) for kernel, _ in resources(architecture)} >= {
         key for key in BLOCKS if key[1] is not None
