@@ -20,9 +20,8 @@ struct Plan {
   SpreadGradient spread = SpreadGradient::none;
   // The values that spread has along batch and outer, and the chunks that each gets a sum of.
   int64_t spread_batch = 1, spread_outer = 1, spread_chunks = 0;
-  bool has_values = false;  // there are totals, or values a sample
-
   int64_t spread_partials = 0;
+  bool has_values = false;  // there are totals, or values a sample
 
   __host__ __device__ bool is_finished_by_last_block() const { return has_values || spread_partials > 0; }
   int64_t partials() const { return nll.count + spread_partials + kl.count; }
