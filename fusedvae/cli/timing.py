@@ -71,12 +71,13 @@ def step_times(model: VAE, x: Tensor, settings: Settings) -> StepTimes | None:
         loss.backward()
         optimizer.step()
 
-    with torch.no_grad(), settings.autocast():
+    with settings.autocast():
         out = model(x)
 
     operands = (out.mu, out.logvar, out.recon_x, out.recon_logvar)
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    mu, logvar, recon_x, recon_logvar = leaves
+    mu, logvar, recon_x, recon_logvar = (o.detach().requires_grad_(o.requires_grad) for o in operands)
+    # A log-variance that is fixed takes no gradient.
+    leaves = [operand for operand in (mu, logvar, recon_x, recon_logvar) if operand.requires_grad]
     ones = [torch.ones((), device=x.device), torch.ones_like(out.z)]
 
     def fused_objective() -> None:
