@@ -1070,6 +1070,16 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Show versions" in shown
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusedvae", "info"], cwd=SOURCE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
+    process.stderr.close()
+
+
 def test_ctrl_c_before_training_is_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
