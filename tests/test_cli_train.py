@@ -115,6 +115,31 @@ def test_the_end_compares_a_step_with_the_reference(
     assert "no fused kernels are in use" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="no load average")
+def test_timings_of_a_busy_machine_say_so(
+    array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if fusedvae.backend.resolve("cpu") == "reference":
+        pytest.skip("nothing to time")
+    for name, waiting, said in (("quiet", 0.5, False), ("busy", 1.5, True)):
+        load = (os.cpu_count() or 1) + waiting
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert main(["train", "--data", str(array), "--out", str(tmp_path / name), "--epochs", "1", *TINY]) == 0
+        assert ("busy with other work" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("recon_logvar", ["per-pixel", "learned", -2.0], ids=str)
+def test_timing_leaves_the_model_as_it_is(array: Path, recon_logvar: str | float) -> None:
+    run = Trainer(
+        Settings(arch="mlp", width=8, latent=2, recon_logvar=recon_logvar, device="cpu"), data.load(str(array))
+    )
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    times = timing.step_times(run.model, run.train_samples.batch(slice(8)), run.settings)
+    assert (times is None) == (fusedvae.backend.resolve("cpu") == "reference")
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
 def test_the_metrics_are_means_over_samples_of_the_bound(array: Path) -> None:
     # With a learning rate of nearly nothing, training and evaluating differ in their noise only.
     settings = Settings(arch="mlp", width=8, latent=2, batch=7, lr=1e-12, epochs=1, device="cpu")

@@ -3,8 +3,8 @@
 Writes to the run's directory a checkpoint (checkpoint.pt), the metrics of each epoch (metrics.csv), and
 pictures: held-out samples beside their reconstructions, samples of the prior, a walk along each latent
 variable, the latent space, and the training curve. Ctrl-C leaves a checkpoint, and --resume goes on from it
-as if nothing had happened. All losses are in nats a sample: loss = NLL + beta * KL is, for beta 1, the
-negative evidence lower bound.
+as if nothing had happened; in Python, fusedvae.cli.trainer.load_model(DIR) is the trained model. All losses
+are in nats a sample: loss = NLL + beta * KL is, for beta 1, the negative evidence lower bound.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .data import DIGITS, Samples, load
 from .errors import CommandError, require
 from .options import integer, number, usable_device
 from .settings import ARCHITECTURES, DTYPES, LEARNED, PER_PIXEL, Settings
-from .timing import step_times
+from .timing import step_times, waiting_processes
 from .trainer import METRICS, Interruption, Row, Trainer
 
 RUNS = Path("runs")
@@ -359,7 +359,8 @@ def _print_end(trainer: Trainer) -> None:
     if times is None:
         print("a step takes what the reference takes: no fused kernels are in use (see fusedvae info)")
         return
-    print("medians of interleaved runs, with the fused kernels and with the reference in plain PyTorch:")
+    busy = "; the machine is busy with other work, so they say little" if waiting_processes() >= 1 else ""
+    print(f"medians of interleaved runs, with the fused kernels and with the reference in plain PyTorch{busy}:")
     print(f"a training step of {len(batch)} samples: {times.step}")
     print(f"of it sampling, KL and NLL, forward and backward: {times.objective}")
 
