@@ -1004,11 +1004,15 @@ def test_a_checkpoint_that_lacks_something_is_one_line(
         assert contents(out) == before
 
 
-def test_a_checkpoint_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, {"model": {"weight": torch.zeros(50)}, "epoch": 3})
+def test_a_checkpoint_cut_short_anywhere_or_with_one_wrong_bit_in_a_tensor_is_refused(tmp_path: Path) -> None:
+    weight = torch.arange(50.0)
+    checkpoint.save(tmp_path, {"model": {"weight": weight}, "epoch": 3})
     whole = (tmp_path / checkpoint.CHECKPOINT).read_bytes()
-    for length in range(0, len(whole), 37):
-        (tmp_path / checkpoint.CHECKPOINT).write_bytes(whole[:length])
+    at = whole.index(weight.numpy().tobytes())
+    damaged = [whole[:length] for length in range(0, len(whole), 37)]
+    damaged += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(at, at + weight.nbytes, 13)]
+    for content in damaged:
+        (tmp_path / checkpoint.CHECKPOINT).write_bytes(content)
         with pytest.raises(CommandError, match=r"cannot read .*checkpoint\.pt: it is damaged"):
             checkpoint.load(tmp_path)
 

@@ -56,8 +56,9 @@ def load(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CommandError(f"{directory} holds no run to continue: there is no {CHECKPOINT}")
     with reading(directory):
-        if not zipfile.is_zipfile(path):  # torch.load would try older formats, and give advice on them
-            raise ValueError("not a zip archive")
+        with zipfile.ZipFile(path) as archive:  # torch.load takes older formats too, and looks at no checksums
+            if archive.testzip() is not None:
+                raise ValueError("a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CommandError(f"{path} is not a checkpoint that this version of fusedvae can continue")
