@@ -160,6 +160,19 @@ def test_digits_train(tmp_path: Path, no_pictures: None) -> None:
     assert rows(tmp_path / "run")[-1]["heldout_loss"] < 5  # a model of independent pixels has 14
 
 
+def test_backends_train_alike_compared_with_seeds(tmp_path: Path, no_pictures: None) -> None:
+    def heldout_losses(seed: str, backend: str) -> np.ndarray:
+        out = tmp_path / f"{backend}-{seed}"
+        options = [*TINY, "--width", "32", "--batch", "64", "--epochs", "2", "--seed", seed, "--backend", backend]
+        assert main(["train", "--out", str(out), *options]) == 0
+        return np.array([row["heldout_loss"] for row in rows(out)])
+
+    first = {name: heldout_losses("0", name) for name, info in fusedvae.backends().items() if "cpu" in info.devices}
+    between_seeds = np.abs(first["reference"] - heldout_losses("1", "reference"))
+    for losses in first.values():
+        assert (np.abs(losses - first["reference"]) < 0.01 * between_seeds).all()
+
+
 def test_pictures_are_pictures(array: Path, tmp_path: Path) -> None:
     for options in (["--latent", "1"], ["--latent", "2"], ["--latent", "12", "--recon-logvar", "learned"]):
         out = tmp_path / options[1]
