@@ -193,6 +193,15 @@ def test_pictures_of_hardly_any_samples(tmp_path: Path, latent: str) -> None:
     assert sorted(contents(out)) == sorted(train.RUN_FILES)
 
 
+def test_vectors_are_strips_however_long_they_are() -> None:
+    short = torch.arange(12.0).view(2, 6)
+    assert torch.equal(pictures._as_images(short), short[:, None, None].expand(2, 1, 2, 6))
+    long = torch.arange(2 * 24000.0).view(2, 24000)
+    images = pictures._as_images(long)
+    assert images.shape == (2, 1, 40, 120)
+    assert torch.equal(images[:, 0, 7], long.view(2, 120, 200).mean(2))
+
+
 def test_tiles_are_laid_out_in_rows() -> None:
     images = torch.arange(6).view(6, 1, 1, 1).expand(6, 1, 2, 3) / 10
     grid = pictures._tiles(images, columns=4)

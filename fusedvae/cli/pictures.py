@@ -24,6 +24,8 @@ CURVE = "curve.png"
 PICTURES = (RECONSTRUCTIONS, PRIOR_SAMPLES, TRAVERSAL, SCATTER, CURVE)
 
 _GAP_SHADE = 0.35
+_MOST_COLUMNS = 120
+"""Of the strip that shows a vector: as many as a tile has pixels on the page, or a few more."""
 _STEPS = (-3, -2.4, -1.8, -1.2, -0.6, 0, 0.6, 1.2, 1.8, 2.4, 3)
 """Values of a latent variable in a traversal, in standard deviations of the prior."""
 _COMPONENTS = ("first principal component", "second principal component")
@@ -98,10 +100,11 @@ def _one_above_the_other(pairs: Tensor) -> Tensor:
 
 
 def _as_images(samples: Tensor) -> Tensor:
-    """``(n, channels, height, width)``; a vector becomes a strip, one column a value."""
+    """``(n, channels, height, width)``; a vector becomes a strip, of a column a value or, if long, the mean of some."""
     if samples.ndim == 2:
-        strip = max(1, samples.shape[1] // 16)
-        return samples[:, None, None, :].expand(-1, 1, strip, -1)
+        columns = min(samples.shape[1], _MOST_COLUMNS)
+        values = torch.nn.functional.adaptive_avg_pool1d(samples[:, None].float(), columns)
+        return values[:, :, None].expand(-1, -1, max(1, columns // 3), -1)
     return samples
 
 
@@ -166,6 +169,8 @@ def _save_scatter(path: Path, points: Tensor, labels: Tensor | None, names: tupl
             axes.scatter(*points[labels == label].T.numpy(), s=28, marker=f"${label}$", linewidths=0.1)
     axes.set_xlabel(names[0], fontsize=9)
     axes.set_ylabel(names[1], fontsize=9)
+    if not names[1]:
+        axes.set_yticks([])
     axes.set_title("posterior means of training samples", fontsize=10)
     _save(path, figure)
 
