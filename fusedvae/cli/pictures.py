@@ -100,7 +100,7 @@ def _one_above_the_other(pairs: Tensor) -> Tensor:
 
 
 def _as_images(samples: Tensor) -> Tensor:
-    """``(n, channels, height, width)``; a vector becomes a strip, of a column a value or, if long, the mean of some."""
+    """``(n, channels, height, width)``; a vector becomes a strip: a column a value, or a mean of some if it is long."""
     if samples.ndim == 2:
         columns = min(samples.shape[1], _MOST_COLUMNS)
         values = torch.nn.functional.adaptive_avg_pool1d(samples[:, None].float(), columns)
