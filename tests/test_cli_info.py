@@ -162,8 +162,9 @@ def test_gpus_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 
 def test_the_environment_that_matters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert "\n  OMP_NUM_THREADS=3\n" in shown(capsys)
+    for name, value in (("OMP_NUM_THREADS", "3"), ("FUSEDVAE_CPU_ISA", "baseline")):
+        monkeypatch.setenv(name, value)
+        assert f"\n  {name}={value}\n" in shown(capsys)
 
 
 def test_as_a_module_in_a_process_of_its_own() -> None:

@@ -7,12 +7,14 @@ import dataclasses
 import itertools
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,11 +107,37 @@ def test_the_end_compares_a_step_with_the_reference(
     printed = capsys.readouterr().out
     if fusedvae.backend.resolve("cpu") != "reference":
         comparison = r"[\d.e+-]+ ms fused, [\d.e+-]+ ms reference \([\d.]+x\)"
+        assert "medians of interleaved runs, with the fused kernels and with the reference" in printed
         assert re.search(rf"a training step of 8 samples: {comparison}", printed)
         assert re.search(rf"sampling, KL and NLL, forward and backward: {comparison}", printed)
     command = ["train", "--data", str(array), "--out", str(tmp_path / "b"), "--epochs", "1", *TINY]
     assert main([*command, "--backend", "reference"]) == 0
     assert "no fused kernels are in use" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="no load average")
+def test_timings_of_a_busy_machine_say_so(
+    array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if fusedvae.backend.resolve("cpu") == "reference":
+        pytest.skip("nothing to time")
+    for name, waiting, said in (("quiet", 0.5, False), ("busy", 1.5, True)):
+        load = (os.cpu_count() or 1) + waiting
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert main(["train", "--data", str(array), "--out", str(tmp_path / name), "--epochs", "1", *TINY]) == 0
+        assert ("busy with other work" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("recon_logvar", ["per-pixel", "learned", -2.0], ids=str)
+def test_timing_leaves_the_model_as_it_is(array: Path, recon_logvar: str | float) -> None:
+    run = Trainer(
+        Settings(arch="mlp", width=8, latent=2, recon_logvar=recon_logvar, device="cpu"), data.load(str(array))
+    )
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    times = timing.step_times(run.model, run.train_samples.batch(slice(8)), run.settings)
+    assert (times is None) == (fusedvae.backend.resolve("cpu") == "reference")
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_the_metrics_are_means_over_samples_of_the_bound(array: Path) -> None:
@@ -132,6 +160,19 @@ def test_digits_train(tmp_path: Path, no_pictures: None) -> None:
     assert rows(tmp_path / "run")[-1]["heldout_loss"] < 5  # a model of independent pixels has 14
 
 
+def test_backends_train_alike_compared_with_seeds(tmp_path: Path, no_pictures: None) -> None:
+    def heldout_losses(seed: str, backend: str) -> np.ndarray:
+        out = tmp_path / f"{backend}-{seed}"
+        options = [*TINY, "--width", "32", "--batch", "64", "--epochs", "2", "--seed", seed, "--backend", backend]
+        assert main(["train", "--out", str(out), *options]) == 0
+        return np.array([row["heldout_loss"] for row in rows(out)])
+
+    first = {name: heldout_losses("0", name) for name, info in fusedvae.backends().items() if "cpu" in info.devices}
+    between_seeds = np.abs(first["reference"] - heldout_losses("1", "reference"))
+    for losses in first.values():
+        assert (np.abs(losses - first["reference"]) < 0.01 * between_seeds).all()
+
+
 def test_pictures_are_pictures(array: Path, tmp_path: Path) -> None:
     for options in (["--latent", "1"], ["--latent", "2"], ["--latent", "12", "--recon-logvar", "learned"]):
         out = tmp_path / options[1]
@@ -143,6 +184,24 @@ def test_pictures_are_pictures(array: Path, tmp_path: Path) -> None:
                 assert len(image.convert("L").getcolors(256)) > 3, f"{name} is blank"
 
 
+@pytest.mark.parametrize("latent", ["1", "2", "8"])
+def test_pictures_of_hardly_any_samples(tmp_path: Path, latent: str) -> None:
+    np.save(tmp_path / "a.npy", np.eye(2))
+    out = tmp_path / "run"
+    command = ["train", "--data", str(tmp_path / "a.npy"), "--out", str(out), "--epochs", "1", *TINY]
+    assert main([*command, "--heldout", "0.5", "--latent", latent]) == 0
+    assert sorted(contents(out)) == sorted(train.RUN_FILES)
+
+
+def test_vectors_are_strips_however_long_they_are() -> None:
+    short = torch.arange(12.0).view(2, 6)
+    assert torch.equal(pictures._as_images(short), short[:, None, None].expand(2, 1, 2, 6))
+    long = torch.arange(2 * 24000.0).view(2, 24000)
+    images = pictures._as_images(long)
+    assert images.shape == (2, 1, 40, 120)
+    assert torch.equal(images[:, 0, 7], long.view(2, 120, 200).mean(2))
+
+
 def test_tiles_are_laid_out_in_rows() -> None:
     images = torch.arange(6).view(6, 1, 1, 1).expand(6, 1, 2, 3) / 10
     grid = pictures._tiles(images, columns=4)
@@ -151,6 +210,7 @@ def test_tiles_are_laid_out_in_rows() -> None:
     assert grid[2, 18].tolist() == pytest.approx([0.3] * 3)
     assert grid[5, 8].tolist() == pytest.approx([0.5] * 3)
     assert (grid[4:, 10:] == pictures._GAP_SHADE).all()
+    assert pictures._centres(4, grid.shape[1]) == [2, 7, 12, 17]
 
 
 # --- options ----------------------------------------------------------------------------------------------------
@@ -214,6 +274,8 @@ def test_beta_warms_up_in_steps() -> None:
         [2 / 6, 4 / 6, 6 / 6, 8 / 6, 10 / 6, 2.0, 2.0, 2.0]
     )
     assert Settings(beta=2.0).beta_at(0, 4) == 2.0
+    assert Settings(beta=2.0, warmup=1e308).beta_at(0, 4) == 0.0
+    assert Settings(beta=2.0, warmup=1e-308).beta_at(0, 4) == 2.0
 
 
 def test_warm_up_shows_in_the_metrics(array: Path, tmp_path: Path, no_pictures: None) -> None:
@@ -391,6 +453,41 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
+def test_ctrl_c_after_the_last_epoch_leaves_the_pictures_for_later(
+    array: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, drawn = tmp_path / "a run", []
+    monkeypatch.setattr(pictures, "draw", lambda trainer, directory: drawn.append(directory))
+
+    def interrupted(self: Trainer, samples: data.Samples, evaluate: object = Trainer.evaluate) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(self, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", interrupted)
+        assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY]) == 130
+    expected = f"interrupted after the last epoch, before the pictures; to go on: fusedvae train --resume '{out}'\n"
+    assert capsys.readouterr().out.endswith(expected)
+    assert (len(rows(out)), drawn) == (1, [])
+    assert main(["train", "--resume", str(out), "--quiet"]) == 0
+    assert (len(rows(out)), drawn) == (1, [out])
+
+
+def test_ctrl_c_during_the_last_checkpoint_is_not_lost(
+    array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save = tmp_path / "run", Trainer.save
+
+    def interrupted(self: Trainer, directory: Path) -> None:
+        save(self, directory)
+        if self.epoch == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "save", interrupted)
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY]) == 130
+    assert checkpoint.load(out)["epoch"] == 1
+
+
 def test_sigterm_saves_too(array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def terminated(self: Trainer, x: torch.Tensor, step: object = Trainer._train_step) -> torch.Tensor:
         signal.raise_signal(signal.SIGTERM)
@@ -414,6 +511,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
     with pytest.raises(CommandError, match=r"cannot write .*No space left on device"):
         checkpoint.write_atomically(path, fails)
+    assert contents(tmp_path) == {"file": b"old"}
+
+    def interrupted(file: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomically(path, interrupted)
     assert contents(tmp_path) == {"file": b"old"}
     checkpoint.write_atomically(path, lambda file: file.write(b"new"))
     assert contents(tmp_path) == {"file": b"new"}
@@ -471,15 +575,28 @@ def test_an_earlier_run_is_replaced_only_when_asked(
     assert after["metrics.csv"] != before["metrics.csv"]
 
 
+@pytest.mark.parametrize("batch", ["8", "1000"])  # in one step an epoch, only the held-out loss shows it
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    array: Path, tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+    array: Path, tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str], batch: str
 ) -> None:
     out = tmp_path / "run"
-    assert main(["train", "--data", str(array), "--out", str(out), *TINY, "--lr", "1e30"]) == 2
+    options = [*TINY, "--lr", "1e30", "--batch", batch]
+    assert main(["train", "--data", str(array), "--out", str(out), *options]) == 2
     assert "the loss is not finite any more in epoch 1: try a lower --lr" in one_line_error(capsys)
     state = checkpoint.load(out)
-    assert state["step"] == 0
+    assert (state["epoch"], state["step"]) == (0, 0)
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_parameters_that_are_not_finite_never_replace_a_checkpoint(array: Path, tmp_path: Path) -> None:
+    run = Trainer(Settings(arch="mlp", width=8, latent=2, device="cpu"), data.load(str(array)))
+    run.save(tmp_path)
+    before = contents(tmp_path)
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(math.nan)
+    with pytest.raises(CommandError, match="not finite any more"):
+        run.save(tmp_path)
+    assert contents(tmp_path) == before
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -565,6 +682,38 @@ def test_a_folder_of_images(folder: Path) -> None:
     assert torch.equal(coloured.values[0, 2], samples.values[0, 0])
 
 
+def test_images_of_16_bits_keep_their_shades(folder: Path) -> None:
+    shades = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1365
+    Image.fromarray(shades).save(folder / "a" / "00.png")
+    samples = data.load(str(folder))
+    assert samples.shape == (1, 6, 8)
+    assert samples.values[0, 0].tolist() == (shades // 256).tolist()
+    Image.fromarray(shades.astype(np.float32)).save(folder / "a" / "00.tiff")
+    with pytest.raises(CommandError, match=r"00\.tiff: its pixels \(Pillow's mode F\) are not of 8 or 16 bits"):
+        data.load(str(folder))
+
+
+def test_photographs_stand_upright(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: the camera was turned by a quarter
+    Image.new("L", (6, 8), 9).save(folder / "a" / "00.png", exif=exif)
+    assert data.load(str(folder)).values[0, 0].eq(9).all()
+
+
+def test_a_run_among_its_images_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    options = ["--arch", "mlp", "--width", "8", "--epochs", "1", "--threads", "1", "--quiet"]
+    for out in (folder, folder / "run"):
+        assert main(["train", "--data", str(folder), "--out", str(out), "--overwrite", *options]) == 2
+        assert "the folder of images to learn: choose another --out" in one_line_error(capsys)
+    monkeypatch.chdir(folder)
+    assert main(["train", "--data", ".", *options]) == 2
+    assert "runs/-001 is in ., the folder of images" in one_line_error(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_run_on_a_folder(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ["--arch", "conv", "--width", "2", "--latent", "2", "--threads", "1", "--quiet", "--epochs", "1"]
@@ -632,6 +781,47 @@ BAD_INPUT = {
         ["--data", "a.npy"],
         "cannot read a.npy",
     ),
+    "damaged npz": (
+        lambda folder: (
+            np.savez_compressed(folder / "a.npz", x=np.arange(99.0)),
+            (folder / "a.npz").write_bytes((folder / "a.npz").read_bytes()[:80] + b"\xff" * 9),
+        ),
+        ["--data", "a.npz"],
+        "cannot read a.npz",
+    ),
+    "npz of other files": (
+        lambda folder: (
+            np.savez(folder / "a.npz"),
+            zipfile.ZipFile(folder / "a.npz", "w").writestr("notes.txt", "no array"),
+        ),
+        ["--data", "a.npz"],
+        "a.npz holds no arrays",
+    ),
+    "damaged header": (
+        lambda folder: (
+            np.save(folder / "a.npy", np.zeros((9, 9))),
+            (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes().replace(b"(9, 9)", b"(9, 9 ")),
+        ),
+        ["--data", "a.npy"],
+        "cannot read a.npy",
+    ),
+    "more than fits in memory": (
+        lambda folder: (
+            np.save(folder / "a.npy", np.zeros((9, 9))),
+            (folder / "a.npy").write_bytes(
+                (folder / "a.npy").read_bytes().replace(b"(9, 9), }       ", b"(9, 9999999999999), }".ljust(15))
+            ),
+        ),
+        ["--data", "a.npy"],
+        "cannot read a.npy",
+    ),
+    "too far apart": (
+        save("a.npy", np.array([[-1.7e308, 1.7e308]] * 4)),
+        ["--data", "a.npy"],
+        "values from -1.7e+308 to 1.7e+308 are too far apart",
+    ),
+    "no name": (None, ["--data", ""], "no such data: ''"),
+    "a name too long": (None, ["--data", "x" * 300], "cannot read xxx"),
     "objects": (
         save("a.npy", np.array([{}, {}], dtype=object)),
         ["--data", "a.npy"],
@@ -674,9 +864,13 @@ BAD_INPUT = {
     "nothing held out": (None, ["--heldout", "0.0001"], "--heldout 0.0001 of 1797 samples leaves 0 held out"),
     "all held out": (None, ["--heldout", "1"], "--heldout: expected a number above 0 and below 1, got '1'"),
     "architecture": (None, ["--arch", "transformer"], "argument --arch: invalid choice: 'transformer'"),
-    "latent": (None, ["--latent", "0"], "argument --latent: expected an integer of at least 1, got '0'"),
-    "latent text": (None, ["--latent", "many"], "argument --latent: expected an integer of at least 1, got 'many'"),
-    "width": (None, ["--width", "-3"], "argument --width: expected an integer of at least 1, got '-3'"),
+    "latent": (None, ["--latent", "0"], "argument --latent: expected an integer from 1 to 16777216, got '0'"),
+    "latent text": (
+        None,
+        ["--latent", "many"],
+        "argument --latent: expected an integer from 1 to 16777216, got 'many'",
+    ),
+    "width": (None, ["--width", "-3"], "argument --width: expected an integer from 1 to 16777216, got '-3'"),
     "recon_logvar": (None, ["--recon-logvar", "x"], "expected 'per-pixel', 'learned' or a number, got 'x'"),
     "recon_logvar nan": (None, ["--recon-logvar", "nan"], "expected 'per-pixel', 'learned' or a number, got 'nan'"),
     "floor": (None, ["--logvar-floor", "inf"], "argument --logvar-floor: expected a number, got 'inf'"),
@@ -689,7 +883,7 @@ BAD_INPUT = {
     "dtype": (None, ["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
     "device": (None, ["--device", "tpu9"], "--device tpu9 cannot be used"),
     "device without values": (None, ["--device", "meta"], "--device meta cannot be used"),
-    "threads": (None, ["--threads", "0"], "argument --threads: expected an integer of at least 1, got '0'"),
+    "threads": (None, ["--threads", "0"], "argument --threads: expected an integer from 1 to 1024, got '0'"),
     "backend": (None, ["--backend", "magic"], "argument --backend: invalid choice: 'magic'"),
     "unknown option": (None, ["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
     "abbreviated option": (None, ["--epoch", "1"], "unrecognized arguments: --epoch 1"),
@@ -699,11 +893,36 @@ BAD_INPUT = {
         ["--out", "f", "--epochs", "1", *TINY],
         "cannot use f",
     ),
+    "out without a name": (None, ["--out", ""], "argument --out: expected the name of a directory, got ''"),
+    "out in a place that takes none": (None, ["--out", "/proc/x", *TINY], "cannot use /proc/x"),
+    "a model too large": (
+        None,
+        ["--arch", "mlp", "--width", "16777216"],
+        "cannot make a model of --latent 8 and --width 16777216: ",
+    ),
+    "a model beyond all sizes": (None, ["--latent", "1" + "0" * 30], "--latent: expected an integer from 1 to"),
+    "more threads than can be": (None, ["--threads", "100000"], "--threads: expected an integer from 1 to 1024"),
+    "a device of another kind": (None, ["--device", "mps"], "--device mps cannot be used: expected auto, cpu, cuda"),
     "nothing to resume": (None, ["--resume", "absent"], "absent holds no run to continue: there is no checkpoint.pt"),
     "broken checkpoint": (
         lambda folder: ((folder / "r").mkdir(), (folder / "r" / "checkpoint.pt").write_bytes(b"rubbish")),
         ["--resume", "r"],
         "cannot read r/checkpoint.pt",
+    ),
+    "empty checkpoint": (
+        lambda folder: ((folder / "r").mkdir(), (folder / "r" / "checkpoint.pt").touch()),
+        ["--resume", "r"],
+        "cannot read r/checkpoint.pt: it is damaged",
+    ),
+    "pickle instead of a checkpoint": (
+        lambda folder: ((folder / "r").mkdir(), (folder / "r" / "checkpoint.pt").write_bytes(pickle.dumps(min))),
+        ["--resume", "r"],
+        "cannot read r/checkpoint.pt: it is damaged",
+    ),
+    "module instead of a checkpoint": (
+        lambda folder: ((folder / "r").mkdir(), torch.save(torch.nn.ReLU(), folder / "r" / "checkpoint.pt")),
+        ["--resume", "r"],
+        "cannot read r/checkpoint.pt: it is damaged",
     ),
     "another checkpoint": (
         lambda folder: ((folder / "r").mkdir(), torch.save({"epoch": 1}, folder / "r" / "checkpoint.pt")),
@@ -734,12 +953,45 @@ def test_an_absent_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def refuses(name: str) -> None:
+    def refuses(device_type: str, name: str | None) -> None:
         raise RuntimeError(f"backend {name!r} is unavailable: no chip of that kind")
 
-    monkeypatch.setattr(train, "use_backend", refuses)
+    monkeypatch.setattr(train, "resolve", refuses)
     assert main(["train", "--backend", "triton"]) == 2
     assert "--backend triton: backend 'triton' is unavailable: no chip of that kind" in one_line_error(capsys)
+
+
+def test_the_environments_backend_is_that_of_a_run_with_none_of_its_own(
+    array: Path, tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--data", str(array), "--epochs", "1", *TINY]
+    with fusedvae.use_backend("reference"):  # what FUSEDVAE_BACKEND=reference does when the package is imported
+        assert main([*command, "--out", str(tmp_path / "a")]) == 0
+    assert "reference backend" in capsys.readouterr().out
+    for name in fusedvae.backends():
+        with fusedvae.use_backend("reference"):
+            assert main([*command, "--out", str(tmp_path / name), "--backend", name]) == 0
+        assert f"{name} backend" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("train", 2, "fusedvae train: error: --backend auto: FUSEDVAE_BACKEND: expected one of 'auto', 'native', "),
+        ("info", 0, "uses nothing: FUSEDVAE_BACKEND: expected one of 'auto', 'native', 'triton', 'reference'; got 'x'"),
+    ],
+)
+def test_a_wrong_backend_in_the_environment_is_said_by_commands(command: str, status: int, message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedvae", command],
+        cwd=SOURCE,
+        env={**os.environ, "FUSEDVAE_BACKEND": "x"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status
+    assert message in done.stdout + done.stderr
+    assert done.stderr.count("\n") == (status == 2)
 
 
 def test_the_backend_of_a_run_ends_with_it(array: Path, tmp_path: Path, no_pictures: None) -> None:
@@ -747,6 +999,44 @@ def test_the_backend_of_a_run_ends_with_it(array: Path, tmp_path: Path, no_pictu
     command = ["train", "--data", str(array), "--out", str(tmp_path / "a"), "--epochs", "1", *TINY]
     assert main([*command, "--backend", "reference"]) == 0
     assert fusedvae.backend.resolve("cpu") == before
+
+
+def test_a_checkpoint_that_lacks_something_is_one_line(
+    array: Path, tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY]) == 0
+    whole = checkpoint.load(out)
+    (name, _), *_ = whole["model"].items()
+    damaged = [
+        {key: value for key, value in whole.items() if key != missing} for missing in whole if missing != "shape"
+    ]
+    damaged += [
+        {**whole, "settings": {**whole["settings"], "depth": 3}},
+        {**whole, "model": {**whole["model"], name: torch.zeros(3)}},
+        {**whole, "optimizer": None},
+        {**whole, "rng": {"cpu": torch.zeros(3, dtype=torch.uint8)}},
+    ]
+    for state in damaged:
+        torch.save(state, out / checkpoint.CHECKPOINT)
+        before = contents(out)
+        capsys.readouterr()
+        assert main(["train", "--resume", str(out), "--quiet"]) == 2
+        assert "checkpoint.pt" in one_line_error(capsys)
+        assert contents(out) == before
+
+
+def test_a_checkpoint_cut_short_anywhere_or_with_one_wrong_bit_in_a_tensor_is_refused(tmp_path: Path) -> None:
+    weight = torch.arange(50.0)
+    checkpoint.save(tmp_path, {"model": {"weight": weight}, "epoch": 3})
+    whole = (tmp_path / checkpoint.CHECKPOINT).read_bytes()
+    at = whole.index(weight.numpy().tobytes())
+    damaged = [whole[:length] for length in range(0, len(whole), 37)]
+    damaged += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(at, at + weight.nbytes, 13)]
+    for content in damaged:
+        (tmp_path / checkpoint.CHECKPOINT).write_bytes(content)
+        with pytest.raises(CommandError, match=r"cannot read .*checkpoint\.pt: it is damaged"):
+            checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -829,6 +1119,16 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "Train a VAE on digits, on an array, or on a folder of images." in shown
     assert "Show versions" in shown
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusedvae", "info"], cwd=SOURCE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
+    process.stderr.close()
 
 
 def test_ctrl_c_before_training_is_no_traceback(

@@ -169,7 +169,7 @@ class BackendInfo(NamedTuple):
 
 
 _loaded: dict[str, KernelBackend] = {}
-_choice = "auto"
+_choice = os.environ.get("FUSEDVAE_BACKEND") or "auto"  # checked when it is used: a wrong one must not stop an import
 
 
 def kernels(name: str) -> KernelBackend:
@@ -202,6 +202,7 @@ def resolve(device_type: str, requested: str | None = None) -> str:
 def _resolve(device_type: str, name: str) -> str:
     if name == "auto":
         return next(name for name in NAMES if unavailable(name, device_type) is None)
+    checked_name(name, source="FUSEDVAE_BACKEND")  # all other names have been checked before
     reason = unavailable(name, device_type)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is unavailable for {device_type!r} tensors: {reason}")
@@ -246,7 +247,8 @@ class use_backend:  # noqa: N801 - reads as a function at the call site, like to
     """Choose the backend of every operation that follows: "auto", "native", "triton" or "reference".
 
     As a function call it holds until the next one; as a context manager, until the block ends. The environment
-    variable FUSEDVAE_BACKEND sets the initial choice, "auto" without it. The choice is one for the process.
+    variable FUSEDVAE_BACKEND sets the initial choice, "auto" without it; operations, not the import, raise for a wrong
+    one. The choice is one for the process.
 
     Raises ValueError for a name that is none of these, RuntimeError (with reason and remedy) for a backend that
     no device of this machine can use.
@@ -267,6 +269,3 @@ class use_backend:  # noqa: N801 - reads as a function at the call site, like to
     ) -> None:
         global _choice
         _choice = self._previous
-
-
-use_backend(checked_name(os.environ.get("FUSEDVAE_BACKEND") or "auto", source="FUSEDVAE_BACKEND"))

@@ -4,13 +4,15 @@ A command is a module of this package, named in ``COMMANDS``: its docstring's fi
 ``add_arguments(parser)`` says what it takes and ``run(arguments)`` does it and returns the exit status.
 
 Exit statuses: 0, done; 1, done, and what was found is bad (see the command's help); 2, bad input, with one line on
-stderr that says what; 130, interrupted by Ctrl-C (143 by SIGTERM).
+stderr that says what; 130, interrupted by Ctrl-C (143 by SIGTERM); 141, nobody reads what is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -52,7 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " ".join(["fusedvae", *argv[:1]]) if argv and argv[0] in COMMANDS else "fusedvae"
     try:
         arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as in `fusedvae info | head -1`: nobody is left to be told anything
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except CommandError as error:
         message = " ".join(str(error).split())
         print(f"{name}: error: {message}", file=sys.stderr)

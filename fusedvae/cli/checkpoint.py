@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,20 +24,22 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file beside ``path``, get it onto the disk, and give it the name ``path``."""
     unfinished = path.with_name(path.name + _UNFINISHED)
     try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # a RuntimeError is how torch.save reports a full disk
-        unfinished.unlink(missing_ok=True)
-        raise CommandError(f"cannot write {path}: {error}") from error
-    if os.name == "posix":  # the new name is on the disk only when its directory is
-        directory = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)
+            with open(unfinished, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
         finally:
-            os.close(directory)
+            unfinished.unlink(missing_ok=True)
+        if os.name == "posix":  # the new name is on the disk only when its directory is
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    except (OSError, RuntimeError) as error:  # a RuntimeError is how torch.save reports a full disk
+        raise CommandError(f"cannot write {path}: {error}") from error
 
 
 def save(directory: Path, state: dict[str, Any]) -> None:
@@ -52,10 +55,25 @@ def load(directory: Path) -> dict[str, Any]:
     path = directory / CHECKPOINT
     if not path.is_file():
         raise CommandError(f"{directory} holds no run to continue: there is no {CHECKPOINT}")
-    try:
+    with reading(directory):
+        with zipfile.ZipFile(path) as archive:  # torch.load takes older formats too, and looks at no checksums
+            if archive.testzip() is not None:
+                raise ValueError("a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        raise CommandError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CommandError(f"{path} is not a checkpoint that this version of fusedvae can continue")
     return state
+
+
+@contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """A block that takes in what the checkpoint in ``directory`` holds: whatever it raises is the file's fault."""
+    path = directory / CHECKPOINT
+    try:
+        yield
+    except CommandError:
+        raise
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error}") from error
+    except Exception as error:
+        raise CommandError(f"cannot read {path}: it is damaged, or not of this version of fusedvae") from error

@@ -7,9 +7,10 @@ tables of vectors.
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,16 +86,20 @@ def load(source: str, *, array: str | None = None, image_size: int | None = None
         image_size: resize and crop the images of a folder to squares of this side.
     """
     path = Path(source)
+    try:
+        exists, is_folder = path.exists(), bool(source) and path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CommandError(f"cannot read {source}: {error.strerror}") from error
     if array is not None and path.suffix != ".npz":
         raise CommandError(f"--array names an array in an .npz file, but the data is {source}")
-    if image_size is not None and not path.is_dir():
+    if image_size is not None and not is_folder:
         raise CommandError(f"--image-size is for a folder of images, but the data is {source}")
     if source == DIGITS:
         return _digits()
-    if path.is_dir():
+    if is_folder:
         return _from_folder(path, image_size)
-    if not path.exists():
-        raise CommandError(f"no such data: {source}")
+    if not source or not exists:
+        raise CommandError(f"no such data: {source or repr(source)}")
     if path.suffix not in (".npy", ".npz"):
         raise CommandError(f"{source}: expected '{DIGITS}', an .npy or .npz file, or a folder of images")
     return _from_array(_read_array(path, array), str(path))
@@ -112,17 +117,23 @@ def _read_array(path: Path, array: str | None) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded
-            names = loaded.files
-            if array is None and len(names) == 1:
-                array = names[0]
-            if array not in names:
-                problem = "holds several arrays" if array is None else f"has no array {array!r}"
-                raise CommandError(f"{path} {problem}: choose one with --array: {', '.join(names) or '(none)'}")
-            return loaded[array]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CommandError(f"cannot read {path}: {error}") from error
+            return loaded if isinstance(loaded, np.ndarray) else _chosen_array(path, loaded, array)
+    except CommandError:
+        raise
+    except Exception as error:  # NumPy, zipfile, zlib and tokenize: each has its own for a file that is not whole
+        raise CommandError(f"cannot read {path}: {error or type(error).__name__}") from error
+
+
+def _chosen_array(path: Path, archive: Any, array: str | None) -> np.ndarray:
+    names = [name for name in archive.files if f"{name}.npy" in archive.zip.namelist()]
+    if array is None and len(names) == 1:
+        array = names[0]
+    if array not in names:
+        if not names:
+            raise CommandError(f"{path} holds no arrays")
+        problem = "holds several arrays" if array is None else f"has no array {array!r}"
+        raise CommandError(f"{path} {problem}: choose one with --array: {', '.join(names)}")
+    return archive[array]
 
 
 def _from_array(values: np.ndarray, name: str) -> Samples:
@@ -150,9 +161,21 @@ def _from_array(values: np.ndarray, name: str) -> Samples:
         if low < 0 or high > 1:
             if low == high:
                 raise CommandError(f"{name}: every value is {low:g}: there is nothing to learn")
+            if not math.isfinite(high - low):
+                raise CommandError(f"{name}: values from {low:g} to {high:g} are too far apart to be scaled to [0, 1]")
             values = (values.astype(np.float64) - low) / (high - low)
         values = values.astype(np.float32)
     return Samples(torch.from_numpy(np.ascontiguousarray(values)))
+
+
+def _in_8_bits(image: Any, image_module: Any) -> Any:
+    """The image in grey or in colour, a byte a channel; a transparency is left out."""
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion cuts these off at 255
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() >= 2**16:
+            raise ValueError(f"its pixels (Pillow's mode {image.mode}) are not of 8 or 16 bits: make it an .npy file")
+        return image_module.fromarray((values >> 8).astype(np.uint8))
+    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 
 
 def _from_folder(folder: Path, image_size: int | None) -> Samples:
@@ -166,9 +189,9 @@ def _from_folder(folder: Path, image_size: int | None) -> Samples:
     for path in paths:
         try:
             with image_module.open(path) as opened:
-                image = opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB")
-        except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
-            raise CommandError(f"cannot read the image {path}: {error}") from error
+                image = _in_8_bits(operations.exif_transpose(opened), image_module)
+        except Exception as error:  # Pillow's readers of some twenty formats raise what they come upon
+            raise CommandError(f"cannot read the image {path}: {error or type(error).__name__}") from error
         if image_size is not None:
             image = operations.fit(image, (image_size, image_size))
         images.append(image)

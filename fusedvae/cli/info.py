@@ -45,7 +45,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "environment": {
             name: os.environ[name]
-            for name in ("FUSEDVAE_BACKEND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+            for name in ("FUSEDVAE_BACKEND", "FUSEDVAE_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
             if name in os.environ
         },
         "devices": {device: _device(device) for device in device_types()},
@@ -79,7 +79,7 @@ def _device(device_type: str) -> dict[str, Any]:
         }
     try:
         used, problem = resolve(device_type), None
-    except RuntimeError as error:  # the backend that the environment asks for does not serve this device
+    except (RuntimeError, ValueError) as error:  # what FUSEDVAE_BACKEND asks for is not here, or is no backend
         used, problem = None, str(error)
     if device_type == "cuda":
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

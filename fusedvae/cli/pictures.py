@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ CURVE = "curve.png"
 PICTURES = (RECONSTRUCTIONS, PRIOR_SAMPLES, TRAVERSAL, SCATTER, CURVE)
 
 _GAP_SHADE = 0.35
+_MOST_COLUMNS = 120
+"""Of the strip that shows a vector: as many as a tile has pixels on the page, or a few more."""
+_STEPS = (-3, -2.4, -1.8, -1.2, -0.6, 0, 0.6, 1.2, 1.8, 2.4, 3)
+"""Values of a latent variable in a traversal, in standard deviations of the prior."""
+_COMPONENTS = ("first principal component", "second principal component")
 
 
 def draw(trainer: Trainer, directory: Path) -> None:
@@ -45,15 +51,17 @@ def draw(trainer: Trainer, directory: Path) -> None:
     _save_tiles(
         directory / TRAVERSAL,
         walks,
-        columns=len(walks) // len(variables),
-        title="rows: one latent variable from -3 to 3 (most informative first: "
-        f"{', '.join(str(variable) for variable in variables)})",
+        columns=len(_STEPS),
+        title="the first held-out sample with one latent variable changed, those of the largest KL first",
+        row_labels=[f"z[{variable}]" for variable in variables],
+        column_labels=[f"{step:g}" for step in _STEPS],
     )
-    _save_scatter(directory / SCATTER, embedded, trainer.train_samples.labels)
+    names = ("z[0]", "z[1]") if settings.latent == 2 else ("z[0]", "") if settings.latent == 1 else _COMPONENTS
+    _save_scatter(directory / SCATTER, embedded, trainer.train_samples.labels, names)
     _save_curve(directory / CURVE, trainer.history)
 
 
-def _traversal(model: VAE, x: Tensor, *, rows: int = 10, columns: int = 11) -> tuple[Tensor, list[int]]:
+def _traversal(model: VAE, x: Tensor, *, rows: int = 10) -> tuple[Tensor, list[int]]:
     """Decode the first of ``x`` with one latent variable at a time moved through its prior.
 
     The variables are those of the largest KL over ``x``: the ones that the model uses.
@@ -61,15 +69,15 @@ def _traversal(model: VAE, x: Tensor, *, rows: int = 10, columns: int = 11) -> t
     mu, logvar = (parameter.float() for parameter in model.encode(x))
     kl = (mu.square() + torch.expm1(logvar) - logvar).mean(0)
     variables = kl.argsort(descending=True)[:rows]
-    z = mu[0].repeat(len(variables), columns, 1)
+    z = mu[0].repeat(len(variables), len(_STEPS), 1)
     for row, variable in enumerate(variables):
-        z[row, :, variable] = torch.linspace(-3, 3, columns, device=z.device)
+        z[row, :, variable] = torch.tensor(_STEPS, device=z.device)
     decoded = model.decode(z.flatten(0, 1).to(next(model.parameters()).dtype)).mu
     return decoded, variables.tolist()
 
 
 def _embedding(trainer: Trainer, samples: Samples) -> Tensor:
-    """Posterior means, in the plane of their two largest principal components if there are more than two."""
+    """Posterior means, their two largest principal components if there are more than two."""
     parts = []
     for start in range(0, len(samples), trainer.settings.batch):
         indices = slice(start, start + trainer.settings.batch)
@@ -81,7 +89,7 @@ def _embedding(trainer: Trainer, samples: Samples) -> Tensor:
     if points.shape[1] == 2:
         return points
     centred = points - points.mean(0)
-    axes = torch.linalg.svd(centred, full_matrices=False).Vh
+    axes = torch.linalg.svd(centred, full_matrices=True).Vh  # as many as there are variables, however few the points
     return centred @ axes[:2].T
 
 
@@ -92,10 +100,11 @@ def _one_above_the_other(pairs: Tensor) -> Tensor:
 
 
 def _as_images(samples: Tensor) -> Tensor:
-    """``(n, channels, height, width)``; a vector becomes a strip, one column a value."""
+    """``(n, channels, height, width)``; a vector becomes a strip: a column a value, or a mean of some if it is long."""
     if samples.ndim == 2:
-        strip = max(1, samples.shape[1] // 16)
-        return samples[:, None, None, :].expand(-1, 1, strip, -1)
+        columns = min(samples.shape[1], _MOST_COLUMNS)
+        values = torch.nn.functional.adaptive_avg_pool1d(samples[:, None].float(), columns)
+        return values[:, :, None].expand(-1, -1, max(1, columns // 3), -1)
     return samples
 
 
@@ -121,18 +130,34 @@ def _save(path: Path, figure: Any) -> None:
     checkpoint.write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _save_tiles(path: Path, samples: Tensor, *, columns: int, title: str) -> None:
+def _save_tiles(
+    path: Path,
+    samples: Tensor,
+    *,
+    columns: int,
+    title: str,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+) -> None:
     grid = _tiles(samples, columns).numpy()
     height, width = grid.shape[:2]
     figure = _new_figure(8, min(max(8 * height / width, 1.5), 16) + 0.4)
     axes = figure.add_subplot()
     axes.imshow(grid, interpolation="nearest")
-    axes.set_axis_off()
+    axes.spines[:].set_visible(False)
+    axes.set_yticks(_centres(len(row_labels), height), row_labels, fontsize=8)
+    axes.set_xticks(_centres(len(column_labels), width), column_labels, fontsize=8)
+    axes.tick_params(length=0)
     axes.set_title(title, fontsize=10)
     _save(path, figure)
 
 
-def _save_scatter(path: Path, points: Tensor, labels: Tensor | None) -> None:
+def _centres(count: int, length: int) -> list[float]:
+    """Where ``count`` tiles that share ``length`` pixels have their middles."""
+    return [(index + 0.5) * length / count - 0.5 for index in range(count)]
+
+
+def _save_scatter(path: Path, points: Tensor, labels: Tensor | None, names: tuple[str, str]) -> None:
     figure = _new_figure(7, 6)
     axes = figure.add_subplot()
     if labels is None:
@@ -140,9 +165,13 @@ def _save_scatter(path: Path, points: Tensor, labels: Tensor | None) -> None:
     else:
         labels = labels[: len(points)]
         for label in labels.unique().tolist():
-            axes.scatter(*points[labels == label].T.numpy(), s=6, label=str(label))
-        axes.legend(markerscale=2, fontsize=8)
-    axes.set_title("posterior means of training samples (principal components)", fontsize=10)
+            # Each point is its label, since nobody tells ten classes apart by colours alone.
+            axes.scatter(*points[labels == label].T.numpy(), s=28, marker=f"${label}$", linewidths=0.1)
+    axes.set_xlabel(names[0], fontsize=9)
+    axes.set_ylabel(names[1], fontsize=9)
+    if not names[1]:
+        axes.set_yticks([])
+    axes.set_title("posterior means of training samples", fontsize=10)
     _save(path, figure)
 
 
@@ -150,10 +179,12 @@ def _save_curve(path: Path, history: list[dict[str, float]]) -> None:
     figure = _new_figure(11, 3.6)
     epochs = [row["epoch"] for row in history]
     marker = "." if len(epochs) < 3 else None
-    for axes, term in zip(figure.subplots(1, 3), ("loss", "nll", "kl"), strict=True):
-        for part in ("train", "heldout"):
-            axes.plot(epochs, [row[f"{part}_{term}"] for row in history], marker=marker, label=part)
+    for axes, term, name in zip(figure.subplots(1, 3), ("loss", "nll", "kl"), ("loss", "NLL", "KL"), strict=True):
+        for part, label, line in (("train", "training", "-"), ("heldout", "held-out", "--")):
+            axes.plot(epochs, [row[f"{part}_{term}"] for row in history], line, marker=marker, label=label)
         axes.set_xlabel("epoch")
-        axes.set_title(f"{term} a sample", fontsize=10)
+        axes.set_ylabel("nats a sample")
+        axes.set_title(name, fontsize=10)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8)
     _save(path, figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -58,7 +57,7 @@ class Settings:
     def beta_at(self, step: int, steps_per_epoch: int) -> float:
         """The weight of the KL in step ``step`` (from 0) of the run: linear over the warm-up, then
         constant."""
-        ramp = math.ceil(self.warmup * steps_per_epoch)
+        ramp = self.warmup * steps_per_epoch
         return self.beta * min(1.0, (step + 1) / ramp) if ramp else self.beta
 
     def build_model(self, shape: tuple[int, ...]) -> VAE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
@@ -71,12 +72,13 @@ def step_times(model: VAE, x: Tensor, settings: Settings) -> StepTimes | None:
         loss.backward()
         optimizer.step()
 
-    with torch.no_grad(), settings.autocast():
+    with settings.autocast():
         out = model(x)
 
     operands = (out.mu, out.logvar, out.recon_x, out.recon_logvar)
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    mu, logvar, recon_x, recon_logvar = leaves
+    mu, logvar, recon_x, recon_logvar = (o.detach().requires_grad_(o.requires_grad) for o in operands)
+    # A log-variance that is fixed takes no gradient.
+    leaves = [operand for operand in (mu, logvar, recon_x, recon_logvar) if operand.requires_grad]
     ones = [torch.ones((), device=x.device), torch.ones_like(out.z)]
 
     def fused_objective() -> None:
@@ -94,6 +96,12 @@ def step_times(model: VAE, x: Tensor, settings: Settings) -> StepTimes | None:
         _compare(fused_step, reference_step, x.device),
         _compare(fused_objective, reference_objective, x.device),
     )
+
+
+def waiting_processes() -> float:
+    """How many more threads have wanted to run in the last minute than there are processors: with one or more, timings
+    say as much about these as about the code. 0 where the system does not count them."""
+    return max(0.0, os.getloadavg()[0] - (os.cpu_count() or 1)) if hasattr(os, "getloadavg") else 0.0
 
 
 def _compare(fused: Callable[[], None], reference: Callable[[], None], device: torch.device) -> Comparison:

@@ -3,8 +3,8 @@
 Writes to the run's directory a checkpoint (checkpoint.pt), the metrics of each epoch (metrics.csv), and
 pictures: held-out samples beside their reconstructions, samples of the prior, a walk along each latent
 variable, the latent space, and the training curve. Ctrl-C leaves a checkpoint, and --resume goes on from it
-as if nothing had happened. All losses are in nats a sample: loss = NLL + beta * KL is, for beta 1, the
-negative evidence lower bound.
+as if nothing had happened; in Python, fusedvae.cli.trainer.load_model(DIR) is the trained model. All losses
+are in nats a sample: loss = NLL + beta * KL is, for beta 1, the negative evidence lower bound.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import shlex
 import signal
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from .data import DIGITS, Samples, load
 from .errors import CommandError, require
 from .options import integer, number, usable_device
 from .settings import ARCHITECTURES, DTYPES, LEARNED, PER_PIXEL, Settings
-from .timing import step_times
+from .timing import step_times, waiting_processes
 from .trainer import METRICS, Interruption, Row, Trainer
 
 RUNS = Path("runs")
@@ -34,8 +36,17 @@ RUNS = Path("runs")
 
 RUN_FILES = (checkpoint.CHECKPOINT, METRICS, *pictures.PICTURES)
 
+MOST_UNITS, MOST_THREADS = 2**24, 1024
+"""Numbers beyond these are slips of the keyboard, and end processes in ways that no message comes from."""
+
 CHANGEABLE = ("data", "array", "image_size", "epochs", "device", "threads", "backend")
 """Options that may be given again with --resume. The data may have moved, but not changed."""
+
+
+def _directory(text: str) -> Path:
+    if not text:  # what "$OUT" is where OUT is not set
+        raise argparse.ArgumentTypeError("expected the name of a directory, got ''")
+    return Path(text)
 
 
 def _recon_logvar(text: str) -> str | float:
@@ -57,13 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(name, help=help + shown, default=argparse.SUPPRESS, **kind)
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--out", type=Path, metavar="DIR", help="directory of the run (default: a new one under runs/)")
+    run.add_argument(
+        "--out", type=_directory, metavar="DIR", help="directory of the run (default: a new one under runs/)"
+    )
     run.add_argument(
         "--overwrite",
         action="store_true",
         help="replace the run that is in --out, which is otherwise refused",
     )
-    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, with its own settings")
+    run.add_argument(
+        "--resume", type=_directory, metavar="DIR", help="go on with the run in DIR, with its own settings"
+    )
     run.add_argument("--quiet", action="store_true", help="no progress bar, no line an epoch")
 
     data = parser.add_argument_group("data")
@@ -92,12 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("model")
     option(model, "--arch", "networks; auto: conv for images, mlp for vectors", choices=ARCHITECTURES)
-    option(model, "--latent", "number of latent variables", type=integer(1), metavar="N")
+    option(model, "--latent", "number of latent variables", type=integer(1, MOST_UNITS), metavar="N")
     option(
         model,
         "--width",
         "channels at full resolution (conv, default 32) or units of the first layer (mlp, default 512)",
-        type=integer(1),
+        type=integer(1, MOST_UNITS),
         metavar="N",
     )
     option(
@@ -144,8 +159,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
     )
     option(machine, "--device", "cpu, cuda, cuda:1, ...; auto: cuda where there is one", metavar="NAME")
-    option(machine, "--threads", "CPU threads; with --resume, those of before", type=integer(1), metavar="N")
-    option(machine, "--backend", "what computes sampling and loss", choices=("auto", *NAMES))
+    option(
+        machine,
+        "--threads",
+        "CPU threads; with --resume, those of before",
+        type=integer(1, MOST_THREADS),
+        metavar="N",
+    )
+    option(
+        machine,
+        "--backend",
+        "what computes sampling and loss; auto: what FUSEDVAE_BACKEND says, else the best that serves the device",
+        choices=("auto", *NAMES),
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -165,13 +191,27 @@ def run(arguments: argparse.Namespace) -> int:
         samples = load(settings.data, array=settings.array, image_size=settings.image_size)
         # By its absolute path the data is found again from wherever the run goes on.
         source = settings.data if settings.data == DIGITS else str(Path(settings.data).absolute())
-        trainer = Trainer(dataclasses.replace(settings, data=source), samples)
+        trainer = _new_trainer(dataclasses.replace(settings, data=source), samples)
         if state is None:
             directory = _new_directory(arguments, settings)
         else:
-            trainer.restore(state)
             directory = arguments.resume
+            _refuse_among_images(directory, settings)
+            with checkpoint.reading(directory):
+                trainer.restore(state)
         return _train(trainer, directory, quiet=arguments.quiet)
+
+
+def _new_trainer(settings: Settings, samples: Samples) -> Trainer:
+    try:
+        return Trainer(settings, samples)
+    except (RuntimeError, MemoryError) as error:
+        width = "" if settings.width is None else f" and --width {settings.width}"
+        raise CommandError(f"cannot make a model of --latent {settings.latent}{width}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _option_name(field: str) -> str:
@@ -182,14 +222,15 @@ def _continued(state: dict, given: dict[str, Any], arguments: argparse.Namespace
     """The settings of the checkpointed run with those replaced that may be."""
     if arguments.out is not None or arguments.overwrite:
         raise CommandError("--resume goes on in the run's own directory: it takes neither --out nor --overwrite")
-    settings = Settings(**state["settings"])
+    with checkpoint.reading(arguments.resume):
+        settings = Settings(**state["settings"])
+        done = state["epoch"] + (state["step"] > 0)
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(settings, name):
             raise CommandError(
                 f"{_option_name(name)} {value} differs from the run's own {getattr(settings, name)}: with "
                 f"--resume only {', '.join(map(_option_name, CHANGEABLE))} can change"
             )
-    done = state["epoch"] + (state["step"] > 0)
     if given.get("epochs", done) < done:
         raise CommandError(f"--epochs {given['epochs']}: the run is in epoch {done} already")
     return dataclasses.replace(settings, **given)
@@ -201,17 +242,20 @@ def _on_this_machine(settings: Settings) -> Settings:
     return dataclasses.replace(settings, device=name, threads=settings.threads or torch.get_num_threads())
 
 
-def _chosen_backend(settings: Settings) -> use_backend:
+def _chosen_backend(settings: Settings) -> AbstractContextManager[object]:
+    chosen = None if settings.backend == "auto" else settings.backend
     try:
-        chosen = use_backend(settings.backend)
-    except RuntimeError as error:
+        resolve(torch.device(settings.device).type, chosen)
+    except (RuntimeError, ValueError) as error:  # a ValueError is about the name in FUSEDVAE_BACKEND
         raise CommandError(f"--backend {settings.backend}: {error}") from error
-    try:
-        resolve(torch.device(settings.device).type)
-    except RuntimeError as error:
-        chosen.__exit__(None, None, None)
-        raise CommandError(f"--backend {settings.backend}: {error}") from error
-    return chosen
+    return nullcontext() if chosen is None else use_backend(chosen)
+
+
+def _refuse_among_images(directory: Path, settings: Settings) -> None:
+    """A run in the folder of its own data would find its pictures there when it goes on."""
+    source = Path(settings.data)
+    if settings.data != DIGITS and source.is_dir() and directory.resolve().is_relative_to(source.resolve()):
+        raise CommandError(f"{directory} is in {source}, the folder of images to learn: choose another --out")
 
 
 def _new_directory(arguments: argparse.Namespace, settings: Settings) -> Path:
@@ -223,6 +267,7 @@ def _new_directory(arguments: argparse.Namespace, settings: Settings) -> Path:
         number = 1
         while True:
             directory = RUNS / f"{Path(settings.data).stem}-{number:03d}"
+            _refuse_among_images(directory, settings)
             try:
                 directory.mkdir(parents=True)
                 return directory
@@ -231,6 +276,7 @@ def _new_directory(arguments: argparse.Namespace, settings: Settings) -> Path:
             except OSError as error:
                 raise CommandError(f"cannot make {directory}: {error}") from error
     directory = arguments.out
+    _refuse_among_images(directory, settings)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         found = [name for name in RUN_FILES if (directory / name).exists()]
@@ -271,10 +317,10 @@ def _train(trainer: Trainer, directory: Path, *, quiet: bool) -> int:
             if bar is not None:
                 bar.close()
     if not finished:
-        print(
-            f"interrupted in epoch {trainer.epoch + 1}, after {trainer.step} of {trainer.steps_per_epoch} "
-            f"steps; to go on: fusedvae train --resume {directory}"
-        )
+        where = f"in epoch {trainer.epoch + 1}, after {trainer.step} of {trainer.steps_per_epoch} steps"
+        if trainer.epoch == settings.epochs:
+            where = "after the last epoch, before the pictures"
+        print(f"interrupted {where}; to go on: fusedvae train --resume {shlex.quote(str(directory))}")
         return 143 if interruption.signal == signal.SIGTERM else 130
     print(f"drawing pictures in {directory}", flush=True)
     pictures.draw(trainer, directory)
@@ -313,6 +359,8 @@ def _print_end(trainer: Trainer) -> None:
     if times is None:
         print("a step takes what the reference takes: no fused kernels are in use (see fusedvae info)")
         return
+    busy = "; the machine is busy with other work, so they say little" if waiting_processes() >= 1 else ""
+    print(f"medians of interleaved runs, with the fused kernels and with the reference in plain PyTorch{busy}:")
     print(f"a training step of {len(batch)} samples: {times.step}")
     print(f"of it sampling, KL and NLL, forward and backward: {times.objective}")
 

@@ -129,7 +129,7 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint, then the metrics, which are a part of it in a form for people."""
-        self._check_finite()
+        self._check_finite(self.sums, *self.model.parameters())
         checkpoint.save(directory, self.state())
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, COLUMNS)
@@ -148,7 +148,7 @@ class Trainer:
         """Train to the end, with checkpoints in ``directory``; False if interrupted before it."""
         saved, cost = time.monotonic(), 0.0
         order = None
-        while self.epoch < self.settings.epochs:
+        while self.epoch < self.settings.epochs and interruption.signal is None:
             if order is None:
                 order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(len(self.train_samples))
             if self.step < self.steps_per_epoch:
@@ -160,16 +160,13 @@ class Trainer:
                 self._finish_epoch()
                 order = None
                 after_epoch(self.history[-1])
-            if interruption.signal is not None:
-                self.save(directory)
-                return False
             if time.monotonic() - saved > max(CHECKPOINT_SECONDS, 20 * cost):
                 started = time.monotonic()
                 self.save(directory)
                 saved = time.monotonic()
                 cost = saved - started
         self.save(directory)
-        return True
+        return interruption.signal is None
 
     def evaluate(self, samples: Samples) -> Tensor:
         """(loss, NLL, KL) a sample, in evaluation mode, with noise that is the same at every call."""
@@ -200,17 +197,17 @@ class Trainer:
         return torch.stack([term.detach() for term in terms]).double() * len(x)
 
     def _finish_epoch(self) -> None:
-        self._check_finite()
-        train = (self.sums / len(self.train_samples)).tolist()
-        heldout = self.evaluate(self.heldout_samples).tolist()
+        train = self.sums / len(self.train_samples)
+        heldout = self.evaluate(self.heldout_samples)
+        self._check_finite(train, heldout)
         last_step = (self.epoch + 1) * self.steps_per_epoch - 1
         beta = self.settings.beta_at(last_step, self.steps_per_epoch)
-        self.history.append(dict(zip(COLUMNS, (self.epoch + 1, beta, *train, *heldout), strict=True)))
+        self.history.append(dict(zip(COLUMNS, (self.epoch + 1, beta, *train.tolist(), *heldout.tolist()), strict=True)))
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = self._no_sums()
 
-    def _check_finite(self) -> None:
-        if not torch.isfinite(self.sums).all():
+    def _check_finite(self, *values: Tensor) -> None:
+        if not all(torch.isfinite(value).all() for value in values):
             raise CommandError(
                 f"the loss is not finite any more in epoch {self.epoch + 1}: try a lower --lr or a higher "
                 "--logvar-floor (the checkpoint on the disk is from before)"

@@ -148,8 +148,6 @@ def _settings(arguments: argparse.Namespace, previous: dict[str, Any]) -> Settin
         given = getattr(arguments, name)
         values[name] = usual.get(name) if given is None else given
     values["device"] = usable_device(values["device"] or "auto")
-    if torch.device(values["device"]).type not in ("cpu", "cuda"):
-        raise CommandError(f"--device {values['device']}: its clock is not known; expected cpu or cuda")
     values["threads"] = values["threads"] or torch.get_num_threads()
     values["seed"] = values["seed"] or 0
     return Settings(**values)
