@@ -353,7 +353,7 @@ CHILDREN = {f.__name__: f for f in (speed, exercise, large, launches, graphs, st
 # --- the steps ----------------------------------------------------------------------------------------------------
 
 
-class Session:
+class Check:
     """A run of this script: where results go, and how much time is left."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -394,18 +394,18 @@ class Session:
         return {**result, "found": json.loads(report.read_text()) if report.exists() else {}}
 
 
-def build(session: Session) -> dict:
+def build(check: Check) -> dict:
     major, minor = torch.cuda.get_device_capability()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return session.run("build", command, 180, FUSEDVAE_CUDA="1", FUSEDVAE_CUDA_ARCHS=f"{major}{minor}")
+    return check.run("build", command, 180, FUSEDVAE_CUDA="1", FUSEDVAE_CUDA_ARCHS=f"{major}{minor}")
 
 
-def tests(session: Session, which: str, log: str) -> dict:
+def tests(check: Check, which: str, log: str) -> dict:
     """The tests marked `gpu` whose names fit; their outcomes are in the log one by one, in case time runs out."""
     # What another version of PyTorch warns of is no failure here.
     options = ["-m", "gpu", "-k", which, "-v", "--tb=short", "-p", "no:cacheprovider", "-W", "default"]
-    result = session.run(log, [sys.executable, "-m", "pytest", *options, "tests"], 110)
-    text = (session.out / f"{log}.log").read_text() if "log" in result else ""
+    result = check.run(log, [sys.executable, "-m", "pytest", *options, "tests"], 110)
+    text = (check.out / f"{log}.log").read_text() if "log" in result else ""
     outcomes = re.findall(r"^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
     counts = dict(Counter(outcome for _, outcome in outcomes))
     failures = [test for test, outcome in outcomes if outcome in ("FAILED", "ERROR")]
@@ -421,13 +421,13 @@ def cuda_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=f"{home}/bin")
 
 
-def sanitized(session: Session, tool: str) -> dict:
+def sanitized(check: Check, tool: str) -> dict:
     sanitizer = cuda_tool("compute-sanitizer")
     if sanitizer is None:
         return {"skipped": "no compute-sanitizer"}
     wrapper = [sanitizer, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
     # Without torch's caching every tensor is an allocation of its own, whose ends memcheck knows.
-    return session.child("exercise", 75, *wrapper, log=tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return check.child("exercise", 75, *wrapper, log=tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 METRICS = {
@@ -450,32 +450,32 @@ def figures_of(table: str) -> dict[str, dict]:
     return launches
 
 
-def throughput(session: Session) -> dict:
+def throughput(check: Check) -> dict:
     ncu = cuda_tool("ncu")
     if ncu is None:
         return {"skipped": "no ncu"}
-    table = session.out / "throughput.csv"
+    table = check.out / "throughput.csv"
     wrapper = [ncu, "--csv", "--log-file", str(table), "--print-units", "base", "--metrics", ",".join(METRICS)]
     wrapper += ["--kernel-name-base", "demangled", "--kernel-name", "regex:fusedvae"]
-    result = session.child("large", 75, *wrapper, log="throughput")
+    result = check.child("large", 75, *wrapper, log="throughput")
     found = figures_of(table.read_text()) if table.exists() else {}
     if not found:
         return {**result, "ok": False, "reason": "ncu gave no figures; see throughput.log and throughput.csv"}
     return {**result, "found": found}
 
 
-STEPS: dict[str, Callable[[Session], dict]] = {
+STEPS: dict[str, Callable[[Check], dict]] = {
     "build": build,
-    "graphs": lambda session: session.child("graphs", 60),
-    "streams": lambda session: session.child("streams", 60),
-    "launches": lambda session: session.child("launches", 60),
+    "graphs": lambda check: check.child("graphs", 60),
+    "streams": lambda check: check.child("streams", 60),
+    "launches": lambda check: check.child("launches", 60),
     "tests_native": partial(tests, which="not triton-cuda", log="tests_native"),
     "tests_triton": partial(tests, which="triton-cuda", log="tests_triton"),
     "memcheck": partial(sanitized, tool="memcheck"),
-    "speed": lambda session: session.child("speed", 200),
+    "speed": lambda check: check.child("speed", 200),
     "throughput": throughput,
     "racecheck": partial(sanitized, tool="racecheck"),
-    "exercise": lambda session: session.child("exercise", 60),
+    "exercise": lambda check: check.child("exercise", 60),
 }
 WITHOUT_GPU = ("speed", "exercise")
 
@@ -525,10 +525,10 @@ def throughput_table(kernels: dict[str, dict]) -> Iterator[str]:
 TABLES = {"speed": speed_table, "launches": launch_table, "throughput": throughput_table}
 
 
-def describe(session: Session) -> str:
+def describe(check: Check) -> str:
     """The whole run as text."""
-    lines = [", ".join(f"{key} {value}" for key, value in machine(session.device).items()), ""]
-    for step, result in session.results.items():
+    lines = [", ".join(f"{key} {value}" for key, value in machine(check.device).items()), ""]
+    for step, result in check.results.items():
         if "skipped" in result:
             lines.append(f"{step:14}skipped: {result['skipped']}")
             continue
@@ -537,7 +537,7 @@ def describe(session: Session) -> str:
         lines.append(f"{step:14}{state} ({result.get('seconds', 0)} s) {found.get('summary', '')}".rstrip())
         lines += [f"    {test}" for test in found.get("failures", [])[:20]]
     for step, table in TABLES.items():
-        if found := session.results.get(step, {}).get("found"):
+        if found := check.results.get(step, {}).get("found"):
             lines += ["", f"--- {step} ---", *table(found)]
     return "\n".join(lines) + "\n"
 
@@ -556,21 +556,21 @@ def main() -> int:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu rehearses what needs none")
-    session = Session(args)
+    check = Check(args)
     for name in args.steps.split(","):
         if args.device == "cpu" and name not in WITHOUT_GPU:
-            session.results[name] = {"skipped": "needs a GPU"}
+            check.results[name] = {"skipped": "needs a GPU"}
         else:
             print(f"{name} ...", flush=True)
             try:
-                session.results[name] = STEPS[name](session)
+                check.results[name] = STEPS[name](check)
             except Exception as error:  # whatever a step has met, the next ones are to run
-                session.results[name] = {"ok": False, "reason": f"{type(error).__name__}: {error}"}
-        everything = {"machine": machine(args.device), "steps": session.results}
-        (session.out / "gpu_check.json").write_text(json.dumps(everything, indent=1))
-        (session.out / "gpu_check.txt").write_text(describe(session))
-    print(describe(session), f"\nin {session.out}", sep="")
-    return 0 if all(result.get("ok", True) for result in session.results.values()) else 1
+                check.results[name] = {"ok": False, "reason": f"{type(error).__name__}: {error}"}
+        everything = {"machine": machine(args.device), "steps": check.results}
+        (check.out / "gpu_check.json").write_text(json.dumps(everything, indent=1))
+        (check.out / "gpu_check.txt").write_text(describe(check))
+    print(describe(check), f"\nin {check.out}", sep="")
+    return 0 if all(result.get("ok", True) for result in check.results.values()) else 1
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Operator:
         self, kernel: Callable, fake: Callable, operands: str, options: str, returns: str, tags: tuple[torch.Tag, ...]
     ) -> None:
         self.kernel = kernel
-        self.formula: type[torch.autograd.Function] | None = None
+        self._record: Callable | None = None
         self._name = kernel.__name__
         self._kinds = [operand.rsplit(" ", 1)[0] for operand in operands.split(", ")]
         self._returns_list = returns.endswith("[]")
@@ -65,7 +65,7 @@ class Operator:
         """
         if is_watched() or not _PLAIN_TYPES.issuperset(map(type, operands)):
             return partial(self._dispatch, options)
-        return partial(self._differentiable(operands) or self.kernel, {}, options)
+        return partial(self._record if self._record and _wants_derivative(operands) else self.kernel, {}, options)
 
     def below_autograd(self, memo: Memo | None, options: tuple[Any, ...], *operands: Any) -> Any:
         """Run the kernel, for a formula that was called with ``memo``."""
@@ -76,10 +76,12 @@ class Operator:
 
     def register_autograd(self, formula: type[torch.autograd.Function]) -> None:
         """Make ``formula`` the operator's derivative."""
-        self.formula = formula
+        # Its `apply` but for what that does for torch.func, which `is_watched` rules out.
+        self._record = super(torch.autograd.Function, formula).apply  # type: ignore[misc]
 
         def run(options: tuple[Any, ...], *operands: Any) -> Any:
-            outputs = (self._differentiable(operands) or self.below_autograd)(None, options, *operands)
+            record = formula.apply if _wants_derivative(operands) else self.below_autograd
+            outputs = record(None, options, *operands)
             return list(outputs) if self._returns_list else outputs
 
         _library.impl(self._name, self._behind_the_dispatcher(run), "Autograd")
@@ -103,15 +105,6 @@ class Operator:
                 return kernel(*args)
 
         torch.library.register_torch_dispatch(f"fusedvae::{self._name}", FunctionalTensorMode, traced, lib=_library)
-
-    def _differentiable(self, operands: tuple[Any, ...]) -> Callable | None:
-        """What runs this with its derivative recorded, if there is a need to."""
-        if self.formula is None:
-            return None
-        wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands)
-        # PyTorch has the formula say that it knows no forward mode, rather than lose a tangent.
-        wanted = wanted or (forward_ad._current_level >= 0 and any(map(_has_tangent, operands)))
-        return self.formula.apply if wanted else None
 
     def _dispatch(self, options: tuple[Any, ...], *operands: Any) -> Any:
         flat: list[Any] = []
@@ -152,6 +145,13 @@ def _schema(operands: str) -> str:
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, list, torch.device, torch.Generator))
 """Types of operands that are what they seem: no tracer's stand-ins, no tensor subclasses."""
+
+
+def _wants_derivative(operands: tuple[Any, ...]) -> bool:
+    """Whether autograd must record what is done to these."""
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands)
+    # PyTorch has the formula say that it knows no forward mode, rather than lose a tangent.
+    return wanted or (forward_ad._current_level >= 0 and any(map(_has_tangent, operands)))
 
 
 def _has_tangent(operand: Any) -> bool:
