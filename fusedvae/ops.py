@@ -56,7 +56,9 @@ class Operator:
 
     def __call__(self, *operands: Any, options: tuple[Any, ...] = ()) -> Any:
         """Run, with autograd."""
-        return self.prepared(*operands, options=options)(*operands)
+        if is_watched() or not _PLAIN_TYPES.issuperset(map(type, operands)):
+            return self._dispatch(options, *operands)
+        return (self._record if self._record and _wants_derivative(operands) else self.kernel)({}, options, *operands)
 
     def prepared(self, *operands: Any, options: tuple[Any, ...] = ()) -> Callable[..., Any]:
         """What runs this on ``operands``, or any others of the same types, sizes, strides and dtypes.
@@ -259,6 +261,8 @@ def unpack(mean: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:
 def _sample_like(mu: Tensor, logvar: Tensor | None) -> Tensor:
     if logvar is None:
         return torch.empty_like(halves(mu)[0])
+    if mu.dtype is logvar.dtype:
+        return torch.empty_like(mu)
     return torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
 
 

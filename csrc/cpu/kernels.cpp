@@ -91,7 +91,7 @@ template <class T, bool is_variance, bool has_weights, bool uniform_spread, bool
 double nll_arrays(const NllArrays<T> a, int64_t count) {  // by value: no store can change it
   using P = typename Pack<T>::type;
   const P zero = {}, eps = zero + a.eps;
-  P total = {};
+  P logvars = {}, half_squares = {};
   const auto precision_of = [eps](P spread, P* logvar) FUSEDVAE_LAMBDA {
     if (is_variance) {
       const P variance = spread < eps ? eps : spread;
@@ -104,21 +104,26 @@ double nll_arrays(const NllArrays<T> a, int64_t count) {  // by value: no store 
   P logvar = {}, precision = {};
   const P weight = zero + a.uniform_weight;
   if (uniform_spread) precision = precision_of(zero + a.spread[0], &logvar);
-  for_packs<T>(count, [=, &total](int64_t i, auto load, auto store, auto keep) FUSEDVAE_LAMBDA {
+  for_packs<T>(count, [=, &logvars, &half_squares](int64_t i, auto load, auto store, auto keep) FUSEDVAE_LAMBDA {
     P l = logvar, p = precision;
     if (!uniform_spread) p = precision_of(load(a.spread + i), &l);
     const P w = has_weights ? load(a.weight + i) : weight;
     const GaussianNll<P> g = gaussian_nll(load(a.recon_x + i), load(a.x + i), l, p);
-    if (sums)
-      total += keep(g.value);
-    else if (a.value)
+    if (sums) {
+      logvars += keep(l);
+      half_squares += keep(g.half_square);
+    } else if (a.value) {
       store(a.value + i, g.value);
+    }
     const P d_recon = w * g.d_recon;
     if (a.grad_recon_x) store(a.grad_recon_x + i, d_recon);
     if (a.grad_x) store(a.grad_x + i, -d_recon);
-    if (a.grad_spread) store(a.grad_spread + i, w * (is_variance ? g.d_logvar * p : g.d_logvar));
+    if (a.grad_spread) {
+      const P d_logvar = 0.5f * w - w * g.half_square;
+      store(a.grad_spread + i, is_variance ? d_logvar * p : d_logvar);
+    }
   });
-  return static_cast<double>(sum_lanes(total));
+  return 0.5 * static_cast<double>(sum_lanes(logvars)) + static_cast<double>(sum_lanes(half_squares));
 }
 
 // The instance of nll_arrays for a combination known at run time.

@@ -12,9 +12,10 @@ namespace FUSEDVAE_NAMESPACE {
 // Negative log-likelihood of x under N(recon, e^logvar), without the constant log(2 pi) / 2:
 // (logvar + (recon - x)^2 * precision) / 2, where precision = e^-logvar.
 // The gradient with respect to x is -d_recon; with respect to the variance, precision * d_logvar.
+// Loops that sum values and weight gradients may take `half_square`, the part of both that is not linear in logvar.
 template <class T>
 struct GaussianNll {
-  T value, d_recon, d_logvar;
+  T value, d_recon, d_logvar, half_square;
 };
 
 template <class T>
@@ -22,7 +23,7 @@ FUSEDVAE_INLINE GaussianNll<T> gaussian_nll(T recon, T x, T logvar, T precision)
   const T error = recon - x;
   const T d_recon = error * precision;
   const T half_square = (0.5f * error) * d_recon;
-  return {0.5f * logvar + half_square, d_recon, 0.5f - half_square};
+  return {0.5f * logvar + half_square, d_recon, 0.5f - half_square, half_square};
 }
 
 // KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2.
