@@ -20,7 +20,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 
 from . import backend
-from .backend import ElboOperands, LatentOperands, Memo, NllOperands, Objective
+from .backend import ElboOperands, LatentOperands, Memo, NllOperands, Objective, halves
 from .backend.reference import scale_of
 
 _library = torch.library.Library("fusedvae", "DEF")
@@ -56,18 +56,22 @@ class Operator:
 
     def __call__(self, *operands: Any, options: tuple[Any, ...] = ()) -> Any:
         """Run, with autograd."""
-        if is_watched() or not _PLAIN_TYPES.issuperset(map(type, operands)):
-            return self._dispatch(options, *operands)
-        return (self._record if self._record and _wants_derivative(operands) else self.kernel)({}, options, *operands)
+        run = self._without_dispatcher(operands)
+        return self._dispatch(options, *operands) if run is None else run({}, options, *operands)
 
     def prepared(self, *operands: Any, options: tuple[Any, ...] = ()) -> Callable[..., Any]:
         """What runs this on ``operands``, or any others of the same types, sizes, strides and dtypes.
 
         It may be used for as long as gradients are wanted as now and `is_watched` stays as it is.
         """
+        run = self._without_dispatcher(operands)
+        return partial(self._dispatch, options) if run is None else partial(run, {}, options)
+
+    def _without_dispatcher(self, operands: tuple[Any, ...]) -> Callable | None:
+        """The formula or the kernel, where nothing needs the dispatcher."""
         if is_watched() or not _PLAIN_TYPES.issuperset(map(type, operands)):
-            return partial(self._dispatch, options)
-        return partial(self._record if self._record and _wants_derivative(operands) else self.kernel, {}, options)
+            return None
+        return self._record if self._record and _wants_derivative(operands) else self.kernel
 
     def below_autograd(self, memo: Memo | None, options: tuple[Any, ...], *operands: Any) -> Any:
         """Run the kernel, for a formula that was called with ``memo``."""
@@ -245,12 +249,6 @@ def normal(memo: Memo, options: tuple, shape: list[int], seed: Tensor) -> Tensor
 
 
 # --- the latent -------------------------------------------------------------------------------------------------
-
-
-def halves(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean half and the log-variance half of a packed tensor, as views."""
-    first, second = packed.chunk(2, 1)
-    return first, second
 
 
 def unpack(mean: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -64,10 +64,10 @@ class ElboOperands(NamedTuple):
         """The same with packed operands as views of their halves."""
         operands = self
         if self.recon_x is not None and self.spread is None:
-            (mean, spread), (grad, grad_spread) = _halves(self.recon_x), _halves(self.grad_recon_x)
+            (mean, spread), (grad, grad_spread) = halves(self.recon_x), halves(self.grad_recon_x)
             operands = operands._replace(recon_x=mean, spread=spread, grad_recon_x=grad, grad_spread=grad_spread)
         if self.mu is not None and self.logvar is None:
-            (mu, logvar), (grad_mu, grad_logvar) = _halves(self.mu), _halves(self.grad_mu)
+            (mu, logvar), (grad_mu, grad_logvar) = halves(self.mu), halves(self.grad_mu)
             operands = operands._replace(mu=mu, logvar=logvar, grad_mu=grad_mu, grad_logvar=grad_logvar)
         return operands
 
@@ -88,7 +88,7 @@ class NllOperands(NamedTuple):
         """The same with packed operands as views of their halves."""
         if self.spread is not None:
             return self
-        (mean, spread), (grad, grad_spread) = _halves(self.recon_x), _halves(self.grad_recon_x)
+        (mean, spread), (grad, grad_spread) = halves(self.recon_x), halves(self.grad_recon_x)
         return self._replace(recon_x=mean, spread=spread, grad_recon_x=grad, grad_spread=grad_spread)
 
 
@@ -112,11 +112,12 @@ class LatentOperands(NamedTuple):
         """The same with packed operands as views of their halves."""
         if self.logvar is not None:
             return self
-        (mu, logvar), (grad_mu, grad_logvar) = _halves(self.mu), _halves(self.grad_mu)
+        (mu, logvar), (grad_mu, grad_logvar) = halves(self.mu), halves(self.grad_mu)
         return self._replace(mu=mu, logvar=logvar, grad_mu=grad_mu, grad_logvar=grad_logvar)
 
 
-def _halves(packed: Tensor | None) -> tuple[Any, Any]:
+def halves(packed: Tensor | None) -> tuple[Any, Any]:
+    """The mean half and the log-variance half of a packed tensor, as views; of None, None."""
     if packed is None:
         return None, None
     first, second = packed.chunk(2, 1)
