@@ -112,12 +112,20 @@ FUSEDVAE_INLINE void narrow_run(const T* in, S* out, int64_t count) {
 #if defined(__F16C__)
 FUSEDVAE_INLINE void widen_run(const F16* in, float* out, int64_t count) {
   int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
+#endif
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
   for (; i < count; ++i) out[i] = widen(in[i]);
 }
 FUSEDVAE_INLINE void narrow_run(const float* in, F16* out, int64_t count) {
   int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(in + i), 0));
+#endif
   for (; i + 8 <= count; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
   for (; i < count; ++i) narrow(in[i], out + i);

@@ -92,38 +92,44 @@ double nll_arrays(const NllArrays<T> a, int64_t count) {  // by value: no store 
   using P = typename Pack<T>::type;
   const P zero = {}, eps = zero + a.eps;
   P logvars = {}, half_squares = {};
-  const auto precision_of = [eps](P spread, P* logvar) FUSEDVAE_LAMBDA {
+  // logvar, precision where the spread is a variance, and half the precision times the weight.
+  const auto take_spread = [eps](P spread, P half_weight, P* logvar, P* precision, P* half_precision) FUSEDVAE_LAMBDA {
     if (is_variance) {
       const P variance = spread < eps ? eps : spread;
       *logvar = logarithm(variance);
-      return 1.0f / variance;
+      *precision = 1.0f / variance;
+      *half_precision = half_weight * *precision;
+    } else {
+      *logvar = spread;
+      // Where values are summed the weight is the objective's scale, which is finite: the exponential takes it along.
+      *half_precision = sums ? exponential(-spread, half_weight) : half_weight * exponential(-spread);
     }
-    *logvar = spread;
-    return exponential(-spread);
   };
-  P logvar = {}, precision = {};
-  const P weight = zero + a.uniform_weight;
-  if (uniform_spread) precision = precision_of(zero + a.spread[0], &logvar);
+  const P half_weight = zero + 0.5f * a.uniform_weight;
+  P logvar = {}, precision = {}, half_precision = {};
+  // For a weight of 2 where each element has its own.
+  if (uniform_spread)
+    take_spread(zero + a.spread[0], has_weights ? zero + 1.0f : half_weight, &logvar, &precision, &half_precision);
   for_packs<T>(count, [=, &logvars, &half_squares](int64_t i, auto load, auto store, auto keep) FUSEDVAE_LAMBDA {
-    P l = logvar, p = precision;
-    if (!uniform_spread) p = precision_of(load(a.spread + i), &l);
-    const P w = has_weights ? load(a.weight + i) : weight;
-    const GaussianNll<P> g = gaussian_nll(load(a.recon_x + i), load(a.x + i), l, p);
+    const P h = has_weights ? 0.5f * load(a.weight + i) : half_weight;
+    P l = logvar, p = precision, half_p = half_precision;
+    if (!uniform_spread)
+      take_spread(load(a.spread + i), h, &l, &p, &half_p);
+    else if (has_weights)
+      half_p = h * half_p;
+    const GaussianNll<P> g = gaussian_nll(load(a.recon_x + i), load(a.x + i), l, h, half_p);
     if (sums) {
       logvars += keep(l);
       half_squares += keep(g.half_square);
     } else if (a.value) {
       store(a.value + i, g.value);
     }
-    const P d_recon = w * g.d_recon;
-    if (a.grad_recon_x) store(a.grad_recon_x + i, d_recon);
-    if (a.grad_x) store(a.grad_x + i, -d_recon);
-    if (a.grad_spread) {
-      const P d_logvar = 0.5f * w - w * g.half_square;
-      store(a.grad_spread + i, is_variance ? d_logvar * p : d_logvar);
-    }
+    if (a.grad_recon_x) store(a.grad_recon_x + i, g.d_recon);
+    if (a.grad_x) store(a.grad_x + i, -g.d_recon);
+    if (a.grad_spread) store(a.grad_spread + i, is_variance ? g.d_logvar * p : g.d_logvar);
   });
-  return 0.5 * static_cast<double>(sum_lanes(logvars)) + static_cast<double>(sum_lanes(half_squares));
+  return static_cast<double>(0.5f * a.uniform_weight) * static_cast<double>(sum_lanes(logvars)) +
+         static_cast<double>(sum_lanes(half_squares));
 }
 
 // The instance of nll_arrays for a combination known at run time.
@@ -153,16 +159,30 @@ Spread spread_reduction(const NllTask& task) {
   return g.stride[0] != 0 ? Spread::sample : Spread::tile;
 }
 
-// Runs the task; `totals`, unless null, receives the sum of the values: one, or one a sample with `by_sample`.
+// Whether a tile of the task takes none of run_nll's buffers.
+template <class T>
+bool is_unbuffered(const NllTask& task, Spread reduction, bool by_sample, bool stream) {
+  if (by_sample || stream || (reduction != Spread::none && reduction != Spread::element)) return false;
+  if (!task.spread.is_uniform() && !is_array<T>(task.spread, task.extent)) return false;
+  if (!task.weight.is_uniform() && !is_array<T>(task.weight, task.extent)) return false;
+  for (const Operand* op : {&task.recon_x, &task.x})
+    if (!is_array<T>(*op, task.extent)) return false;
+  for (const Operand* op : {&task.value, &task.grad_recon_x, &task.grad_x, &task.grad_spread})
+    if (*op && !is_array<T>(*op, task.extent)) return false;
+  return true;
+}
+
+// Runs the task; `totals`, unless null, receives the sum of the weighted values: one, or one a sample with
+// `by_sample`. The weight is a number then, finite and not an element's.
 template <class T>
 void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
   const Extent& e = task.extent;
-  const Tiling tiling(e);
-  const int64_t tiles = tiling.count();
   const Spread reduction = spread_reduction(task);
   const bool stream = bytes_of(task.grad_recon_x, e) + bytes_of(task.grad_x, e) +
                           (reduction == Spread::element ? bytes_of(task.grad_spread, e) : 0) >=
                       kStreamBytes;
+  const Tiling tiling(e, is_unbuffered<T>(task, reduction, by_sample, stream) ? kUnbufferedTile : kTile);
+  const int64_t tiles = tiling.count();
 
   for (const Operand* op : {&task.grad_recon_x, &task.grad_x}) prefer_huge_pages(*op, e);
   if (reduction == Spread::element) prefer_huge_pages(task.grad_spread, e);
@@ -197,7 +217,8 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
         }
         const bool one_weight =
             task.weight.is_uniform() || (t.nb == 1 && task.weight.stride[1] == 0 && task.weight.stride[2] == 0);
-        a.uniform_weight = one_weight ? static_cast<T>(get(task.weight, t.b0 * task.weight.stride[0])) : T(1);
+        a.uniform_weight =
+            one_weight && task.weight ? static_cast<T>(get(task.weight, t.b0 * task.weight.stride[0])) : T(1);
         a.weight = one_weight ? nullptr : read(task.weight, t, weight_buffer);
 
         const bool one_sum = value_slots == 1 || (value_slots && t.nb == 1);
@@ -472,7 +493,7 @@ void elbo(const ElboTask& task, int threads) {
     half.weight.value = task.scale;
     dispatch_nll(half, nlls.at(0), by_sample, threads);
     const double elements = static_cast<double>(by_sample ? half.extent.sample() : half.extent.count());
-    for (int64_t b = 0; b < count; ++b) nlls[b] = task.scale * (nlls[b] + task.constant * elements);
+    for (int64_t b = 0; b < count; ++b) nlls[b] += task.scale * task.constant * elements;
   }
   if (task.has_kl) {
     LatentTask half = task.kl;

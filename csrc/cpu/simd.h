@@ -167,7 +167,8 @@ FUSEDVAE_INLINE vf scale_by_power(vf v, vf n) {
 #endif
 }
 
-FUSEDVAE_INLINE vf exponential(vf x) {
+// factor * e^x, for what a multiplication by factor would cost or less; factor is finite.
+FUSEDVAE_INLINE vf exponential(vf x, vf factor) {
 #if defined(__AVX512F__)
   // x = n ln 2 + r with n a multiple of 1/16: the sixteenth is looked up, which leaves an r so small that a third of
   // the polynomial does, and the whole part of n is scalef's.
@@ -177,15 +178,19 @@ FUSEDVAE_INLINE vf exponential(vf x) {
   const vf sixteenths = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
                          1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
                          1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};  // 2^(k/16)
-  const vf power = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(rounded), sixteenths);
+  const vf power = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(rounded), sixteenths * factor);
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   const vf p = (r * 1.66666667e-1f + 0.5f) * r + 1.0f;
   return scale_by_power(power * (p * r) + power, n);
 #else
   const ExpReduction e = reduce_exp(x);
-  return scale_by_power(e.expm1_r + 1.0f, e.n);
+  return scale_by_power(e.expm1_r * factor + factor, e.n);
 #endif
+}
+
+FUSEDVAE_INLINE vf exponential(vf x) {
+  return exponential(x, splat(x, 1.0f));
 }
 
 // e^x and e^x - 1 of one range reduction: each accurate to about an ulp, near 0 and far from it.
@@ -202,6 +207,9 @@ FUSEDVAE_INLINE ExpPair exp_pair(vf x) {
 
 FUSEDVAE_INLINE double exponential(double x) {
   return std::exp(x);
+}
+FUSEDVAE_INLINE double exponential(double x, double factor) {
+  return factor * std::exp(x);
 }
 
 // ln x for normal x > 0, by Cephes' polynomial around 1.

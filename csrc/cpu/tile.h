@@ -1,5 +1,6 @@
-// Tiles: the unit of work, of float accumulation and of conversion. A tile's operands sit in the L1 cache as plain
-// arrays of the working type, so that the formula loops see neither strides nor dtypes.
+// Tiles: the unit of work, of float accumulation and of conversion. The formula loops see a tile's operands as plain
+// arrays of the working type, neither strides nor dtypes: where they lie if they are that already, else in buffers,
+// which stay in the L1 cache.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,10 @@
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
+// Elements of a tile: the most that buffers hold, and what a tile has that needs none, whose own costs (cutting it out,
+// adding up lanes) count for less the larger it is.
 constexpr int64_t kTile = 1024;
+constexpr int64_t kUnbufferedTile = 4096;
 constexpr int64_t kLine = 64;
 
 static inline int64_t min_of(int64_t a, int64_t b) {
@@ -48,15 +52,15 @@ struct Tile {
   int64_t count() const { return nb * no * ni; }
 };
 
-// Cuts an extent into tiles of at most kTile elements, each within a sample or made of whole samples. The cut depends
-// on the extent alone, never on threads, and with it every rounding.
+// Cuts an extent into tiles of at most `most` elements, each within a sample or made of whole samples. The cut never
+// depends on threads, and with it no rounding does.
 class Tiling {
  public:
-  explicit Tiling(const Extent& e) : e_(e) {
+  explicit Tiling(const Extent& e, int64_t most = kTile) : e_(e) {
     const int64_t sample = max_of(e.sample(), 1);
-    samples_ = max_of(1, kTile / sample);
-    rows_ = samples_ > 1 ? e.outer : max_of(1, min_of(e.outer, kTile / max_of(e.inner, 1)));
-    columns_ = min_of(max_of(e.inner, 1), kTile);
+    samples_ = max_of(1, most / sample);
+    rows_ = samples_ > 1 ? e.outer : max_of(1, min_of(e.outer, most / max_of(e.inner, 1)));
+    columns_ = min_of(max_of(e.inner, 1), most);
     row_groups_ = ceil_div(e.outer, max_of(rows_, 1));
     column_groups_ = ceil_div(max_of(e.inner, 1), columns_);
     count_ = e.count() == 0 ? 0 : ceil_div(e.batch, samples_) * row_groups_ * column_groups_;
@@ -91,6 +95,12 @@ static inline int64_t offset_of(const Operand& op, const Tile& t, int64_t b, int
 static inline bool is_run(const Operand& op, const Tile& t) {
   return op.stride[2] == 1 && (t.no == 1 || op.stride[1] == t.ni) &&
          (t.nb == 1 || (t.no == 1 ? op.stride[0] == t.ni : op.stride[0] == t.no * t.ni));
+}
+
+// Whether an operand is an array of T, so that every tile of it is one as well.
+template <class T>
+inline bool is_array(const Operand& op, const Extent& e) {
+  return op.data && op.dtype == dtype_of<T>() && is_run(op, Tile{0, e.batch, 0, e.outer, 0, e.inner});
 }
 
 // A tile's operand as an array; `buffer` holds it if it is not one already.

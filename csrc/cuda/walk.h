@@ -75,7 +75,7 @@ class NllWalk {
     for (int j = 0; j < A::V; ++j) {
       T logvar = uniform_logvar_, precision = uniform_precision_;
       if (!task_.spread.is_uniform()) precision = precision_of(spread.at[j], &logvar);
-      const auto g = FUSEDVAE_NAMESPACE::gaussian_nll<T>(recon_x.at[j], x.at[j], logvar, precision);
+      const auto g = FUSEDVAE_NAMESPACE::gaussian_nll<T>(recon_x.at[j], x.at[j], logvar, T(0.5), T(0.5) * precision);
       const T w = task_.weight.given ? weight.at[j] : T(1);
       value.at[j] = g.value;
       d_recon.at[j] = w * g.d_recon;

@@ -9,21 +9,22 @@
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
-// Negative log-likelihood of x under N(recon, e^logvar), without the constant log(2 pi) / 2:
-// (logvar + (recon - x)^2 * precision) / 2, where precision = e^-logvar.
+// Negative log-likelihood of x under N(recon, e^logvar), without the constant log(2 pi) / 2, times a weight:
+// weight * (logvar + (recon - x)^2 * precision) / 2, where precision = e^-logvar.
+// It takes half the weight, and half the precision times the weight: loops can have both at less than two
+// multiplications an element. Those that sum values may take `half_square`, the part that is not linear in logvar.
 // The gradient with respect to x is -d_recon; with respect to the variance, precision * d_logvar.
-// Loops that sum values and weight gradients may take `half_square`, the part of both that is not linear in logvar.
 template <class T>
 struct GaussianNll {
   T value, d_recon, d_logvar, half_square;
 };
 
 template <class T>
-FUSEDVAE_INLINE GaussianNll<T> gaussian_nll(T recon, T x, T logvar, T precision) {
+FUSEDVAE_INLINE GaussianNll<T> gaussian_nll(T recon, T x, T logvar, T half_weight, T half_precision) {
   const T error = recon - x;
-  const T d_recon = error * precision;
-  const T half_square = (0.5f * error) * d_recon;
-  return {0.5f * logvar + half_square, d_recon, 0.5f - half_square, half_square};
+  const T half_d_recon = error * half_precision;
+  const T half_square = error * half_d_recon;
+  return {half_weight * logvar + half_square, half_d_recon + half_d_recon, half_weight - half_square, half_square};
 }
 
 // KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2.

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 WARM_UPS = 3
-"""Turns that are not counted: they fill caches, grow the allocator's pools and find the number of repeats."""
+"""Runs that are not counted: they fill caches, grow the allocator's pools and find the number of repeats."""
 LONG_SECONDS = 0.2
-"""Work that takes longer than this warms up once, and its turns have no run that is not timed."""
+"""Work that takes longer than this warms up twice, and its turns have no run that is not timed."""
 MOST_REPEATS = 1000
 DEFAULT_CACHE = 32 * 2**20
 """Bytes of the last cache where the system does not say."""
@@ -86,8 +86,9 @@ def interleaved(
     """
     repeats, untimed = {}, {}
     for contestant in contestants:
+        seconds_of(contestant, device)  # may compile, which says nothing about the work
         taken = [seconds_of(contestant, device)]
-        while len(taken) < WARM_UPS and taken[0] < LONG_SECONDS:
+        while len(taken) < WARM_UPS - 1 and taken[0] < LONG_SECONDS:
             taken.append(seconds_of(contestant, device))
         repeats[contestant.name] = max(1, min(MOST_REPEATS, round(turn / max(min(taken), 1e-9))))
         untimed[contestant.name] = int(taken[0] < LONG_SECONDS)
