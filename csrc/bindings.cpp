@@ -1,11 +1,12 @@
-// The extension module: tasks, addresses and a thread count in, kernels out. Knows nothing of torch.
+// The extension module: tasks, tensors and a thread count in, kernels out. Knows nothing of torch: a tensor is
+// whatever has a method data_ptr.
 //
 // A task says how a kernel walks its operands: everything about a call but where they lie. It is made once for
 // tensors of some sizes, strides and dtypes, and runs on any that have these. Making one takes the form of each operand
 // in order: (tensor, byte offset, dtype code, batch stride, outer stride, inner stride) for one that lies in a tensor
-// of the run, (number,) for one that is a number, None for one that is not there; tensor and number are positions among
-// what a run takes, addresses and numbers. The caller answers for the memory, and has imported torch, whose OpenMP
-// runtime the kernels then share.
+// of the run, (number,) for one that is a number, None for one that is not there; tensor and number are positions in
+// the tuple that a run takes. The caller answers for the memory, and has imported torch, whose OpenMP runtime the
+// kernels then share.
 
 #include <pybind11/pybind11.h>
 
@@ -48,19 +49,22 @@ class Planned {
     if (slot.source >= sources_) sources_ = slot.source + 1;
   }
 
-  // The task on these addresses and numbers.
+  // The task on these tensors and numbers.
   Task on(const py::tuple& sources) const {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
     if (sources.size() < sources_) throw py::value_error("the task has more operands");
     Task filled = task;
     for (const Slot& slot : slots_) {
       Operand& operand = *reinterpret_cast<Operand*>(reinterpret_cast<char*>(&filled) + slot.member);
       PyObject* const source = PyTuple_GET_ITEM(sources.ptr(), static_cast<Py_ssize_t>(slot.source));
-      if (slot.offset >= 0)
-        operand.data = static_cast<char*>(PyLong_AsVoidPtr(source)) + slot.offset;
-      else
+      if (slot.offset < 0) {
         operand.value = PyFloat_AsDouble(source);
+      } else if (PyObject* const address = PyObject_CallMethodNoArgs(source, data_ptr)) {
+        operand.data = static_cast<char*>(PyLong_AsVoidPtr(address)) + slot.offset;
+        Py_DECREF(address);
+      }
+      if (PyErr_Occurred()) throw py::error_already_set();
     }
-    if (PyErr_Occurred()) throw py::error_already_set();
     return filled;
   }
 

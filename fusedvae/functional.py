@@ -173,7 +173,10 @@ def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
     """
     memory: dict[tuple, _Call] = {}
 
-    def recall(operands: tuple[Any, ...], options: dict[str, Any]) -> _Call:
+    @wraps(prepare)
+    def remembered(*operands: Any, **options: Any) -> _Call:
+        if ops.is_watched():
+            return prepare(*operands, **options)
         try:
             key = (
                 # All that may matter of an operand but the values in it.
@@ -197,10 +200,6 @@ def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
                 memory.clear()
             memory[key] = call
         return call
-
-    @wraps(prepare)
-    def remembered(*operands: Any, **options: Any) -> _Call:
-        return prepare(*operands, **options) if ops.is_watched() else recall(operands, options)
 
     return remembered
 

@@ -31,6 +31,13 @@ int threads_for(int64_t elements, int threads) {
   return static_cast<int>(max_of(1, min_of(threads, elements / kGrain)));
 }
 
+// What runs a loop, given what its work amounts to, in elements of a likelihood.
+using Run = Callable<const Loop&, int64_t>;
+
+auto on_threads(int threads) {
+  return [threads](const Loop& loop, int64_t elements) { parallel_for(threads_for(elements, threads), loop); };
+}
+
 // Bytes of an output from which on its pages are worth asking for: malloc maps anything of this size anew, while it
 // serves smaller blocks from memory that has its pages already.
 constexpr int64_t kHugePageBytes = int64_t{32} << 20;
@@ -172,10 +179,10 @@ bool is_unbuffered(const NllTask& task, Spread reduction, bool by_sample, bool s
   return true;
 }
 
-// Runs the task; `totals`, unless null, receives the sum of the weighted values: one, or one a sample with
-// `by_sample`. The weight is a number then, finite and not an element's.
+// Runs the task, its loop by way of `run`; `totals`, unless null, receives the sum of the weighted values: one, or one a
+// sample with `by_sample`. The weight is a number then, finite and not an element's.
 template <class T>
-void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
+void run_nll(const NllTask& task, double* totals, bool by_sample, const Run& run) {
   const Extent& e = task.extent;
   const Spread reduction = spread_reduction(task);
   const bool stream = bytes_of(task.grad_recon_x, e) + bytes_of(task.grad_x, e) +
@@ -198,7 +205,7 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
       reduction == Spread::column ? max_of(1, min_of(16, min_of(tiles, e.batch * e.outer / 8))) : tiles;
   Doubles columns(reduction == Spread::column ? blocks * e.inner : 0);
 
-  parallel_for(blocks, threads_for(e.count(), threads), [&](int64_t first_block, int64_t last_block) {
+  const auto body = [&](int64_t first_block, int64_t last_block) {
     alignas(kLine) T recon_buffer[kTile], x_buffer[kTile], spread_buffer[kTile], weight_buffer[kTile];
     alignas(kLine) T value_buffer[kTile], d_recon_buffer[kTile], d_x_buffer[kTile], d_spread_buffer[kTile];
     for (int64_t block = first_block; block < last_block; ++block)
@@ -267,7 +274,8 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
             break;
         }
       }
-  });
+  };
+  run({blocks, body}, e.count());
 
   if (totals) {
     if (by_sample)
@@ -314,12 +322,12 @@ bool any_double(const Operand* const* operands, int count) {
   return false;
 }
 
-void dispatch_nll(const NllTask& task, double* totals, bool by_sample, int threads) {
+void dispatch_nll(const NllTask& task, double* totals, bool by_sample, const Run& run) {
   const Operand* const operands[] = {&task.recon_x, &task.x, &task.spread};
   if (any_double(operands, 3))
-    run_nll<double>(task, totals, by_sample, threads);
+    run_nll<double>(task, totals, by_sample, run);
   else
-    run_nll<float>(task, totals, by_sample, threads);
+    run_nll<float>(task, totals, by_sample, run);
 }
 
 // --- latent ---------------------------------------------------------------------------------------------------------
@@ -381,7 +389,7 @@ double latent_arrays(const LatentArrays<T> a, int64_t count) {  // by value: no 
 }
 
 template <class T>
-void run_latent(const LatentTask& task, double* totals, bool by_sample, int threads) {
+void run_latent(const LatentTask& task, double* totals, bool by_sample, const Run& run) {
   const Extent& e = task.extent;
   const Tiling tiling(e);
   const int64_t tiles = tiling.count();
@@ -390,7 +398,7 @@ void run_latent(const LatentTask& task, double* totals, bool by_sample, int thre
   const uint64_t seed = task.seed ? static_cast<uint64_t>(*task.seed) : 0;
   for (const Operand* op : {&task.z, &task.grad_mu, &task.grad_logvar}) prefer_huge_pages(*op, e);
 
-  parallel_for(tiles, threads_for(e.count() * (task.seed ? 4 : 1), threads), [&](int64_t first, int64_t last) {
+  const auto body = [&](int64_t first, int64_t last) {
     alignas(kLine) T mu_buffer[kTile], logvar_buffer[kTile], noise_buffer[kTile], d_z_buffer[kTile], d_kl_buffer[kTile];
     alignas(kLine) T z_buffer[kTile], kl_buffer[kTile], d_mu_buffer[kTile], d_logvar_buffer[kTile];
     alignas(kLine) float scratch[kTile + kNoisePad], made[kTile + kNoisePad];
@@ -431,7 +439,8 @@ void run_latent(const LatentTask& task, double* totals, bool by_sample, int thre
         for (int64_t b = 0; b < t.nb; ++b) values[k * slots + b] = sum(kl_buffer + b * e.sample(), e.sample());
       }
     }
-  });
+  };
+  run({tiles, body}, e.count() * (task.seed ? 4 : 1));
 
   if (!totals) return;
   for (int64_t b = 0; b < (by_sample ? e.batch : 1); ++b) totals[b] = 0;
@@ -441,12 +450,12 @@ void run_latent(const LatentTask& task, double* totals, bool by_sample, int thre
   }
 }
 
-void dispatch_latent(const LatentTask& task, double* totals, bool by_sample, int threads) {
+void dispatch_latent(const LatentTask& task, double* totals, bool by_sample, const Run& run) {
   const Operand* const operands[] = {&task.mu, &task.logvar, &task.noise};
   if (any_double(operands, 3))
-    run_latent<double>(task, totals, by_sample, threads);
+    run_latent<double>(task, totals, by_sample, run);
   else
-    run_latent<float>(task, totals, by_sample, threads);
+    run_latent<float>(task, totals, by_sample, run);
 }
 
 // --- the table's entries --------------------------------------------------------------------------------------------
@@ -455,7 +464,7 @@ void normal(const NormalTask& task, int threads) {
   const Extent flat{1, 1, task.count};
   const Tiling tiling(flat);
   const uint64_t seed = static_cast<uint64_t>(*task.seed);
-  parallel_for(tiling.count(), threads_for(4 * task.count, threads), [&](int64_t first, int64_t last) {
+  const auto body = [&](int64_t first, int64_t last) {
     alignas(kLine) float buffer[kTile + kNoisePad];
     for (int64_t k = first; k < last; ++k) {
       const Tile t = tiling[k];
@@ -463,23 +472,24 @@ void normal(const NormalTask& task, int threads) {
       with_type(task.out.dtype,
                 [&](auto* type) { narrow_run(run, static_cast<decltype(type)>(task.out.data) + t.i0, t.ni); });
     }
-  });
+  };
+  on_threads(threads)({tiling.count(), body}, 4 * task.count);
 }
 
 void latent(const LatentTask& task, int threads) {
-  if (!task.kl) return dispatch_latent(task, nullptr, false, threads);
+  if (!task.kl) return dispatch_latent(task, nullptr, false, on_threads(threads));
   Doubles totals(task.extent.batch);
-  dispatch_latent(task, totals.at(0), true, threads);
+  dispatch_latent(task, totals.at(0), true, on_threads(threads));
   for (int64_t b = 0; b < task.extent.batch; ++b) put(task.kl, b * task.kl.stride[0], totals[b]);
 }
 
 void nll(const NllTask& task, int threads) {
-  dispatch_nll(task, nullptr, false, threads);
+  dispatch_nll(task, nullptr, false, on_threads(threads));
 }
 
 void elbo(const ElboTask& task, int threads) {
   if (task.values == Values::element) {
-    dispatch_nll(task.nll, nullptr, false, threads);
+    dispatch_nll(task.nll, nullptr, false, on_threads(threads));
     return;
   }
   const bool by_sample = task.values == Values::sample;
@@ -487,19 +497,29 @@ void elbo(const ElboTask& task, int threads) {
   const int64_t batch = task.has_nll ? task.nll.extent.batch : task.kl.extent.batch;
   const int64_t count = by_sample ? batch : 1;
   Doubles nlls(count), kls(count);
+  NllTask nll = task.nll;
+  nll.weight.given = true;
+  nll.weight.value = task.scale;
+  LatentTask kl = task.kl;
+  kl.grad_kl.given = true;
+  kl.grad_kl.value = task.scale * beta;
+  if (task.has_nll && task.has_kl) {
+    // Both in one go of the threads: the KL alone is seldom worth waking them for.
+    dispatch_nll(nll, nlls.at(0), by_sample, [&](const Loop& nll_loop, int64_t nll_elements) {
+      dispatch_latent(kl, kls.at(0), by_sample, [&](const Loop& kl_loop, int64_t kl_elements) {
+        parallel_for(threads_for(nll_elements + kl_elements, threads), nll_loop, &kl_loop);
+      });
+    });
+  } else if (task.has_nll) {
+    dispatch_nll(nll, nlls.at(0), by_sample, on_threads(threads));
+  } else if (task.has_kl) {
+    dispatch_latent(kl, kls.at(0), by_sample, on_threads(threads));
+  }
   if (task.has_nll) {
-    NllTask half = task.nll;
-    half.weight.given = true;
-    half.weight.value = task.scale;
-    dispatch_nll(half, nlls.at(0), by_sample, threads);
-    const double elements = static_cast<double>(by_sample ? half.extent.sample() : half.extent.count());
+    const double elements = static_cast<double>(by_sample ? nll.extent.sample() : nll.extent.count());
     for (int64_t b = 0; b < count; ++b) nlls[b] += task.scale * task.constant * elements;
   }
   if (task.has_kl) {
-    LatentTask half = task.kl;
-    half.grad_kl.given = true;
-    half.grad_kl.value = task.scale * beta;
-    dispatch_latent(half, kls.at(0), by_sample, threads);
     for (int64_t b = 0; b < count; ++b) kls[b] *= task.scale;
   } else if (task.kl_in) {
     for (int64_t b = 0; b < task.kl_in_count; ++b) kls[by_sample ? b : 0] += get(task.kl_in, b * task.kl_in.stride[0]);
@@ -516,10 +536,11 @@ void elbo(const ElboTask& task, int threads) {
 
 template <class T, class S>
 void scale_run(S* data, int64_t count, T factor, int threads) {
-  parallel_for(ceil_div(count, kTile), threads_for(count, threads), [&](int64_t first, int64_t last) {
+  const auto body = [&](int64_t first, int64_t last) {
     for (int64_t i = first * kTile; i < min_of(count, last * kTile); ++i)
       narrow(static_cast<T>(widen(data[i])) * factor, data + i);
-  });
+  };
+  on_threads(threads)({ceil_div(count, kTile), body}, count);
 }
 
 void scale(const ScaleTask& task, int threads) {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "math/target.h"
+
 extern "C" {
 __attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 __attribute__((weak)) int omp_get_thread_num(void);
@@ -15,29 +17,54 @@ __attribute__((weak)) int omp_in_parallel(void);
 }
 
 namespace fusedvae {
+namespace FUSEDVAE_NAMESPACE {
 
-// Calls body(begin, end) over disjoint ranges that cover [0, tasks), on at most `threads` threads.
-template <class Body>
-void parallel_for(int64_t tasks, int threads, const Body& body) {
-  if (tasks <= 0) return;
+// A function by reference, whatever its type. To be called while the function lives.
+template <class... Arguments>
+class Callable {
+ public:
+  template <class F>
+  Callable(const F& f)  // NOLINT: a conversion, so that lambdas may be passed
+      : f_(&f), call_([](const void* f_, Arguments... given) { (*static_cast<const F*>(f_))(given...); }) {}
+  void operator()(Arguments... given) const { call_(f_, given...); }
+
+ private:
+  const void* f_;
+  void (*call_)(const void*, Arguments...);
+};
+
+// body(begin, end) over ranges that cover [0, tasks).
+struct Loop {
+  int64_t tasks;
+  Callable<int64_t, int64_t> body;
+
+  // The share of thread t of n.
+  void share(int64_t t, int64_t n) const {
+    const int64_t begin = tasks * t / n, end = tasks * (t + 1) / n;
+    if (begin < end) body(begin, end);
+  }
+};
+
+// Runs the loop, and a second one with it, on at most `threads` threads. Each takes an even share of either.
+inline void parallel_for(int threads, const Loop& loop, const Loop* second = nullptr) {
+  const auto share = [&](int64_t t, int64_t n) {
+    loop.share(t, n);
+    if (second) second->share(t, n);
+  };
+  const int64_t tasks = second && second->tasks > loop.tasks ? second->tasks : loop.tasks;
   if (tasks < threads) threads = static_cast<int>(tasks);
   if (threads <= 1 || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads ||
       (omp_in_parallel && omp_in_parallel())) {
-    body(int64_t{0}, tasks);
+    share(0, 1);
     return;
   }
-  struct Share {
-    const Body* body;
-    int64_t tasks;
-  } share{&body, tasks};
+  Callable<int64_t, int64_t> callable = share;
   GOMP_parallel(
       [](void* data) {
-        const Share& s = *static_cast<Share*>(data);
-        const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
-        const int64_t begin = s.tasks * t / n, end = s.tasks * (t + 1) / n;
-        if (begin < end) (*s.body)(begin, end);
+        (*static_cast<const Callable<int64_t, int64_t>*>(data))(omp_get_thread_num(), omp_get_num_threads());
       },
-      &share, static_cast<unsigned>(threads), 0);
+      &callable, static_cast<unsigned>(threads), 0);
 }
 
+}  // namespace FUSEDVAE_NAMESPACE
 }  // namespace fusedvae

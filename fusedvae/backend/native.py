@@ -1,7 +1,7 @@
 """The compiled extension: C++ kernels for CPUs, CUDA kernels for NVIDIA GPUs.
 
 Works out from sizes, strides and dtypes how the kernels walk a call's operands, a task of csrc/tasks.h, and
-keeps it: a training loop meets the same ones at every step. What is left to a call is to hand over addresses. The
+keeps it: a training loop meets the same ones at every step. What is left to a call is to hand over the operands. The
 extension knows nothing of torch; torch is imported first, so that it finds torch's OpenMP runtime in the process.
 """
 
@@ -56,18 +56,17 @@ class _Plan(NamedTuple):
         if self.copies:
             self._run_with_copies(operands, *extra)
         else:
-            sources = tuple([t.data_ptr() if isinstance(t, Tensor) else t for t in operands if t is not None])
             if self.gpu is None:
-                self.task.run(sources, *extra, torch.get_num_threads())
+                self.task.run(operands, *extra, torch.get_num_threads())
             else:
-                self._launch(self.gpu, sources, *extra)
+                self._launch(self.gpu, operands, *extra)
 
-    def _launch(self, gpu: int, sources: tuple[Any, ...], *extra: int) -> None:
+    def _launch(self, gpu: int, operands: tuple[Any, ...], *extra: int) -> None:
         stream = torch._C._cuda_getCurrentRawStream(gpu)
         size = self.task.workspace_bytes
         # Until the launch, the workspace must not become anyone else's; after it, the stream's order sees to that.
         workspace = _workspace(gpu, stream, size) if size else None
-        self.task.launch(sources, *extra, gpu, stream, 0 if workspace is None else workspace.data_ptr())
+        self.task.launch(operands, *extra, gpu, stream, 0 if workspace is None else workspace.data_ptr())
 
     def _run_with_copies(self, operands: Any, *extra: int) -> None:
         if self.unpacked:
@@ -101,8 +100,6 @@ class _Parts:
 
     def __init__(self, fields: Sequence[str], descriptions: Sequence[Described]) -> None:
         self._parts = {name: Part(k, d) for k, (name, d) in enumerate(zip(fields, descriptions, strict=True))}
-        present = [k for k, d in enumerate(descriptions) if d is not None]
-        self._sources = {field: position for position, field in enumerate(present)}
 
     def __getitem__(self, name: str) -> Part:
         return self._parts.get(name, ABSENT)
@@ -121,8 +118,8 @@ class _Parts:
         """The form of a part that is walked with ``strides``."""
         if part.described is None:
             return None
-        source = self._sources[part.field]
-        return (source, part.offset, _DTYPES[part.described[2]], *strides) if part.described else (source,)
+        field = part.field
+        return (field, part.offset, _DTYPES[part.described[2]], *strides) if part.described else (field,)
 
     def values(self, name: str) -> _Form:
         """The form of a vector of values a sample, or of one value."""

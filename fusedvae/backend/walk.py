@@ -94,7 +94,7 @@ def walk_nll(
     return walked._replace(copies=(*walked.copies, Copy(field, True, shape, strides)))
 
 
-def with_stand_ins(operands: Sequence[Any], copies: Sequence[Copy]) -> list[Any]:
+def with_stand_ins(operands: Sequence[Any], copies: Sequence[Copy]) -> tuple[Any, ...]:
     """The operands with copies in the place of what the kernels cannot walk, filled with the values of inputs."""
     replaced = list(operands)
     for field, is_output, shape, strides in copies:
@@ -102,7 +102,7 @@ def with_stand_ins(operands: Sequence[Any], copies: Sequence[Copy]) -> list[Any]
         replaced[field] = torch.empty_strided(shape, strides, dtype=original.dtype, device=original.device)
         if not is_output:
             replaced[field].copy_(original)
-    return replaced
+    return tuple(replaced)
 
 
 def copy_back(operands: Sequence[Any], replaced: Sequence[Any], copies: Sequence[Copy]) -> None:
