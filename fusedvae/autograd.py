@@ -7,8 +7,8 @@ backward pass instead; a second derivative goes through the reference formulas.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,9 @@ def _second_order(formula: Callable[..., Any], inputs: list[Any], grads: list[Te
     return tuple(next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs)
 
 
-def _scaled(grads: list[Tensor], factor: Tensor | None, in_place: bool, backend_name: str, memo: Memo) -> list[Tensor]:
+def _scaled(
+    grads: Sequence[Tensor], factor: Tensor | None, in_place: bool, backend_name: str, memo: Memo
+) -> Sequence[Tensor]:
     """The gradients made in the forward pass, times the incoming factor.
 
     Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
@@ -141,6 +143,41 @@ def _latent_gradients(
     return grads[0], None if logvar is None else grads[1]
 
 
+_OPERANDS, _MU, _KL_IN, _BETA = 7, 3, 5, 6
+"""How many operands an objective has, and positions among them."""
+_REDUCTION, _TERMS, _NEEDED = 3, 5, 6
+"""Positions among its options."""
+
+
+class _ElboPlan(NamedTuple):
+    """What is worked out once of an objective's derivative, for operands of some kinds and dtypes."""
+
+    options_in_forward: tuple[Any, ...]
+    """The options with those gradients needed that are made in the forward pass: all of them or none."""
+    made: list[int]
+    """The operands that these are of."""
+    is_all: bool
+    """Whether these are all that the loss has."""
+    tensors: list[int]
+    numbers: list[int]
+    """The operands that are tensors, and those that are numbers."""
+
+
+def _elbo_plan(options: tuple[Any, ...], operands: tuple[Any, ...]) -> _ElboPlan:
+    needed = options[_NEEDED]
+    deferred = options[_REDUCTION] in ("sample", "element") or any(
+        need and t.dtype == torch.float16 for t, need in zip(operands, needed, strict=False)
+    )
+    others = [t for t in (operands[_KL_IN], operands[_BETA]) if isinstance(t, Tensor) and t.requires_grad]
+    return _ElboPlan(
+        (*options[:_NEEDED], [False] * len(needed), *options[_NEEDED + 1 :]) if deferred else options,
+        [] if deferred else _positions(needed),
+        not deferred and not others,
+        _positions([isinstance(operand, Tensor) for operand in operands]),
+        _positions([isinstance(operand, (int, float)) for operand in operands]),
+    )
+
+
 class _Elbo(torch.autograd.Function):
     """loss = nll + beta * kl and its terms.
 
@@ -153,108 +190,94 @@ class _Elbo(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        memo: Memo | None,
-        options: tuple[Any, ...],
-        recon_x: Tensor | None,
-        x: Tensor | None,
-        spread: Tensor | float | None,
-        mu: Tensor | None,
-        logvar: Tensor | None,
-        kl_in: Tensor | None,
-        beta: Tensor | float | None,
-    ) -> Any:
+    def forward(ctx: Any, memo: Memo | None, options: tuple[Any, ...], *operands: Any) -> Any:
         kept = {} if memo is None else memo
-        inner = kept.get("options in forward")
-        if inner is None:
-            inner = kept["options in forward"] = _options_in_forward(options, (recon_x, x, spread, mu, logvar))
-        out = ops.elbo.below_autograd(memo, inner, recon_x, x, spread, mu, logvar, kl_in, beta)
+        plan = kept.get("elbo plan")
+        if plan is None:
+            plan = kept["elbo plan"] = _elbo_plan(options, operands)
+        out = ops.elbo.below_autograd(memo, plan.options_in_forward, *operands)
         terms = options[_TERMS]
-        values, grads = out[: 3 if terms else 1], out[3 if terms else 1 :]
-        spread, spread_value = (spread, None) if isinstance(spread, Tensor) else (None, spread)
-        beta, beta_value = (beta, None) if isinstance(beta, Tensor) else (None, beta)
-        ctx.save_for_backward(recon_x, x, spread, mu, logvar, kl_in, beta, values[-1] if terms else None, *grads)
-        ctx.rest = spread_value, beta_value, options, inner[_NEEDED], memo is not None, kept
+        # With the terms comes the KL: the gradient of beta.
+        ctx.save_for_backward(*[operands[k] for k in plan.tensors], *out[2 if terms else 1 :])
+        ctx.rest = plan, options, [operands[k] for k in plan.numbers], memo is not None, kept
         ctx.set_materialize_grads(False)
+        values = 3 if terms else 1
         if memo is not None:
-            return tuple(values)
-        ctx.mark_non_differentiable(*grads)
+            return tuple(out[:values])
+        ctx.mark_non_differentiable(*out[values:])
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        recon_x, x, spread, mu, logvar, kl_in, beta, kl, *buffers = ctx.saved_tensors
-        spread_value, beta_value, options, made, owns_buffers, kept = ctx.rest
+        plan, options, numbers, owns_buffers, kept = ctx.rest
         is_variance, eps, full, reduction, _, terms, needed, name = options
-        spread, beta = spread_value if spread is None else spread, beta_value if beta is None else beta
+        saved = ctx.saved_tensors
+        buffers = saved[len(plan.tensors) + terms :]
         g_loss, g_nll, g_kl = incoming[:3] if terms else (incoming[0], None, None)
-        if g_loss is None and g_nll is None and g_kl is None:
-            return (None,) * 9
+        grads: list[Tensor | None] = [None] * _OPERANDS
+        loss_alone = g_nll is None and g_kl is None
+        if loss_alone and g_loss is None:
+            return (None, None, *grads)
+        if loss_alone and plan.is_all and not torch.is_grad_enabled():
+            # The usual step.
+            _place(grads, plan.made, _scaled(buffers, g_loss, owns_buffers, name, kept))
+            return (None, None, *grads)
 
+        operands: list[Any] = [None] * _OPERANDS
+        _place(operands, plan.tensors, saved)
+        _place(operands, plan.numbers, numbers)
+        recon_x, x, spread, mu, logvar, kl_in, beta = operands
         if torch.is_grad_enabled():
 
             def formula(*operands: Any) -> tuple[Tensor, ...]:
                 how: tuple[Any, ...] = (is_variance, eps, full, reduction)
                 return elbo_formula(*operands, *how)
 
-            inputs = [recon_x, x, spread, mu, logvar, kl_in, beta]
-            return (None, None, *_second_order(formula, inputs, [g_loss, g_nll, g_kl]))
+            return (None, None, *_second_order(formula, operands, [g_loss, g_nll, g_kl]))
 
-        grads: list[Tensor | None] = [None] * 7  # of the operands
         # What the KL is multiplied by on its way into whatever was differentiated.
         kl_factor = g_kl
         if g_loss is not None and (not buffers or kl_in is not None or g_kl is not None):
             kl_factor = _sum(g_loss * beta, g_kl)
-        if buffers and g_nll is None and g_kl is None:
-            # The usual step, in one go: the loss alone was differentiated, and all its gradients are made.
-            _place(grads, _scaled(buffers, g_loss, owns_buffers, name, kept), needed)
+        if buffers and loss_alone:
+            _place(grads, plan.made, _scaled(buffers, g_loss, owns_buffers, name, {}))
         else:
-            made_nll, made_kl = buffers[: sum(made[:3])], buffers[sum(made[:3]) :]
+            nlls = sum(k < _MU for k in plan.made)
+            made_nll, made_kl = buffers[:nlls], buffers[nlls:]
             factor = _sum(g_loss, g_nll)
-            if factor is not None and any(needed[:3]):
+            if factor is not None and any(needed[:_MU]):
                 if made_nll:
                     found = _scaled(made_nll, factor, owns_buffers, name, {})
                 else:
                     weight = factor * reference.scale_of(reduction, x.shape)
-                    how = (is_variance, eps, needed[:3], name)
+                    how = (is_variance, eps, needed[:_MU], name)
                     found = ops.nll_backward(recon_x, x, spread, weight, options=how)
-                _place(grads, found, needed[:3])
-            if kl_factor is not None and any(needed[3:]):
+                _place(grads, _positions(needed[:_MU]), found)
+            if kl_factor is not None and any(needed[_MU:]):
                 if made_kl and g_kl is None:  # made with beta in them
                     found = _scaled(made_kl, g_loss, owns_buffers, name, {})
                 else:
                     weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
                     found = ops.latent_backward(mu, logvar, None, None, None, weight, options=(name,))
                     if logvar is not None:
-                        found = [g for g, need in zip(found, needed[3:], strict=True) if need]
-                _place(grads, found, [False] * 3 + needed[3:])
+                        found = [g for g, need in zip(found, needed[_MU:], strict=True) if need]
+                _place(grads, [_MU + k for k in _positions(needed[_MU:])], found)
         if kl_factor is not None and kl_in is not None and kl_in.requires_grad:
-            grads[5] = (kl_factor * reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
+            grads[_KL_IN] = (kl_factor * reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
         if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
-            grads[6] = (g_loss * kl).sum().to(beta.dtype)
+            kl = saved[len(plan.tensors)]
+            grads[_BETA] = (g_loss * kl).sum().to(beta.dtype)
         return (None, None, *grads)
 
 
-_REDUCTION, _TERMS, _NEEDED = 3, 5, 6
-"""Positions among an objective's options."""
+def _positions(needed: list[bool]) -> list[int]:
+    return [k for k, need in enumerate(needed) if need]
 
 
-def _options_in_forward(options: tuple[Any, ...], operands: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An objective's options with those gradients needed that are made in the forward pass: all or none."""
-    needed = options[_NEEDED]
-    deferred = options[_REDUCTION] in ("sample", "element") or any(
-        need and t.dtype == torch.float16 for t, need in zip(operands, needed, strict=True)
-    )
-    return (*options[:_NEEDED], [False] * 5, *options[_NEEDED + 1 :]) if deferred else options
-
-
-def _place(grads: list[Tensor | None], found: list[Tensor], needed: list[bool]) -> None:
-    """Put what was found where it was needed."""
-    remaining = iter(found)
-    for k, need in enumerate(needed):
-        if need:
-            grads[k] = next(remaining)
+def _place(places: list[Any], positions: list[int], items: Sequence[Any]) -> None:
+    """Put each of the first items where it belongs."""
+    for k, item in zip(positions, items):  # noqa: B905 - a hot path
+        places[k] = item
 
 
 def elbo_formula(

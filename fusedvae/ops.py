@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -335,23 +335,41 @@ def latent_backward(
 # --- the bound --------------------------------------------------------------------------------------------------
 
 
-def _elbo_out(options: tuple, operands: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The value buffers, one or three, and the gradient buffers of the operands that need them."""
-    _, _, _, reduction, dtype, terms, needed, _ = options
-    recon_x, x, spread, mu, logvar, _, _ = operands
+class _ElboRecipe(NamedTuple):
+    """How the operator runs on operands of some sizes, strides and dtypes."""
+
+    loss: Tensor | None
+    """A tensor like its only value, if that is a total: nothing allocates one quicker than `torch.empty_like`."""
+    needed: list[int]
+    """The operands that need a gradient."""
+    objective: Objective
+    compute: Callable[[Objective, ElboOperands, Memo], None]
+
+
+def _elbo_values(options: tuple, operands: tuple[Any, ...]) -> list[Tensor]:
+    _, _, _, reduction, dtype, terms, _, _ = options
+    recon_x, x, _, mu, _, _, _ = operands
     if reduction == "element":
-        values = [torch.empty_like(recon_x, dtype=dtype)]
+        loss = torch.empty_like(recon_x, dtype=dtype)
     else:
         witness = mu if x is None else x
-        values = [witness.new_empty(witness.shape[:1] if reduction == "sample" else (), dtype=dtype)]
-    if terms:
-        values += [torch.empty_like(values[0]), torch.empty_like(values[0])]
-    return values, _like((recon_x, x, spread, mu, logvar), needed)
+        loss = witness.new_empty(witness.shape[:1] if reduction == "sample" else (), dtype=dtype)
+    return [loss, torch.empty_like(loss), torch.empty_like(loss)] if terms else [loss]
+
+
+def _elbo_recipe(options: tuple, operands: tuple[Any, ...]) -> _ElboRecipe:
+    is_variance, eps, full, reduction, _, terms, needed, name = options
+    witness = operands[3] if operands[1] is None else operands[1]
+    return _ElboRecipe(
+        None if terms or reduction in ("sample", "element") else _elbo_values(options, operands)[0],
+        [k for k, need in enumerate(needed) if need],
+        Objective(is_variance, eps, full, reduction, scale_of(reduction, witness.shape)),
+        backend.kernels(name).elbo,
+    )
 
 
 def _fake_elbo(options: tuple, *operands: Any) -> list[Tensor]:
-    values, grads = _elbo_out(options, operands)
-    return values + _present(grads)
+    return _elbo_values(options, operands) + _present(_like(operands, options[6]))
 
 
 @_operator(
@@ -366,17 +384,16 @@ def elbo(memo: Memo, options: tuple, *operands: Any) -> list[Tensor]:
     A gradient follows for each of recon_x, x, spread, mu, logvar that is ``needed``. Without mu, the KL is that of
     ``kl_in`` (a value a sample) or absent; without recon_x, the NLL is absent.
     """
-    values, grads = _elbo_out(options, operands)
-    objective = memo.get("objective")
-    if objective is None:
-        is_variance, eps, full, reduction, *_ = options
-        x, mu = operands[1], operands[3]
-        scale = scale_of(reduction, mu.shape if x is None else x.shape)
-        objective = memo["objective"] = Objective(is_variance, eps, full, reduction, scale)
+    recipe = memo.get("recipe")
+    if recipe is None:
+        recipe = memo["recipe"] = _elbo_recipe(options, operands)
+    values = _elbo_values(options, operands) if recipe.loss is None else [torch.empty_like(recipe.loss)]
+    grads: list[Tensor | None] = [None] * 5
+    for k in recipe.needed:
+        grads[k] = torch.empty_like(operands[k])
     loss, nll, kl = values if len(values) == 3 else (values[0], None, None)
-    operands = (*operands, loss, nll, kl, *grads)
-    backend.kernels(options[-1]).elbo(objective, ElboOperands(*operands), memo)
-    return values + _present(grads)
+    recipe.compute(recipe.objective, ElboOperands._make((*operands, loss, nll, kl, *grads)), memo)
+    return values + [grads[k] for k in recipe.needed]  # type: ignore[misc]
 
 
 def _nll_grads(

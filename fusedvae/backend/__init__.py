@@ -8,6 +8,7 @@ operation, and passes the name on, so that a backward pass runs where its forwar
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -158,7 +159,7 @@ class KernelBackend(Protocol):
     def nll_backward(self, objective: Objective, operands: NllOperands, memo: Memo) -> None:
         """Gradients of sum(weight * nll)."""
 
-    def scale_(self, tensors: list[Tensor], factor: Tensor, memo: Memo) -> None:
+    def scale_(self, tensors: Sequence[Tensor], factor: Tensor, memo: Memo) -> None:
         """Multiply each dense tensor by the 0-dim ``factor`` in place; touch nothing when it is 1. No host sync."""
 
 

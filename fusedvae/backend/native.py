@@ -277,7 +277,7 @@ class _Native:
             operands = operands._replace(weight=weight)
         _planned(_nll_plan, operands.x.device, operands, objective).run(operands)
 
-    def scale_(self, tensors: list[Tensor], factor: Tensor, memo: Memo) -> None:
+    def scale_(self, tensors: Sequence[Tensor], factor: Tensor, memo: Memo) -> None:
         operands = (*tensors, factor)
         plan = memo.get("scale")
         if plan is None:

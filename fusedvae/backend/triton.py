@@ -427,7 +427,7 @@ class _Triton:
         elif operands.grad_spread is not None:
             operands.grad_spread.zero_()
 
-    def scale_(self, tensors: list[Tensor], factor: Tensor, memo: Memo) -> None:
+    def scale_(self, tensors: Sequence[Tensor], factor: Tensor, memo: Memo) -> None:
         tensors = [t for t in tensors if t.numel()]
         if tensors:
             _scale_plan(tuple([t.numel() for t in tensors])).run((*tensors, factor), factor.device)
