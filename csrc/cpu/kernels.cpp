@@ -60,21 +60,33 @@ void prefer_huge_pages(const Operand& op, const Extent& e) {
 #endif
 }
 
-// Runs step(i, load, store, keep) over [0, count) a pack at a time. For the last, partial pack, load and store are
-// partial, and keep zeroes the lanes past the end.
-template <class T, class Step>
-FUSEDVAE_INLINE void for_packs(int64_t count, const Step& step) {
+// Packs that are fetched before any of them is written. A processor that finds the low twelve bits of a load's address
+// in a store under way takes the two for the same and has the load wait. Gradients often lie a few lines past their
+// operands, up to multiples of 4096 bytes: then each store would hold up the next load.
+constexpr int64_t kAhead = 4;
+
+// Runs apply(i, fetch(i, load), store, keep) over [0, count), a pack at a time. For the last, partial pack, load and
+// store are partial, and keep zeroes the lanes past the end.
+template <class T, class Fetch, class Apply>
+FUSEDVAE_INLINE void for_packs(int64_t count, const Fetch& fetch, const Apply& apply) {
   typedef typename Pack<T>::type P;
-  constexpr int64_t w = Pack<T>::lanes;
+  constexpr int64_t w = Pack<T>::lanes, ahead = w > 1 ? kAhead : 1;
+  const auto load_all = [](const T* p) FUSEDVAE_LAMBDA { return load<P>(p); };
+  const auto store_all = [](T* p, P v) FUSEDVAE_LAMBDA { store(p, v); };
+  const auto keep_all = [](P v) FUSEDVAE_LAMBDA { return v; };
   int64_t i = 0;
-  for (; i + w <= count; i += w)
-    step(
-        i, [](const T* p) FUSEDVAE_LAMBDA { return load<P>(p); }, [](T* p, P v) FUSEDVAE_LAMBDA { store(p, v); },
-        [](P v) FUSEDVAE_LAMBDA { return v; });
+  for (; i + ahead * w <= count; i += ahead * w) {
+    decltype(fetch(i, load_all)) fetched[ahead];
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < ahead; ++k) fetched[k] = fetch(i + k * w, load_all);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < ahead; ++k) apply(i + k * w, fetched[k], store_all, keep_all);
+  }
+  for (; i + w <= count; i += w) apply(i, fetch(i, load_all), store_all, keep_all);
   const int64_t rest = count - i;
   if (rest > 0)
-    step(
-        i, [rest](const T* p) FUSEDVAE_LAMBDA { return load_part<P>(p, rest); },
+    apply(
+        i, fetch(i, [rest](const T* p) FUSEDVAE_LAMBDA { return load_part<P>(p, rest); }),
         [rest](T* p, P v) FUSEDVAE_LAMBDA { store_part(p, v, rest); },
         [rest](P v) FUSEDVAE_LAMBDA {
           T lanes[sizeof(P) / sizeof(T)];
@@ -117,14 +129,21 @@ double nll_arrays(const NllArrays<T> a, int64_t count) {  // by value: no store 
   // For a weight of 2 where each element has its own.
   if (uniform_spread)
     take_spread(zero + a.spread[0], has_weights ? zero + 1.0f : half_weight, &logvar, &precision, &half_precision);
-  for_packs<T>(count, [=, &logvars, &half_squares](int64_t i, auto load, auto store, auto keep) FUSEDVAE_LAMBDA {
-    const P h = has_weights ? 0.5f * load(a.weight + i) : half_weight;
+  struct Fetched {
+    P recon_x, x, spread, weight;
+  };
+  const auto fetch = [=](int64_t i, auto load) FUSEDVAE_LAMBDA -> Fetched {
+    return {load(a.recon_x + i), load(a.x + i), uniform_spread ? P{} : load(a.spread + i),
+            has_weights ? load(a.weight + i) : P{}};
+  };
+  const auto apply = [=, &logvars, &half_squares](int64_t i, const Fetched& in, auto store, auto keep) FUSEDVAE_LAMBDA {
+    const P h = has_weights ? 0.5f * in.weight : half_weight;
     P l = logvar, p = precision, half_p = half_precision;
     if (!uniform_spread)
-      take_spread(load(a.spread + i), h, &l, &p, &half_p);
+      take_spread(in.spread, h, &l, &p, &half_p);
     else if (has_weights)
       half_p = h * half_p;
-    const GaussianNll<P> g = gaussian_nll(load(a.recon_x + i), load(a.x + i), l, h, half_p);
+    const GaussianNll<P> g = gaussian_nll(in.recon_x, in.x, l, h, half_p);
     if (sums) {
       logvars += keep(l);
       half_squares += keep(g.half_square);
@@ -134,7 +153,8 @@ double nll_arrays(const NllArrays<T> a, int64_t count) {  // by value: no store 
     if (a.grad_recon_x) store(a.grad_recon_x + i, g.d_recon);
     if (a.grad_x) store(a.grad_x + i, -g.d_recon);
     if (a.grad_spread) store(a.grad_spread + i, is_variance ? g.d_logvar * p : g.d_logvar);
-  });
+  };
+  for_packs<T>(count, fetch, apply);
   return static_cast<double>(0.5f * a.uniform_weight) * static_cast<double>(sum_lanes(logvars)) +
          static_cast<double>(sum_lanes(half_squares));
 }
@@ -179,8 +199,8 @@ bool is_unbuffered(const NllTask& task, Spread reduction, bool by_sample, bool s
   return true;
 }
 
-// Runs the task, its loop by way of `run`; `totals`, unless null, receives the sum of the weighted values: one, or one a
-// sample with `by_sample`. The weight is a number then, finite and not an element's.
+// Runs the task, its loop by way of `run`; `totals`, unless null, receives the sum of the weighted values: one, or one
+// a sample with `by_sample`. The weight is a number then, finite and not an element's.
 template <class T>
 void run_nll(const NllTask& task, double* totals, bool by_sample, const Run& run) {
   const Extent& e = task.extent;
@@ -356,27 +376,27 @@ template <class T>
 double latent_arrays(const LatentArrays<T> a, int64_t count) {  // by value: no store can change it
   using P = typename Pack<T>::type;
   P total = {};
-  for_packs<T>(count, [=, &total](int64_t i, auto load, auto store, auto keep) FUSEDVAE_LAMBDA {
-    const P mu = load(a.mu + i), logvar = load(a.logvar + i);
+  struct Fetched {
+    P mu, logvar, noise, grad_z, grad_kl;
+  };
+  const auto fetch = [=](int64_t i, auto load) FUSEDVAE_LAMBDA -> Fetched {
+    return {load(a.mu + i), load(a.logvar + i), a.noise ? load(a.noise + i) : P{}, a.grad_z ? load(a.grad_z + i) : P{},
+            a.grad_kl ? load(a.grad_kl + i) : P{}};
+  };
+  const auto apply = [=, &total](int64_t i, const Fetched& in, auto store, auto keep) FUSEDVAE_LAMBDA {
     P sigma, expm1_logvar;
-    spread_of(logvar, &sigma, &expm1_logvar);
-    const KlStandardNormal<P> kl = kl_standard_normal(mu, logvar, expm1_logvar);
+    spread_of(in.logvar, &sigma, &expm1_logvar);
+    const KlStandardNormal<P> kl = kl_standard_normal(in.mu, in.logvar, expm1_logvar);
     total += keep(kl.value);
     if (a.kl) store(a.kl + i, kl.value);
-    const P noise = a.noise ? load(a.noise + i) : P{};
-    const Sample<P> z = sample(mu, sigma, noise);
+    const Sample<P> z = sample(in.mu, sigma, in.noise);
     if (a.z) store(a.z + i, z.value);
     if (a.grad_mu || a.grad_logvar) {
-      P d_mu = {}, d_logvar = {};
-      if (a.grad_z) {
-        const P g = load(a.grad_z + i);
-        d_mu = g;
-        d_logvar = g * z.d_logvar;
-      }
+      P d_mu = in.grad_z, d_logvar = in.grad_z * z.d_logvar;
+      if (!a.grad_z) d_mu = d_logvar = P{};
       if (a.grad_kl) {
-        const P g = load(a.grad_kl + i);
-        d_mu += g * kl.d_mu;
-        d_logvar += g * kl.d_logvar;
+        d_mu += in.grad_kl * kl.d_mu;
+        d_logvar += in.grad_kl * kl.d_logvar;
       } else if (!a.grad_z) {
         d_mu = a.uniform_grad_kl * kl.d_mu;
         d_logvar = a.uniform_grad_kl * kl.d_logvar;
@@ -384,7 +404,8 @@ double latent_arrays(const LatentArrays<T> a, int64_t count) {  // by value: no 
       if (a.grad_mu) store(a.grad_mu + i, d_mu);
       if (a.grad_logvar) store(a.grad_logvar + i, d_logvar);
     }
-  });
+  };
+  for_packs<T>(count, fetch, apply);
   return static_cast<double>(sum_lanes(total));
 }
 
