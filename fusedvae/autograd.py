@@ -235,12 +235,16 @@ class _Elbo(torch.autograd.Function):
 
             return (None, None, *_second_order(formula, operands, [g_loss, g_nll, g_kl]))
 
-        # What the KL is multiplied by on its way into whatever was differentiated.
-        kl_factor = g_kl
-        if g_loss is not None and (not buffers or kl_in is not None or g_kl is not None):
-            kl_factor = _sum(g_loss * beta, g_kl)
+        def kl_factor(scale: float) -> Tensor:
+            """What the KL, times ``scale``, is multiplied by on its way into whatever was differentiated."""
+            through_loss = None if g_loss is None else g_loss * (beta * scale)
+            factor = _sum(through_loss, None if g_kl is None else g_kl * scale)
+            assert factor is not None
+            return factor
+
+        reaches_kl = g_loss is not None or g_kl is not None
         if buffers and loss_alone:
-            _place(grads, plan.made, _scaled(buffers, g_loss, owns_buffers, name, {}))
+            _place(grads, plan.made, _scaled(buffers, g_loss, owns_buffers, name, kept))
         else:
             nlls = sum(k < _MU for k in plan.made)
             made_nll, made_kl = buffers[:nlls], buffers[nlls:]
@@ -253,17 +257,17 @@ class _Elbo(torch.autograd.Function):
                     how = (is_variance, eps, needed[:_MU], name)
                     found = ops.nll_backward(recon_x, x, spread, weight, options=how)
                 _place(grads, _positions(needed[:_MU]), found)
-            if kl_factor is not None and any(needed[_MU:]):
+            if reaches_kl and any(needed[_MU:]):
                 if made_kl and g_kl is None:  # made with beta in them
                     found = _scaled(made_kl, g_loss, owns_buffers, name, {})
                 else:
-                    weight = (kl_factor * reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
+                    weight = kl_factor(reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
                     found = ops.latent_backward(mu, logvar, None, None, None, weight, options=(name,))
                     if logvar is not None:
                         found = [g for g, need in zip(found, needed[_MU:], strict=True) if need]
                 _place(grads, [_MU + k for k in _positions(needed[_MU:])], found)
-        if kl_factor is not None and kl_in is not None and kl_in.requires_grad:
-            grads[_KL_IN] = (kl_factor * reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
+        if reaches_kl and kl_in is not None and kl_in.requires_grad:
+            grads[_KL_IN] = kl_factor(reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
         if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
             kl = saved[len(plan.tensors)]
             grads[_BETA] = (g_loss * kl).sum().to(beta.dtype)

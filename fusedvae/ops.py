@@ -264,6 +264,14 @@ def _sample_like(mu: Tensor, logvar: Tensor | None) -> Tensor:
     return torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
 
 
+def _blanks(memo: Memo, make: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
+    """Tensors like those that ``make`` makes, without working out again what they are like."""
+    found = memo.get("blanks")
+    if found is None:
+        found = memo["blanks"] = [(t.shape, t.stride(), t.dtype, t.device) for t in make()]
+    return [torch.empty_strided(*like, dtype=dtype, device=device) for *like, dtype, device in found]
+
+
 def _reparameterize_out(
     options: tuple, mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None
 ) -> Tensor:
@@ -275,7 +283,7 @@ def reparameterize(
     memo: Memo, options: tuple, mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None
 ) -> Tensor:
     """z = mu + exp(logvar / 2) * noise, the noise given or made from the seed."""
-    z = _sample_like(mu, logvar)
+    (z,) = _blanks(memo, lambda: (_sample_like(mu, logvar),))
     backend.kernels(options[-1]).latent(LatentOperands(mu, logvar, noise, z=z), seed, memo)
     return z
 
@@ -292,7 +300,7 @@ def _latent_out(options: tuple, mu: Tensor, logvar: Tensor | None, seed: Tensor)
 )
 def latent(memo: Memo, options: tuple, mu: Tensor, logvar: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
     """The sample and its KL to the standard normal, one value a sample, in one pass."""
-    z, kl = _latent_out(options, mu, logvar, seed)
+    z, kl = _blanks(memo, lambda: _latent_out(options, mu, logvar, seed))
     backend.kernels(options[-1]).latent(LatentOperands(mu, logvar, z=z, kl=kl), seed, memo)
     return z, kl
 

@@ -19,7 +19,7 @@ OPERATIONS = {
     "nll": "Gaussian negative log-likelihood, mean over the batch",
     "latent": "sample and KL (a value a sample) together",
     "elbo": "negative ELBO of given decoder and encoder outputs, mean over the batch",
-    "step": "a whole training step: networks, sampling, loss, backward pass, Adam",
+    "step": "a whole training step: networks, sampling, loss, backward pass, fused Adam",
 }
 DIRECTIONS = {
     "both": "forward and backward pass",

@@ -410,7 +410,7 @@ class _StepWork:
         model = copy.deepcopy(self._model)
         function = method.step(model)
         error = check_step(model, function, self._data[0], constant=method.constant)
-        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
         data = self._data
 
         def step(index: int) -> None:
