@@ -164,19 +164,19 @@ _Call = Callable[..., Any]
 """What computes an operation of operands that have been checked."""
 
 
-def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
+def _remembered(prepare: Callable[..., _Call]) -> Callable[[tuple[Any, ...], tuple[Any, ...]], _Call]:
     """Remember what ``prepare`` returned for operands of the same types, sizes, strides and dtypes.
 
     Checking the arguments of a call and finding its way takes longer than many of the kernels, and a training loop
-    makes the same calls over and over. ``prepare`` takes operands by position, the first of which decides the device,
-    and everything else by name; it must not depend on values in tensors or on numbers among the operands.
+    makes the same calls over and over. ``prepare`` takes the operands, the first of which decides the device, then the
+    options; it must not depend on values in tensors or on numbers among the operands.
     """
     memory: dict[tuple, _Call] = {}
 
     @wraps(prepare)
-    def remembered(*operands: Any, **options: Any) -> _Call:
+    def remembered(operands: tuple[Any, ...], options: tuple[Any, ...]) -> _Call:
         if ops.is_watched():
-            return prepare(*operands, **options)
+            return prepare(*operands, *options)
         try:
             key = (
                 # All that may matter of an operand but the values in it.
@@ -186,16 +186,16 @@ def _remembered(prepare: Callable[..., _Call]) -> Callable[..., _Call]:
                     else type(t)
                     for t in operands
                 ],
-                *options.values(),
+                *options,
                 torch.is_grad_enabled(),
                 torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(operands[0].device.type),
                 current_choice(),
             )
             call = memory.get(key)
         except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, or unhashable
-            return prepare(*operands, **options)
+            return prepare(*operands, *options)
         if call is None:
-            call = prepare(*operands, **options)
+            call = prepare(*operands, *options)
             if len(memory) >= _MOST_REMEMBERED:
                 memory.clear()
             memory[key] = call
@@ -242,12 +242,12 @@ def reparameterize(
     _check_generator(generator)
     if noise is not None and generator is not None:
         raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
-    call = _sample_call(mu, logvar, noise, backend=backend)
+    call = _sample_call((mu, logvar, noise), (backend,))
     return call(mu, logvar, ops.draw_seed(mu.device, generator) if noise is None else None, noise)
 
 
 @_remembered
-def _sample_call(mu: Tensor, logvar: Tensor | None, noise: Tensor | None, *, backend: str | None) -> _Call:
+def _sample_call(mu: Tensor, logvar: Tensor | None, noise: Tensor | None, backend: str | None) -> _Call:
     _check_latents(mu, logvar)
     if noise is not None:
         _check_tensor("noise", noise)
@@ -291,12 +291,12 @@ def latent(
         `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,).
     """
     _check_generator(generator)
-    call = _latent_call(mu, logvar, backend=backend)
+    call = _latent_call((mu, logvar), (backend,))
     return Latent(*call(mu, logvar, ops.draw_seed(mu.device, generator)))
 
 
 @_remembered
-def _latent_call(mu: Tensor, logvar: Tensor | None, *, backend: str | None) -> _Call:
+def _latent_call(mu: Tensor, logvar: Tensor | None, backend: str | None) -> _Call:
     _check_latents(mu, logvar)
     name = resolve(mu.device.type, backend)
     kl_dtype = _value_dtype(mu.device.type, mu, logvar)
@@ -321,12 +321,12 @@ def kl_standard_normal(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
-    call = _kl_call(mu, logvar, reduction=reduction, backend=backend)
+    call = _kl_call((mu, logvar), (reduction, backend))
     return call(None, None, None, mu, logvar, None, 1.0)[0]
 
 
 @_remembered
-def _kl_call(mu: Tensor, logvar: Tensor | None, *, reduction: str, backend: str | None) -> _Call:
+def _kl_call(mu: Tensor, logvar: Tensor | None, reduction: str, backend: str | None) -> _Call:
     _check_latents(mu, logvar)
     return _objective_call(None, None, None, mu, logvar, None, 1.0, _checked_reduction(reduction), backend)
 
@@ -353,7 +353,7 @@ def gaussian_nll(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
-    call = _nll_call(recon_x, x, recon_logvar, full=full, reduction=reduction, backend=backend)
+    call = _nll_call((recon_x, x, recon_logvar), (full, reduction, backend))
     return call(recon_x, x, recon_logvar, None, None, None, 0.0)[0]
 
 
@@ -362,7 +362,6 @@ def _nll_call(
     recon_x: Tensor,
     x: Tensor,
     recon_logvar: Tensor | float | None,
-    *,
     full: bool,
     reduction: str,
     backend: str | None,
@@ -439,13 +438,13 @@ def gaussian_nll_loss(
         how = "sum" if reduction == "none" else reduction
     else:
         how = "element" if reduction == "none" else reduction
-    call = _variance_call(input, target, spread, full=full, eps=eps, reduction=how, backend=backend)
+    call = _variance_call((input, target, spread), (full, eps, how, backend))
     return call(input, target, spread, None, None, None, 0.0)[0]
 
 
 @_remembered
 def _variance_call(
-    mean: Tensor, x: Tensor, var: Tensor | float, *, full: bool, eps: float, reduction: str, backend: str | None
+    mean: Tensor, x: Tensor, var: Tensor | float, full: bool, eps: float, reduction: str, backend: str | None
 ) -> _Call:
     return _objective_call(mean, x, var, None, None, None, 0.0, reduction, backend, full=full, floor=float(eps))
 
@@ -485,20 +484,8 @@ def elbo_loss(
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
         backend: overrides the process's choice for this call.
     """
-    call = _elbo_call(
-        recon_x,
-        x,
-        recon_logvar,
-        mu,
-        logvar,
-        kl,
-        beta,
-        full=full,
-        reduction=reduction,
-        return_terms=return_terms,
-        backend=backend,
-    )
-    values = call(recon_x, x, recon_logvar, mu, logvar, kl, beta)
+    operands = (recon_x, x, recon_logvar, mu, logvar, kl, beta)
+    values = _elbo_call(operands, (full, reduction, return_terms, backend))(*operands)
     return ELBOTerms(*values[:3]) if return_terms else values[0]
 
 
@@ -511,7 +498,6 @@ def _elbo_call(
     logvar: Tensor | None,
     kl: Tensor | None,
     beta: float | Tensor,
-    *,
     full: bool,
     reduction: str,
     return_terms: bool,
