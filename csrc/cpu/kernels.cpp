@@ -97,6 +97,9 @@ FUSEDVAE_INLINE void for_packs(int64_t count, const Fetch& fetch, const Apply& a
 
 // --- likelihood -----------------------------------------------------------------------------------------------------
 
+// Rows whose gradients of a spread a column are added up in float, before they are in double.
+constexpr int64_t kRowsInFloat = 64;
+
 // The formula over arrays.
 template <class T>
 struct NllArrays {
@@ -220,16 +223,23 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, const Run& run
                                : reduction == Spread::tile   ? 1
                                                              : 0;
   Doubles values(tiles * value_slots), spreads(tiles * spread_slots);
-  // Sums over columns need a row of accumulators; a few blocks of tiles have one each.
-  const int64_t blocks =
-      reduction == Spread::column ? max_of(1, min_of(16, min_of(tiles, e.batch * e.outer / 8))) : tiles;
-  Doubles columns(reduction == Spread::column ? blocks * e.inner : 0);
+  // Sums over columns need a row of accumulators; a few blocks of rows of tiles have one each.
+  const bool by_column = reduction == Spread::column;
+  const int64_t groups = by_column ? tiling.column_groups() : 1, rows = tiles / groups;
+  const int64_t blocks = by_column ? max_of(1, min_of(16, min_of(rows, e.batch * e.outer / 8))) : tiles;
+  Doubles columns(by_column ? blocks * e.inner : 0);
 
   const auto body = [&](int64_t first_block, int64_t last_block) {
     alignas(kLine) T recon_buffer[kTile], x_buffer[kTile], spread_buffer[kTile], weight_buffer[kTile];
     alignas(kLine) T value_buffer[kTile], d_recon_buffer[kTile], d_x_buffer[kTile], d_spread_buffer[kTile];
-    for (int64_t block = first_block; block < last_block; ++block)
-      for (int64_t k = tiles * block / blocks; k < tiles * (block + 1) / blocks; ++k) {
+    alignas(kLine) T column_buffer[kTile];
+    for (int64_t u = first_block * groups; u < last_block * groups; ++u) {
+      // A group of columns of a block of rows; without sums over columns, one tile.
+      const int64_t block = u / groups, group = u % groups;
+      const int64_t first_row = rows * block / blocks, last_row = rows * (block + 1) / blocks;
+      int64_t rows_in_buffer = 0;
+      for (int64_t row = first_row; row < last_row; ++row) {
+        const int64_t k = row * groups + group;
         const Tile t = tiling[k];
         NllArrays<T> a;
         a.recon_x = read(task.recon_x, t, recon_buffer);
@@ -286,14 +296,22 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, const Run& run
               spreads[k * spread_slots + r] = sum(a.grad_spread + r * t.ni, t.ni);
             break;
           case Spread::column:
-            for (int64_t r = 0; r < t.nb * t.no; ++r) {
-              double* into = columns.at(block * e.inner + t.i0);
+            for (int64_t r = 0; r < t.nb * t.no; ++r, ++rows_in_buffer) {
               const T* from = a.grad_spread + r * t.ni;
-              for (int64_t i = 0; i < t.ni; ++i) into[i] += static_cast<double>(from[i]);
+              if (rows_in_buffer == 0)
+                for (int64_t i = 0; i < t.ni; ++i) column_buffer[i] = from[i];
+              else
+                for (int64_t i = 0; i < t.ni; ++i) column_buffer[i] += from[i];
+            }
+            if (rows_in_buffer >= kRowsInFloat || row + 1 == last_row) {
+              double* into = columns.at(block * e.inner + t.i0);
+              for (int64_t i = 0; i < t.ni; ++i) into[i] += static_cast<double>(column_buffer[i]);
+              rows_in_buffer = 0;
             }
             break;
         }
       }
+    }
   };
   run({blocks, body}, e.count());
 
@@ -311,12 +329,13 @@ void run_nll(const NllTask& task, double* totals, bool by_sample, const Run& run
     }
   }
   const Operand& g = task.grad_spread;
-  if (reduction == Spread::column) {
-    for (int64_t i = 0; i < e.inner; ++i) {
-      double total = 0;
-      for (int64_t block = 0; block < blocks; ++block) total += columns[block * e.inner + i];
-      put(g, i, total);
+  if (by_column) {
+    double* const total = columns.at(0);
+    for (int64_t block = 1; block < blocks; ++block) {
+      const double* const more = columns.at(block * e.inner);
+      for (int64_t i = 0; i < e.inner; ++i) total[i] += more[i];
     }
+    with_type(g.dtype, [&](auto* type) { narrow_run(total, static_cast<decltype(type)>(g.data), e.inner); });
   } else if (spread_slots) {
     const int64_t size = (e.batch - 1) * g.stride[0] + (e.outer - 1) * g.stride[1] + 1;
     Doubles sums(size);

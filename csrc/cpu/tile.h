@@ -66,6 +66,8 @@ class Tiling {
     count_ = e.count() == 0 ? 0 : ceil_div(e.batch, samples_) * row_groups_ * column_groups_;
   }
   int64_t count() const { return count_; }
+  // Tiles that a row is cut into; tile k has the columns of every other k that leaves the same remainder.
+  int64_t column_groups() const { return column_groups_; }
   // Tiles of one sample; 1 where tiles hold whole samples.
   int64_t per_sample() const { return row_groups_ * column_groups_; }
   int64_t max_samples() const { return samples_; }
