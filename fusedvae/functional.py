@@ -242,8 +242,7 @@ def reparameterize(
     _check_generator(generator)
     if noise is not None and generator is not None:
         raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
-    call = _sample_call((mu, logvar, noise), (backend,))
-    return call(mu, logvar, ops.draw_seed(mu.device, generator) if noise is None else None, noise)
+    return _sample_call((mu, logvar, noise), (backend,))(mu, logvar, noise, generator)
 
 
 @_remembered
@@ -257,8 +256,14 @@ def _sample_call(mu: Tensor, logvar: Tensor | None, noise: Tensor | None, backen
         _check_same_device("noise", noise, "mu", mu)
     name = resolve(mu.device.type, backend)
     if name == "reference":
-        return _reference_sample
-    return ops.reparameterize.prepared(mu, logvar, None, noise, options=(name,))
+        sample: _Call = _reference_sample
+    else:
+        sample = ops.reparameterize.prepared(mu, logvar, None, noise, options=(name,))
+    if noise is not None:
+        return lambda mu, logvar, noise, _: sample(mu, logvar, None, noise)
+    device = mu.device
+    draw_seed = ops.draw_seed.prepared(device, None)
+    return lambda mu, logvar, _, generator: sample(mu, logvar, draw_seed(device, generator), None)
 
 
 def _reference_sample(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None) -> Tensor:
@@ -291,8 +296,7 @@ def latent(
         `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,).
     """
     _check_generator(generator)
-    call = _latent_call((mu, logvar), (backend,))
-    return Latent(*call(mu, logvar, ops.draw_seed(mu.device, generator)))
+    return Latent(*_latent_call((mu, logvar), (backend,))(mu, logvar, generator))
 
 
 @_remembered
@@ -301,8 +305,12 @@ def _latent_call(mu: Tensor, logvar: Tensor | None, backend: str | None) -> _Cal
     name = resolve(mu.device.type, backend)
     kl_dtype = _value_dtype(mu.device.type, mu, logvar)
     if name == "reference":
-        return partial(_reference_latent, kl_dtype)
-    return ops.latent.prepared(mu, logvar, None, options=(kl_dtype, name))
+        run: _Call = partial(_reference_latent, kl_dtype)
+    else:
+        run = ops.latent.prepared(mu, logvar, None, options=(kl_dtype, name))
+    device = mu.device
+    draw_seed = ops.draw_seed.prepared(device, None)
+    return lambda mu, logvar, generator: run(mu, logvar, draw_seed(device, generator))
 
 
 def _reference_latent(kl_dtype: torch.dtype, mu: Tensor, logvar: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
