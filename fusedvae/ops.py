@@ -399,9 +399,9 @@ def elbo(memo: Memo, options: tuple, *operands: Any) -> list[Tensor]:
     grads: list[Tensor | None] = [None] * 5
     for k in recipe.needed:
         grads[k] = torch.empty_like(operands[k])
-    loss, nll, kl = values if len(values) == 3 else (values[0], None, None)
-    recipe.compute(recipe.objective, ElboOperands._make((*operands, loss, nll, kl, *grads)), memo)
-    return values + [grads[k] for k in recipe.needed]  # type: ignore[misc]
+    terms = values if len(values) == 3 else (values[0], None, None)
+    recipe.compute(recipe.objective, ElboOperands._make((*operands, *terms, *grads)), memo)
+    return values + _present(grads)
 
 
 def _nll_grads(

@@ -29,21 +29,26 @@ static inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Scratch memory; not std::vector, whose code the linker would share between instruction sets.
+// Scratch memory, zero at first; not std::vector, whose code the linker would share between instruction sets.
 class Doubles {
  public:
-  explicit Doubles(int64_t count)
-      : data_(static_cast<double*>(std::calloc(static_cast<size_t>(max_of(count, 1)), sizeof(double)))) {
+  explicit Doubles(int64_t count) {
+    if (count <= kFew) return;
+    data_ = static_cast<double*>(std::calloc(static_cast<size_t>(count), sizeof(double)));
     if (!data_) std::abort();
   }
-  ~Doubles() { std::free(data_); }
+  ~Doubles() {
+    if (data_ != few_) std::free(data_);
+  }
   Doubles(const Doubles&) = delete;
   Doubles& operator=(const Doubles&) = delete;
   double& operator[](int64_t i) { return data_[i]; }
   double* at(int64_t i) { return data_ + i; }
 
  private:
-  double* data_;
+  static constexpr int64_t kFew = 32;
+  double few_[kFew] = {};
+  double* data_ = few_;
 };
 
 // A block of elements [b0, b0 + nb) x [o0, o0 + no) x [i0, i0 + ni), in row-major order of (b, o, i).
