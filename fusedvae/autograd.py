@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backend, ops
 from .backend import Memo, reference
 from .layout import described
-from .ops import unpack
+from .ops import positions, unpack
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -171,10 +171,10 @@ def _elbo_plan(options: tuple[Any, ...], operands: tuple[Any, ...]) -> _ElboPlan
     others = [t for t in (operands[_KL_IN], operands[_BETA]) if isinstance(t, Tensor) and t.requires_grad]
     return _ElboPlan(
         (*options[:_NEEDED], [False] * len(needed), *options[_NEEDED + 1 :]) if deferred else options,
-        [] if deferred else _positions(needed),
+        [] if deferred else positions(needed),
         not deferred and not others,
-        _positions([isinstance(operand, Tensor) for operand in operands]),
-        _positions([isinstance(operand, (int, float)) for operand in operands]),
+        positions([isinstance(operand, Tensor) for operand in operands]),
+        positions([operand is not None and not isinstance(operand, Tensor) for operand in operands]),
     )
 
 
@@ -256,7 +256,7 @@ class _Elbo(torch.autograd.Function):
                     weight = factor * reference.scale_of(reduction, x.shape)
                     how = (is_variance, eps, needed[:_MU], name)
                     found = ops.nll_backward(recon_x, x, spread, weight, options=how)
-                _place(grads, _positions(needed[:_MU]), found)
+                _place(grads, positions(needed[:_MU]), found)
             if reaches_kl and any(needed[_MU:]):
                 if made_kl and g_kl is None:  # made with beta in them
                     found = _scaled(made_kl, g_loss, owns_buffers, name, {})
@@ -265,17 +265,13 @@ class _Elbo(torch.autograd.Function):
                     found = ops.latent_backward(mu, logvar, None, None, None, weight, options=(name,))
                     if logvar is not None:
                         found = [g for g, need in zip(found, needed[_MU:], strict=True) if need]
-                _place(grads, [_MU + k for k in _positions(needed[_MU:])], found)
+                _place(grads, [_MU + k for k in positions(needed[_MU:])], found)
         if reaches_kl and kl_in is not None and kl_in.requires_grad:
             grads[_KL_IN] = kl_factor(reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
         if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
             kl = saved[len(plan.tensors)]
             grads[_BETA] = (g_loss * kl).sum().to(beta.dtype)
         return (None, None, *grads)
-
-
-def _positions(needed: list[bool]) -> list[int]:
-    return [k for k, need in enumerate(needed) if need]
 
 
 def _place(places: list[Any], positions: list[int], items: Sequence[Any]) -> None:

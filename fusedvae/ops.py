@@ -206,6 +206,11 @@ def _like(operands: tuple[Any, ...], needed: list[bool]) -> list[Tensor | None]:
     return [torch.empty_like(t) if need else None for t, need in zip(operands, needed)]  # noqa: B905 - a hot path
 
 
+def positions(flags: list[bool]) -> list[int]:
+    """Of those that are set."""
+    return [k for k, flag in enumerate(flags) if flag]
+
+
 def _present(tensors: list[Tensor | None]) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
@@ -370,7 +375,7 @@ def _elbo_recipe(options: tuple, operands: tuple[Any, ...]) -> _ElboRecipe:
     witness = operands[3] if operands[1] is None else operands[1]
     return _ElboRecipe(
         None if terms or reduction in ("sample", "element") else _elbo_values(options, operands)[0],
-        [k for k, need in enumerate(needed) if need],
+        positions(needed),
         Objective(is_variance, eps, full, reduction, scale_of(reduction, witness.shape)),
         backend.kernels(name).elbo,
     )
