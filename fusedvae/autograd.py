@@ -218,10 +218,11 @@ class _Elbo(torch.autograd.Function):
         loss_alone = g_nll is None and g_kl is None
         if loss_alone and g_loss is None:
             return (None, None, *grads)
-        if loss_alone and plan.is_all and not torch.is_grad_enabled():
-            # The usual step.
+        are_made = loss_alone and bool(buffers) and not torch.is_grad_enabled()
+        if are_made:
             _place(grads, plan.made, _scaled(buffers, g_loss, owns_buffers, name, kept))
-            return (None, None, *grads)
+            if plan.is_all:  # the usual step
+                return (None, None, *grads)
 
         operands: list[Any] = [None] * _OPERANDS
         _place(operands, plan.tensors, saved)
@@ -243,9 +244,7 @@ class _Elbo(torch.autograd.Function):
             return factor
 
         reaches_kl = g_loss is not None or g_kl is not None
-        if buffers and loss_alone:
-            _place(grads, plan.made, _scaled(buffers, g_loss, owns_buffers, name, kept))
-        else:
+        if not are_made:
             nlls = sum(k < _MU for k in plan.made)
             made_nll, made_kl = buffers[:nlls], buffers[nlls:]
             factor = _sum(g_loss, g_nll)
