@@ -168,7 +168,7 @@ class NinjaFile:
         return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda | None, version: str) -> Path:
+def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda | None) -> Path:
     """Write the build.ninja in ``folder`` that makes ``library``."""
     import pybind11
 
@@ -180,7 +180,7 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
 
     # Headers that are not ours get -isystem: their warnings are not ours either.
     headers = [f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
-    macros = [f'-DFUSEDVAE_VERSION="{version}"', *(["-DFUSEDVAE_WITH_CUDA"] if cuda else [])]
+    macros = ["-DFUSEDVAE_WITH_CUDA"] if cuda else []
     objects = [ninja.build(folder / "bindings.o", "cxx", [BINDINGS], [*headers, *macros])]
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source != KERNELS:
@@ -235,7 +235,7 @@ def run_ninja(ninja: str, file: Path) -> None:
         raise BuildError(first + hint)
 
 
-def build_native(version: str) -> tuple[Path, dict]:
+def build_native() -> tuple[Path, dict]:
     """Build the extension in a folder that outlives the command, so that the next build is incremental.
 
     Returns its path and what is in it, as ``_build.json`` records it. Raises BuildError.
@@ -246,7 +246,7 @@ def build_native(version: str) -> tuple[Path, dict]:
 
     if isinstance(cuda, Cuda):
         try:
-            run_ninja(ninja, write_ninja_file(folder, library, compiler, cuda, version))
+            run_ninja(ninja, write_ninja_file(folder, library, compiler, cuda))
         except BuildError as error:
             cuda = f"compiling them failed: {error}"
     if isinstance(cuda, str):
@@ -254,7 +254,7 @@ def build_native(version: str) -> tuple[Path, dict]:
             raise BuildError(f"FUSEDVAE_CUDA=1, but no CUDA kernels: {cuda}")
         if cuda_sources():
             warn(f"the CUDA kernels were not compiled: {cuda}")
-        run_ninja(ninja, write_ninja_file(folder, library, compiler, None, version))
+        run_ninja(ninja, write_ninja_file(folder, library, compiler, None))
 
     record = {"cpu": list(instruction_sets(compiler)), "compiler": compiler.version}
     if isinstance(cuda, Cuda):
@@ -274,7 +274,7 @@ class BuildNative(build_ext):
         version = self.distribution.get_version()
         library, record, error = None, {}, None
         try:
-            library, record = build_native(version)
+            library, record = build_native()
         except BuildError as failure:
             error = str(failure)
             required = os.environ.get("FUSEDVAE_REQUIRE_EXT") == "1" or os.environ.get("FUSEDVAE_CUDA") == "1"

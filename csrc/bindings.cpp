@@ -1,18 +1,22 @@
 // The extension module: tasks, tensors and a thread count in, kernels out. Knows nothing of torch: a tensor is
 // whatever has a method data_ptr.
 //
-// A task says how a kernel walks its operands: everything about a call but where they lie. It is made once for
-// tensors of some sizes, strides and dtypes, and runs on any that have these. Making one takes the form of each operand
-// in order: (tensor, byte offset, dtype code, batch stride, outer stride, inner stride) for one that lies in a tensor
-// of the run, (number,) for one that is a number, None for one that is not there; tensor and number are positions in
-// the tuple that a run takes. The caller answers for the memory, and has imported torch, whose OpenMP runtime the
-// kernels then share.
+// A task says how a kernel goes over its operands: everything about a call but where they lie. It is made once for
+// tensors of some sizes, strides and dtypes, and runs on any that have these. Making one takes the form of each
+// operand: (tensor, byte offset, dtype code, batch stride, outer stride, inner stride) for one that lies in a tensor of
+// the run, (number,) for one that is a number, None for one that is not there; tensor and number are positions in the
+// tuple that a run takes. The caller answers for the memory, and has imported torch, whose OpenMP runtime the kernels
+// then share.
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
+#include <string>
 #include <vector>
 
+#include "broadcast.h"
 #include "cpu/kernels.h"
+#include "math/formulas.h"
 #include "operand.h"
 #if defined(FUSEDVAE_WITH_CUDA)
 #include "cuda/kernels.h"
@@ -27,40 +31,62 @@ Extent extent_of(const py::tuple& sizes) {
   return {sizes[0].cast<int64_t>(), sizes[1].cast<int64_t>(), sizes[2].cast<int64_t>()};
 }
 
-// A kernel's task, and those of its operands that each run fills in.
-template <class Task>
+// An operand that each run fills in.
+struct Slot {
+  std::ptrdiff_t member;  // where it is in its part of the task
+  size_t source;
+  int64_t bytes;  // from the tensor's beginning; -1 for a number
+};
+
+// A part of a task, or a whole one, and those of its operands that each run fills in.
+template <class Part>
 class Planned {
  public:
-  Task task;
+  Part part;
 
   void add(Operand& operand, const py::handle& form) {
     if (form.is_none()) return;
     operand.given = true;
-    const auto parts = form.cast<py::tuple>();
-    Slot slot{reinterpret_cast<char*>(&operand) - reinterpret_cast<char*>(&task), parts[0].cast<size_t>(), -1};
-    if (parts.size() == 6) {
-      slot.offset = parts[1].cast<int64_t>();
-      operand.dtype = static_cast<DType>(parts[2].cast<int>());
-      for (size_t i = 0; i < 3; ++i) operand.stride[i] = parts[i + 3].cast<int64_t>();
-    } else if (parts.size() != 1) {
-      throw py::value_error("an operand's form has six parts, or one for a number");
+    const auto fields = form.cast<py::tuple>();
+    Slot slot{offset_of(operand), fields[0].cast<size_t>(), -1};
+    if (fields.size() == 6) {
+      slot.bytes = fields[1].cast<int64_t>();
+      operand.dtype = static_cast<DType>(fields[2].cast<int>());
+      for (size_t i = 0; i < 3; ++i) operand.stride[i] = fields[i + 3].cast<int64_t>();
+    } else if (fields.size() != 1) {
+      throw py::value_error("an operand's form has six fields, or one for a number");
     }
-    slots_.push_back(slot);
-    if (slot.source >= sources_) sources_ = slot.source + 1;
+    take(slot);
+  }
+
+  template <size_t size>
+  void add(Operand (&operands)[size], const py::tuple& forms) {
+    if (forms.size() > size) throw py::value_error("more operands than a task has room for");
+    for (size_t i = 0; i < forms.size(); ++i) add(operands[i], forms[i]);
+  }
+
+  // Puts a smaller part into its place in this one.
+  template <class Smaller>
+  void add(Smaller& member, const Planned<Smaller>& smaller) {
+    member = smaller.part;
+    for (Slot slot : smaller.slots()) {
+      slot.member += offset_of(member);
+      take(slot);
+    }
   }
 
   // The task on these tensors and numbers.
-  Task on(const py::tuple& sources) const {
+  Part on(const py::tuple& sources) const {
     static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
     if (sources.size() < sources_) throw py::value_error("the task has more operands");
-    Task filled = task;
+    Part filled = part;
     for (const Slot& slot : slots_) {
       Operand& operand = *reinterpret_cast<Operand*>(reinterpret_cast<char*>(&filled) + slot.member);
       PyObject* const source = PyTuple_GET_ITEM(sources.ptr(), static_cast<Py_ssize_t>(slot.source));
-      if (slot.offset < 0) {
+      if (slot.bytes < 0) {
         operand.value = PyFloat_AsDouble(source);
       } else if (PyObject* const address = PyObject_CallMethodNoArgs(source, data_ptr)) {
-        operand.data = static_cast<char*>(PyLong_AsVoidPtr(address)) + slot.offset;
+        operand.data = static_cast<char*>(PyLong_AsVoidPtr(address)) + slot.bytes;
         Py_DECREF(address);
       }
       if (PyErr_Occurred()) throw py::error_already_set();
@@ -68,12 +94,18 @@ class Planned {
     return filled;
   }
 
+  const std::vector<Slot>& slots() const { return slots_; }
+
  private:
-  struct Slot {
-    std::ptrdiff_t member;  // of the operand in the task
-    size_t source;
-    int64_t offset;  // in bytes; -1 for a number
-  };
+  template <class Member>
+  std::ptrdiff_t offset_of(Member& member) {
+    return reinterpret_cast<char*>(&member) - reinterpret_cast<char*>(&part);
+  }
+  void take(const Slot& slot) {
+    slots_.push_back(slot);
+    if (slot.source >= sources_) sources_ = slot.source + 1;
+  }
+
   std::vector<Slot> slots_;
   size_t sources_ = 0;
 };
@@ -82,117 +114,94 @@ const int64_t* seed_at(uintptr_t address) {
   return reinterpret_cast<const int64_t*>(address);
 }
 
-// Forms in the order of the structs in tasks.h.
-
-template <class Task>
-void add_nll(Planned<Task>& plan, NllTask& task, const py::tuple& extent, const py::tuple& forms, bool is_variance,
-             double eps) {
-  task.extent = extent_of(extent);
-  task.is_variance = is_variance;
-  task.eps = eps;
-  Operand* const operands[] = {&task.recon_x,      &task.x,      &task.spread,     &task.weight, &task.value,
-                               &task.grad_recon_x, &task.grad_x, &task.grad_spread};
-  for (size_t i = 0; i < 8; ++i) plan.add(*operands[i], forms[i]);
+int formula_number(const std::string& name) {
+  for (int k = 0; k < scalar::Formulas::kSize; ++k)
+    if (name == scalar::Formulas::kNames[k]) return k;
+  throw py::value_error("no formula of the name " + name);
 }
 
-template <class Task>
-void add_latent(Planned<Task>& plan, LatentTask& task, const py::tuple& extent, const py::tuple& index,
-                const py::tuple& forms) {
-  task.extent = extent_of(extent);
-  task.index = {index[0].cast<int64_t>(), index[1].cast<int64_t>(), index[2].cast<int64_t>()};
-  Operand* const operands[] = {&task.mu,      &task.logvar,      &task.noise,   &task.grad_z, &task.z,
-                               &task.grad_mu, &task.grad_logvar, &task.grad_kl, &task.kl};
-  for (size_t i = 0; i < 9; ++i) plan.add(*operands[i], forms[i]);
-}
-
-Planned<NllTask> nll_task(const py::tuple& extent, const py::tuple& forms, bool is_variance, double eps) {
-  Planned<NllTask> plan;
-  add_nll(plan, plan.task, extent, forms, is_variance, eps);
-  return plan;
-}
-
-Planned<LatentTask> latent_task(const py::tuple& extent, const py::tuple& index, const py::tuple& forms) {
-  Planned<LatentTask> plan;
-  add_latent(plan, plan.task, extent, index, forms);
-  return plan;
-}
-
-Planned<ElboTask> elbo_task(const py::object& nll, const py::object& kl, const py::tuple& others, int64_t kl_in_count,
-                            int values, double scale, double constant) {
-  Planned<ElboTask> plan;
-  ElboTask& task = plan.task;
-  if ((task.has_nll = !nll.is_none())) {
-    const auto a = nll.cast<py::tuple>();
-    add_nll(plan, task.nll, a[0], a[1], a[2].cast<bool>(), a[3].cast<double>());
+// A latent's task, whose seed is an operand to the caller.
+class PlannedLatent {
+ public:
+  PlannedLatent(const py::tuple& extent, const py::tuple& index, bool in_double, const py::object& seed,
+                const py::object& mu, const py::object& logvar, const py::object& noise, const py::object& grad_z,
+                const py::object& grad_kl, const py::object& z, const py::object& kl, const py::object& grad_mu,
+                const py::object& grad_logvar) {
+    LatentTask& task = plan_.part.task;
+    task.extent = extent_of(extent);
+    task.index = {index[0].cast<int64_t>(), index[1].cast<int64_t>(), index[2].cast<int64_t>()};
+    task.in_double = in_double;
+    plan_.add(plan_.part.seed, seed);
+    plan_.add(task.mu, mu);
+    plan_.add(task.logvar, logvar);
+    plan_.add(task.noise, noise);
+    plan_.add(task.grad_z, grad_z);
+    plan_.add(task.grad_kl, grad_kl);
+    plan_.add(task.z, z);
+    plan_.add(task.kl, kl);
+    plan_.add(task.grad_mu, grad_mu);
+    plan_.add(task.grad_logvar, grad_logvar);
   }
-  if ((task.has_kl = !kl.is_none())) {
-    const auto a = kl.cast<py::tuple>();
-    add_latent(plan, task.kl, a[0], a[1], a[2]);
+  LatentTask on(const py::tuple& sources) const {
+    Seeded filled = plan_.on(sources);
+    filled.task.seed = static_cast<const int64_t*>(filled.seed.data);
+    return filled.task;
   }
-  Operand* const operands[] = {&task.kl_in, &task.beta, &task.loss, &task.nll_out, &task.kl_out};
-  if (others.size() > 5) throw py::value_error("more operands than a task has room for");
-  for (size_t i = 0; i < others.size(); ++i) plan.add(*operands[i], others[i]);
-  task.kl_in_count = kl_in_count;
-  task.values = static_cast<Values>(values);
-  task.scale = scale;
-  task.constant = constant;
-  return plan;
-}
+  const LatentTask& task() const { return plan_.part.task; }
 
-// A run of a kernel on the CPU.
-template <class Task>
-auto run(void (*Kernels::*kernel)(const Task&, int)) {
-  return [kernel](const Planned<Task>& plan, const py::tuple& sources, int threads) {
-    const Task task = plan.on(sources);
-    py::gil_scoped_release release;
-    (kernels().*kernel)(task, threads);
+ private:
+  struct Seeded {
+    LatentTask task;
+    Operand seed;
   };
+  Planned<Seeded> plan_;
+};
+
+Planned<ElementwiseTask> elementwise_task(const std::string& formula, double parameter, bool in_double,
+                                          const py::tuple& extent, const py::tuple& inputs, const py::object& weight,
+                                          const py::object& value, const py::tuple& grads) {
+  Planned<ElementwiseTask> plan;
+  ElementwiseTask& task = plan.part;
+  task.formula = formula_number(formula);
+  task.parameter = parameter;
+  task.in_double = in_double;
+  task.extent = extent_of(extent);
+  plan.add(task.inputs, inputs);
+  plan.add(task.weight, weight);
+  plan.add(task.value, value);
+  plan.add(task.grads, grads);
+  if (!can_sum(task.extent, task.grads)) throw py::value_error("gradients that the kernels cannot sum");
+  return plan;
 }
 
-void run_latent(const Planned<LatentTask>& plan, const py::tuple& sources, uintptr_t seed, int threads) {
-  LatentTask task = plan.on(sources);
-  task.seed = seed_at(seed);
-  py::gil_scoped_release release;
-  kernels().latent(task, threads);
+Planned<Term> term(const Planned<ElementwiseTask>* elements, const py::object& given, int64_t given_count,
+                   double factor, double constant, const py::object& coefficient, const py::object& out) {
+  Planned<Term> plan;
+  if (elements) plan.add(plan.part.elements, *elements);
+  plan.add(plan.part.given, given);
+  plan.part.given_count = given_count;
+  plan.part.factor = factor;
+  plan.part.constant = constant;
+  plan.add(plan.part.coefficient, coefficient);
+  plan.add(plan.part.out, out);
+  return plan;
 }
 
-#if defined(FUSEDVAE_WITH_CUDA)
-cuda::Place place_of(int device, uintptr_t stream, uintptr_t workspace) {
-  return {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(workspace)};
+Planned<ObjectiveTask> objective_task(const py::tuple& terms, int values, const py::object& loss) {
+  if (terms.size() > ObjectiveTask::kMostTerms) throw py::value_error("more terms than an objective has room for");
+  Planned<ObjectiveTask> plan;
+  ObjectiveTask& task = plan.part;
+  for (const py::handle& part : terms) plan.add(task.terms[task.count++], part.cast<const Planned<Term>&>());
+  task.values = static_cast<Values>(values);
+  plan.add(task.loss, loss);
+  return plan;
 }
-
-// A launch of a kernel on a GPU.
-template <class Task>
-auto launch(void (*kernel)(const Task&, const cuda::Place&)) {
-  return [kernel](const Planned<Task>& plan, const py::tuple& sources, int device, uintptr_t stream,
-                  uintptr_t workspace) { kernel(plan.on(sources), place_of(device, stream, workspace)); };
-}
-
-void launch_latent(const Planned<LatentTask>& plan, const py::tuple& sources, uintptr_t seed, int device,
-                   uintptr_t stream, uintptr_t workspace) {
-  LatentTask task = plan.on(sources);
-  task.seed = seed_at(seed);
-  cuda::latent(task, place_of(device, stream, workspace));
-}
-
-template <class Task>
-int64_t workspace_bytes(const Planned<Task>& plan) {
-  return cuda::workspace_bytes(plan.task);
-}
-
-int64_t no_workspace(const Planned<ScaleTask>&) {
-  return 0;
-}
-#endif
 
 Planned<ScaleTask> scale_task(const py::tuple& forms, const py::tuple& counts, const py::tuple& factor) {
-  if (forms.size() > ScaleTask::kMost) throw py::value_error("more tensors than a task has room for");
   Planned<ScaleTask> plan;
-  for (size_t i = 0; i < forms.size(); ++i) {
-    plan.add(plan.task.tensors[i], forms[i]);
-    plan.task.counts[i] = counts[i].cast<int64_t>();
-  }
-  plan.add(plan.task.factor, factor);
+  plan.add(plan.part.tensors, forms);
+  for (size_t i = 0; i < forms.size(); ++i) plan.part.counts[i] = counts[i].cast<int64_t>();
+  plan.add(plan.part.factor, factor);
   return plan;
 }
 
@@ -207,33 +216,94 @@ NormalTask normal_task(uintptr_t out, int dtype, int64_t count, uintptr_t seed) 
   return task;
 }
 
+// Of strides for each gradient, None for one that is not wanted: see broadcast.h.
+bool can_sum_strides(const py::tuple& extent, const py::tuple& strides) {
+  Operand grads[kMostInputs];
+  for (size_t k = 0; k < strides.size() && k < kMostInputs; ++k) {
+    if (strides[k].is_none()) continue;
+    const auto steps = strides[k].cast<py::tuple>();
+    grads[k].given = true;
+    for (size_t i = 0; i < 3; ++i) grads[k].stride[i] = steps[i].cast<int64_t>();
+  }
+  return can_sum(extent_of(extent), grads);
+}
+
+// A run of a kernel on the CPU.
+template <class Plan, class Task>
+auto run(void (*Kernels::*kernel)(const Task&, int)) {
+  return [kernel](const Plan& plan, const py::tuple& sources, int threads) {
+    const Task task = plan.on(sources);
+    py::gil_scoped_release release;
+    (kernels().*kernel)(task, threads);
+  };
+}
+
+#if defined(FUSEDVAE_WITH_CUDA)
+cuda::Launch launch_on(int device, uintptr_t stream, uintptr_t workspace) {
+  return {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(workspace)};
+}
+
+// A launch of a kernel on a GPU.
+template <class Plan, class Task>
+auto launch(void (*kernel)(const Task&, const cuda::Launch&)) {
+  return [kernel](const Plan& plan, const py::tuple& sources, int device, uintptr_t stream, uintptr_t workspace) {
+    kernel(plan.on(sources), launch_on(device, stream, workspace));
+  };
+}
+#endif
+
+py::tuple formula_names() {
+  py::tuple names(scalar::Formulas::kSize);
+  for (size_t k = 0; k < names.size(); ++k) names[k] = scalar::Formulas::kNames[k];
+  return names;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedvae's compiled kernels";
   m.def("cpu_isa", [] { return kernels().isa; }, "The instruction set that the CPU kernels use.");
+  m.def("formulas", &formula_names, "The names of the formulas that the kernels know.");
+  m.def("can_sum", &can_sum_strides, "Whether the kernels can sum these gradients over what they are broadcast along.");
   m.def("normal", [](uintptr_t out, int dtype, int64_t count, uintptr_t seed, int threads) {
     const NormalTask task = normal_task(out, dtype, count, seed);
     py::gil_scoped_release release;
     kernels().normal(task, threads);
   });
-  auto nll =
-      py::class_<Planned<NllTask>>(m, "NllTask").def(py::init(&nll_task)).def("run", run<NllTask>(&Kernels::nll));
-  auto latent = py::class_<Planned<LatentTask>>(m, "LatentTask").def(py::init(&latent_task)).def("run", &run_latent);
-  auto elbo =
-      py::class_<Planned<ElboTask>>(m, "ElboTask").def(py::init(&elbo_task)).def("run", run<ElboTask>(&Kernels::elbo));
+  using py::arg;
+  const py::none none;
+  auto latent =
+      py::class_<PlannedLatent>(m, "LatentTask")
+          .def(py::init<const py::tuple&, const py::tuple&, bool, const py::object&, const py::object&,
+                        const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
+                        const py::object&, const py::object&, const py::object&>(),
+               arg("extent"), arg("index"), arg("in_double"), py::kw_only(), arg("seed"), arg("mu"), arg("logvar"),
+               arg("noise"), arg("grad_z"), arg("grad_kl"), arg("z"), arg("kl"), arg("grad_mu"), arg("grad_logvar"))
+          .def("run", run<PlannedLatent>(&Kernels::latent));
+  py::class_<Planned<ElementwiseTask>>(m, "ElementwiseTask")
+      .def(py::init(&elementwise_task), arg("formula"), arg("parameter"), arg("in_double"), arg("extent"),
+           py::kw_only(), arg("inputs"), arg("weight"), arg("value"), arg("grads"));
+  py::class_<Planned<Term>>(m, "Term").def(py::init(&term), arg("elements"), py::kw_only(), arg("given") = none,
+                                           arg("given_count") = 0, arg("factor") = 1.0, arg("constant") = 0.0,
+                                           arg("coefficient") = none, arg("out") = none);
+  auto objective = py::class_<Planned<ObjectiveTask>>(m, "ObjectiveTask")
+                       .def(py::init(&objective_task), arg("terms"), arg("values"), arg("loss"))
+                       .def("run", run<Planned<ObjectiveTask>>(&Kernels::objective));
   auto scale = py::class_<Planned<ScaleTask>>(m, "ScaleTask")
                    .def(py::init(&scale_task))
-                   .def("run", run<ScaleTask>(&Kernels::scale));
+                   .def("run", run<Planned<ScaleTask>>(&Kernels::scale));
 #if defined(FUSEDVAE_WITH_CUDA)
   m.def("cuda_unavailable", &cuda::unavailable, "Why no GPU here can run the CUDA kernels; empty if all can.");
   m.def("launch_normal", [](uintptr_t out, int dtype, int64_t count, uintptr_t seed, int device, uintptr_t stream) {
-    cuda::normal(normal_task(out, dtype, count, seed), place_of(device, stream, 0));
+    cuda::normal(normal_task(out, dtype, count, seed), launch_on(device, stream, 0));
   });
-  nll.def("launch", launch<NllTask>(&cuda::nll)).def_property_readonly("workspace_bytes", &workspace_bytes<NllTask>);
-  latent.def("launch", &launch_latent).def_property_readonly("workspace_bytes", &workspace_bytes<LatentTask>);
-  elbo.def("launch", launch<ElboTask>(&cuda::elbo))
-      .def_property_readonly("workspace_bytes", &workspace_bytes<ElboTask>);
-  scale.def("launch", launch<ScaleTask>(&cuda::scale)).def_property_readonly("workspace_bytes", &no_workspace);
+  latent.def("launch", launch<PlannedLatent>(&cuda::latent))
+      .def_property_readonly("workspace_bytes",
+                             [](const PlannedLatent& plan) { return cuda::workspace_bytes(plan.task()); });
+  objective.def("launch", launch<Planned<ObjectiveTask>>(&cuda::objective))
+      .def_property_readonly("workspace_bytes",
+                             [](const Planned<ObjectiveTask>& plan) { return cuda::workspace_bytes(plan.part); });
+  scale.def("launch", launch<Planned<ScaleTask>>(&cuda::scale))
+      .def_property_readonly("workspace_bytes", [](py::object) { return 0; });
 #endif
 }

@@ -1,8 +1,12 @@
-"""Gradients of the operators, over whichever backend ran the forward pass.
+"""Operations with their gradients, over whichever backend a call is for.
 
-The rules (see the docstrings of `_scaled` and `_Elbo`): a scalar objective's gradients are made in the forward pass,
-up to the incoming factor, which only a kernel looks at; values a sample and float16 gradients are made in the
-backward pass instead; a second derivative goes through the reference formulas.
+The rules: a scalar objective's gradients are made in the forward pass, up to the incoming factor, which only a kernel
+looks at; values per sample and float16 gradients are made in the backward pass instead; a second derivative goes
+through the reference formulas.
+
+Each operation has two functions of autograd. A plain eager call goes straight to one that takes the call, and runs it.
+Behind the dispatcher, where compilers and tracers must see operators, another takes what the call is; the gradients
+that its forward pass makes are outputs there, as the operator's schema has it, and so not ours to write to.
 """
 
 from __future__ import annotations
@@ -13,15 +17,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, ops
-from .backend import Memo, reference
-from .layout import described
-from .ops import positions, unpack
+from . import ops
+from .backend import reference
+from .backend.reference import GIVEN, Objective, factor_of, unpack
+from .calls import (
+    LatentCall,
+    LatentGradientCall,
+    LatentGradientSpec,
+    LatentSpec,
+    ObjectiveCall,
+    Operand,
+    Operands,
+    ScaleCall,
+    TermGradientCall,
+    TermGradientSpec,
+    find,
+    positions,
+)
+from .torch_private import has_tangent, keeps_graph, record
 
 _Grads = tuple[Tensor | None, ...]
 
 
-def _second_order(formula: Callable[..., Any], inputs: list[Any], grads: list[Tensor | None]) -> _Grads:
+def wants_derivative(operands: Operands) -> bool:
+    """Whether autograd must record what is done to these."""
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands)
+    # PyTorch has the formula say that it knows no forward mode, rather than lose a tangent.
+    return wanted or any(map(has_tangent, operands))
+
+
+def _second_order(formula: Callable[..., Any], inputs: Operands, grads: Sequence[Tensor | None]) -> _Grads:
     """Differentiable gradients of a reference formula, None for the inputs that need none.
 
     ``formula`` takes the inputs and returns as many tensors as there are incoming ``grads``.
@@ -38,94 +63,125 @@ def _second_order(formula: Callable[..., Any], inputs: list[Any], grads: list[Te
     return tuple(next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs)
 
 
-def _scaled(
-    grads: Sequence[Tensor], factor: Tensor | None, in_place: bool, backend_name: str, memo: Memo
-) -> Sequence[Tensor]:
-    """The gradients made in the forward pass, times the incoming factor.
-
-    Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
-    the graph is kept: then a later backward pass needs the buffers as they are.
-    """
-    assert factor is not None
-    if not in_place or torch._C._autograd._get_current_graph_task_keep_graph():
-        return [g * factor for g in grads]
-    backend.kernels(backend_name).scale_(grads, factor, memo)
-    return grads
-
-
 def _sum(*terms: Tensor | None) -> Tensor | None:
     present = [t for t in terms if t is not None]
     return sum(present[1:], present[0]) if present else None
 
 
-class _Latent(torch.autograd.Function):
-    """z and the per-sample KL; the noise is made again from the seed."""
+# --- operands as kernels take them ------------------------------------------------------------------------------------
+
+_KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8))
+
+
+class Conversion(NamedTuple):
+    """An operand that kernels cannot take as it comes, and how they can."""
+
+    operand: int
+    convert: Callable[[Tensor], Tensor]
+
+
+def _conversions(operands: Operands, dtype: torch.dtype, device: torch.device) -> list[Conversion]:
+    """Those of some operands, for arithmetic in ``dtype`` on ``device``."""
+    found = []
+    for k, operand in enumerate(operands):
+        if not isinstance(operand, Tensor):
+            continue
+        if not torch.compiler.is_compiling() and operand.is_neg():  # a view that says: read me with the other sign
+            found.append(Conversion(k, Tensor.resolve_neg))
+        if operand.dtype not in _KERNEL_DTYPES:
+            found.append(Conversion(k, lambda t: t.to(dtype)))
+        if operand.device != device:  # a number in memory
+            found.append(Conversion(k, lambda t: t.to(device)))
+    return found
+
+
+def _converted(conversions: Sequence[Conversion], operands: Operands) -> Operands:
+    found = list(operands)
+    for k, convert in conversions:
+        found[k] = convert(found[k])  # type: ignore[arg-type]
+    return found
+
+
+# --- the latent -------------------------------------------------------------------------------------------------------
+
+
+class RecordedLatent:
+    """A pass over the latent with its derivative, for operands mu, logvar, seed and noise."""
+
+    def __init__(self, operands: Operands, spec: LatentSpec) -> None:
+        mu, logvar, _, noise = operands
+        assert isinstance(mu, Tensor)
+        self.spec = spec
+        self.conversions = _conversions((mu, logvar, None, noise), torch.float32, mu.device)
+        self.is_dispatched = ops.needs_dispatcher(operands)
+        self.is_recorded = wants_derivative(operands)
+        operands = _converted(self.conversions, operands)
+        self.forward = None if self.is_dispatched or spec.backend == "reference" else LatentCall(operands, spec)
+
+
+def latent(call: RecordedLatent, operands: Operands) -> Sequence[Tensor]:
+    """The sample and, if the call has one, its KL."""
+    if call.conversions:
+        operands = _converted(call.conversions, operands)
+    if call.forward is None:
+        if call.spec.backend == "reference":
+            return reference.latent(operands, call.spec.kl_dtype)
+        return ops.latent(operands, call.spec)
+    return _record_latent(call.forward, *operands) if call.is_recorded else call.forward.outputs(operands)
+
+
+class _LatentFunction(torch.autograd.Function):
+    """z and the KL per sample; the noise is made again from the seed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, memo: Memo | None, options: tuple[Any, ...], mu: Tensor, logvar: Tensor | None, seed: Tensor
-    ) -> Any:
-        z, kl = ops.latent.below_autograd(memo, options, mu, logvar, seed)
-        ctx.save_for_backward(mu, logvar, seed)
-        ctx.memo, ctx.name = memo, options[-1]
+    def keep(ctx: Any, gradient: LatentGradientSpec, operands: Operands) -> None:
+        ctx.gradient = gradient
+        ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
-        return z, kl
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
-        mu, logvar, seed = ctx.saved_tensors
-        grads = _latent_gradients(ctx.memo, ctx.name, mu, logvar, seed, None, grad_z, grad_kl)
-        return (None, None, *grads, None)
-
-
-class _Reparameterize(torch.autograd.Function):
-    """z alone, its noise from a seed or given."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        memo: Memo | None,
-        options: tuple[Any, ...],
-        mu: Tensor,
-        logvar: Tensor | None,
-        seed: Tensor | None,
-        noise: Tensor | None,
-    ) -> Tensor:
-        z = ops.reparameterize.below_autograd(memo, options, mu, logvar, seed, noise)
-        ctx.save_for_backward(mu, logvar, seed, noise)
-        ctx.memo, ctx.name = memo, options[-1]
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, grad_z: Tensor) -> Any:
+    def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         mu, logvar, seed, noise = ctx.saved_tensors
+        grad_z, grad_kl = [None if g is None else g.resolve_neg() for g in (*incoming, None)[:2]]
         grad_noise = None
-        if noise is not None and noise.requires_grad:
+        if noise is not None and noise.requires_grad and grad_z is not None:
             # z is linear in the noise, and hardly anybody asks: the formula will do.
             _, log_variance = unpack(mu, logvar)
-            grad_noise = (grad_z * torch.exp(0.5 * log_variance)).to(noise.dtype)
-        grads = _latent_gradients(ctx.memo, ctx.name, mu, logvar, seed, noise, grad_z, None)
-        return (None, None, *grads, None, grad_noise)
+            sigma = torch.exp(0.5 * log_variance.to(reference.working_dtype(mu, logvar, noise)))
+            grad_noise = (grad_z * sigma).to(noise.dtype)
+        grads = _latent_gradients(ctx.gradient, (mu, logvar, seed, noise), grad_z, grad_kl)
+        return (None, *grads, None, grad_noise)
+
+
+class _Latent(_LatentFunction):
+    @staticmethod
+    def forward(ctx: Any, call: LatentCall, *operands: Any) -> Any:
+        _LatentFunction.keep(ctx, call.gradient, operands)
+        return tuple(call.outputs(operands))
+
+
+_record_latent = record(_Latent)
+
+
+class _DispatchedLatent(_LatentFunction):
+    @staticmethod
+    def forward(ctx: Any, spec: LatentSpec, *operands: Any) -> Any:
+        _LatentFunction.keep(ctx, LatentGradientSpec(spec.backend), operands)
+        return tuple(ops.latent.below_autograd(operands, spec))
 
 
 def _latent_gradients(
-    memo: Memo | None,
-    name: str,
-    mu: Tensor,
-    logvar: Tensor | None,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    grad_z: Tensor | None,
-    grad_kl: Tensor | None,
+    spec: LatentGradientSpec, operands: Sequence[Tensor | None], grad_z: Tensor | None, grad_kl: Tensor | None
 ) -> _Grads:
     """Gradients of mu and logvar (None where it is packed into mu)."""
+    mu, logvar, seed, noise = operands
+    assert mu is not None
     if grad_z is None and grad_kl is None:
         return None, None
     if torch.is_grad_enabled():
         mean, _ = unpack(mu, logvar)
         if noise is None and seed is not None:
-            dtype = reference.working_dtype(mu, logvar)
-            noise = ops.normal(list(mean.shape), seed, options=(dtype, name))
+            noise = ops.normal(list(mean.shape), seed, reference.working_dtype(mu, logvar), spec.backend)
 
         def formula(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, ...]:
             mu, logvar = unpack(mu, logvar)
@@ -133,188 +189,292 @@ def _latent_gradients(
             return z, reference.reduce(reference.kl_standard_normal(mu, logvar), "sample")
 
         return _second_order(formula, [mu, logvar], [grad_z, grad_kl])
-    operands, options = (mu, logvar, seed, noise, grad_z, grad_kl), (name,)
-    if memo is None or ops.is_watched():
-        grads = ops.latent_backward(*operands, options=options)
-    else:
-        # What comes in may be laid out otherwise than the last time, though the operands are not.
-        own = memo.setdefault((described(grad_z), described(grad_kl)), {})
-        grads = ops.latent_backward.kernel(own, options, *operands)
+    given = (mu, logvar, seed, noise, grad_z, grad_kl)
+    grads = find(_unrecorded, given, LatentGradientCall, ops.latent_gradient, spec).outputs(given)
     return grads[0], None if logvar is None else grads[1]
 
 
-_OPERANDS, _MU, _KL_IN, _BETA = 7, 3, 5, 6
-"""How many operands an objective has, and positions among them."""
-_REDUCTION, _TERMS, _NEEDED = 3, 5, 6
-"""Positions among its options."""
+class _Dispatched:
+    """A call that goes by way of the dispatcher, in the place of one that does not."""
+
+    def __init__(self, operator: ops.Operator, spec: Any) -> None:
+        self._operator, self._spec = operator, spec
+
+    def outputs(self, operands: Operands) -> list[Tensor]:
+        return self._operator(operands, self._spec)
 
 
-class _ElboPlan(NamedTuple):
-    """What is worked out once of an objective's derivative, for operands of some kinds and dtypes."""
+def _unrecorded(operands: Operands, make: Callable[..., Any], operator: ops.Operator, spec: Any) -> Any:
+    """A call of a backward pass, which records no derivative."""
+    return _Dispatched(operator, spec) if ops.needs_dispatcher(operands) else make(operands, spec)
 
-    options_in_forward: tuple[Any, ...]
-    """The options with those gradients needed that are made in the forward pass: all of them or none."""
-    made: list[int]
-    """The operands that these are of."""
-    is_all: bool
-    """Whether these are all that the loss has."""
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+class Deferred(NamedTuple):
+    """What is left to the backward pass of an objective."""
+
+    operands: int
+    """How many there are."""
     tensors: list[int]
     numbers: list[int]
     """The operands that are tensors, and those that are numbers."""
+    rest: bool
+    """Whether the loss depends on more than the operands whose gradients are made in the forward pass."""
 
 
-def _elbo_plan(options: tuple[Any, ...], operands: tuple[Any, ...]) -> _ElboPlan:
-    needed = options[_NEEDED]
-    deferred = options[_REDUCTION] in ("sample", "element") or any(
-        need and t.dtype == torch.float16 for t, need in zip(operands, needed, strict=False)
-    )
-    others = [t for t in (operands[_KL_IN], operands[_BETA]) if isinstance(t, Tensor) and t.requires_grad]
-    return _ElboPlan(
-        (*options[:_NEEDED], [False] * len(needed), *options[_NEEDED + 1 :]) if deferred else options,
-        [] if deferred else positions(needed),
-        not deferred and not others,
-        positions([isinstance(operand, Tensor) for operand in operands]),
-        positions([operand is not None and not isinstance(operand, Tensor) for operand in operands]),
-    )
+def made_in_forward(spec: Objective, operands: Operands) -> Objective:
+    """The objective with those gradients made with the values that are worth it: all of those needed, or none.
 
-
-class _Elbo(torch.autograd.Function):
-    """loss = nll + beta * kl and its terms.
-
-    Scalars arrive with their gradients made, and backward scales those. Per-sample and per-element values would
-    move more that way (9N elements against 8N), and float16 gradients made before the incoming factor (a loss
-    scaler's 65536) would underflow: those are made in backward, from the operands.
-
-    Behind the dispatcher (no memo) the gradient buffers are outputs, as the operator's schema has it and compilers and
-    tracers must see them, and so not ours to write to.
+    Values per sample and per element would move more that way (9N elements against 8N), and float16 gradients made
+    before the incoming factor (a loss scaler's 65536) would underflow.
     """
+    deferred = spec.reduction in ("sample", "element") or any(
+        isinstance(t, Tensor) and need and t.dtype == torch.float16
+        for t, need in zip(operands, spec.needed, strict=True)
+    )
+    return spec._replace(needed=(False,) * len(spec.needed)) if deferred else spec
 
+
+def _deferred(spec: Objective, operands: Operands) -> Deferred:
+    made = made_in_forward(spec, operands).needed
+    return Deferred(
+        len(operands),
+        positions([isinstance(t, Tensor) for t in operands]),
+        positions([t is not None and not isinstance(t, Tensor) for t in operands]),
+        any(isinstance(t, Tensor) and t.requires_grad and not m for t, m in zip(operands, made, strict=True)),
+    )
+
+
+class RecordedObjective:
+    """An objective with its derivative: the call of its forward pass, and what is left to the backward pass."""
+
+    def __init__(self, operands: Operands, spec: Objective) -> None:
+        first = operands[0]
+        assert isinstance(first, Tensor)
+        _, inputs = spec.terms()[0]
+        self.conversions: list[Conversion] = []
+        if spec.backend != "reference":
+            self.conversions = _conversions(operands, reference.working_dtype(*operands[inputs]), first.device)
+        operands = _converted(self.conversions, operands)
+        self.spec = spec
+        self.is_dispatched = ops.needs_dispatcher(operands)
+        self.is_recorded = wants_derivative(operands)
+        self.deferred = _deferred(spec, operands)
+        self.forward: ObjectiveCall | None = None
+        if not self.is_dispatched and spec.backend != "reference":
+            self.forward = ObjectiveCall(operands, made_in_forward(spec, operands))
+        self.scale: ScaleCall | None = None
+        """Of the gradients made in the forward pass, which it takes to plan it."""
+
+
+def objective(call: RecordedObjective, operands: Operands) -> Sequence[Tensor]:
+    """The values of an objective: the loss, or loss, likelihood and divergence."""
+    if call.conversions:
+        operands = _converted(call.conversions, operands)
+    if call.forward is None:
+        return _objective_without_call(call.spec, operands)
+    return _record_objective(call, *operands) if call.is_recorded else call.forward.forward(operands)[0]
+
+
+def _objective_without_call(spec: Objective, operands: Operands) -> Sequence[Tensor]:
+    if spec.backend == "reference":
+        values = [value.to(spec.dtype) for value in reference.objective(spec, operands)]
+    else:
+        values = ops.objective(operands, spec)
+    return values[: 3 if spec.returns_terms else 1]
+
+
+class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, memo: Memo | None, options: tuple[Any, ...], *operands: Any) -> Any:
-        kept = {} if memo is None else memo
-        plan = kept.get("elbo plan")
-        if plan is None:
-            plan = kept["elbo plan"] = _elbo_plan(options, operands)
-        out = ops.elbo.below_autograd(memo, plan.options_in_forward, *operands)
-        terms = options[_TERMS]
-        # With the terms comes the KL: the gradient of beta.
-        ctx.save_for_backward(*[operands[k] for k in plan.tensors], *out[2 if terms else 1 :])
-        ctx.rest = plan, options, [operands[k] for k in plan.numbers], memo is not None, kept
+    def forward(ctx: Any, call: RecordedObjective, *operands: Any) -> Any:
+        assert call.forward is not None
+        values, gradients = call.forward.forward(operands)
+        ctx.call, ctx.gradients = call, gradients
+        deferred = call.deferred
+        # With the terms comes the divergence: the gradient of beta.
+        ctx.save_for_backward(*[operands[k] for k in deferred.tensors], *values[2:])
+        ctx.numbers = [operands[k] for k in deferred.numbers]
         ctx.set_materialize_grads(False)
-        values = 3 if terms else 1
-        if memo is not None:
-            return tuple(out[:values])
-        ctx.mark_non_differentiable(*out[values:])
-        return tuple(out)
+        return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        plan, options, numbers, owns_buffers, kept = ctx.rest
-        is_variance, eps, full, reduction, _, terms, needed, name = options
-        saved = ctx.saved_tensors
-        buffers = saved[len(plan.tensors) + terms :]
-        g_loss, g_nll, g_kl = incoming[:3] if terms else (incoming[0], None, None)
-        grads: list[Tensor | None] = [None] * _OPERANDS
-        loss_alone = g_nll is None and g_kl is None
-        if loss_alone and g_loss is None:
-            return (None, None, *grads)
-        are_made = loss_alone and bool(buffers) and not torch.is_grad_enabled()
-        if are_made:
-            _place(grads, plan.made, _scaled(buffers, g_loss, owns_buffers, name, kept))
-            if plan.is_all:  # the usual step
-                return (None, None, *grads)
-
-        operands: list[Any] = [None] * _OPERANDS
-        _place(operands, plan.tensors, saved)
-        _place(operands, plan.numbers, numbers)
-        recon_x, x, spread, mu, logvar, kl_in, beta = operands
-        if torch.is_grad_enabled():
-
-            def formula(*operands: Any) -> tuple[Tensor, ...]:
-                how: tuple[Any, ...] = (is_variance, eps, full, reduction)
-                return elbo_formula(*operands, *how)
-
-            return (None, None, *_second_order(formula, operands, [g_loss, g_nll, g_kl]))
-
-        def kl_factor(scale: float) -> Tensor:
-            """What the KL, times ``scale``, is multiplied by on its way into whatever was differentiated."""
-            through_loss = None if g_loss is None else g_loss * (beta * scale)
-            factor = _sum(through_loss, None if g_kl is None else g_kl * scale)
-            assert factor is not None
-            return factor
-
-        reaches_kl = g_loss is not None or g_kl is not None
-        if not are_made:
-            nlls = sum(k < _MU for k in plan.made)
-            made_nll, made_kl = buffers[:nlls], buffers[nlls:]
-            factor = _sum(g_loss, g_nll)
-            if factor is not None and any(needed[:_MU]):
-                if made_nll:
-                    found = _scaled(made_nll, factor, owns_buffers, name, {})
-                else:
-                    weight = factor * reference.scale_of(reduction, x.shape)
-                    how = (is_variance, eps, needed[:_MU], name)
-                    found = ops.nll_backward(recon_x, x, spread, weight, options=how)
-                _place(grads, positions(needed[:_MU]), found)
-            if reaches_kl and any(needed[_MU:]):
-                if made_kl and g_kl is None:  # made with beta in them
-                    found = _scaled(made_kl, g_loss, owns_buffers, name, {})
-                else:
-                    weight = kl_factor(reference.scale_of(reduction, mu.shape)).expand(mu.shape[0])
-                    found = ops.latent_backward(mu, logvar, None, None, None, weight, options=(name,))
-                    if logvar is not None:
-                        found = [g for g, need in zip(found, needed[_MU:], strict=True) if need]
-                _place(grads, [_MU + k for k in positions(needed[_MU:])], found)
-        if reaches_kl and kl_in is not None and kl_in.requires_grad:
-            grads[_KL_IN] = kl_factor(reference.scale_of(reduction, kl_in.shape)).to(kl_in.dtype).expand_as(kl_in)
-        if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
-            kl = saved[len(plan.tensors)]
-            grads[_BETA] = (g_loss * kl).sum().to(beta.dtype)
-        return (None, None, *grads)
-
-
-def _place(places: list[Any], positions: list[int], items: Sequence[Any]) -> None:
-    """Put each of the first items where it belongs."""
-    for k, item in zip(positions, items):  # noqa: B905 - a hot path
-        places[k] = item
-
-
-def elbo_formula(
-    recon_x: Tensor | None,
-    x: Tensor | None,
-    spread: Tensor | float | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl_in: Tensor | None,
-    beta: Tensor | float,
-    is_variance: bool,
-    eps: float,
-    full: bool,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, nll, kl) by the reference formulas; operands as the operator takes them. Absent terms are 0."""
-    nll = kl = None
-    if recon_x is not None and x is not None:
-        if spread is None:
-            recon_x, spread = unpack(recon_x, None)
-        if is_variance:
-            elements = reference.gaussian_nll_of_variance(recon_x, x, spread, eps)
+        call: RecordedObjective = ctx.call
+        g_loss = incoming[0]
+        grads: list[Tensor | None] = [None] * (1 + len(call.spec.needed))
+        is_loss_alone = all(g is None for g in incoming[1:])
+        if is_loss_alone and g_loss is None:
+            return tuple(grads)
+        assert call.forward is not None
+        made = call.forward.made
+        if is_loss_alone and made and not torch.is_grad_enabled():
+            assert g_loss is not None
+            for k, gradient in zip(made, _scaled(ctx, g_loss)):  # noqa: B905 - a hot path
+                grads[k + 1] = gradient
+            if not call.deferred.rest:  # the usual step
+                return tuple(grads)
+            made_already = call.spec.needed
         else:
-            elements = reference.gaussian_nll(recon_x, x, spread)
-        if full:
-            elements = elements + reference.HALF_LOG_2PI
-        nll = reference.reduce(elements, reduction)
-    if mu is not None:
-        kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), reduction)
-    elif kl_in is not None:
-        kl = kl_in if reduction == "sample" else kl_in.sum() * reference.scale_of(reduction, kl_in.shape)
-    zero = torch.zeros_like(nll if nll is not None else kl)  # type: ignore[arg-type]
-    loss = zero if nll is None else nll
-    if kl is not None:
-        loss = loss + beta * kl if nll is not None else beta * kl
-    return loss, zero if nll is None else nll, zero if kl is None else kl
+            made_already = (False,) * len(call.spec.needed)
+        operands, divergence = _restored(ctx, call.deferred)
+        rest = _gradients(call.spec, made_already, operands, divergence, incoming)
+        return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
 
 
-ops.latent.register_autograd(_Latent)
-ops.reparameterize.register_autograd(_Reparameterize)
-ops.elbo.register_autograd(_Elbo)
+_record_objective = record(_Objective)
+
+
+def _scaled(ctx: Any, factor: Tensor) -> Sequence[Tensor]:
+    """The gradients made in the forward pass, times the incoming factor.
+
+    Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
+    the graph is kept: then a later backward pass needs the gradients as they are. They are not among the saved tensors:
+    hooks could give back something else there, and what does not look at the operands may outlive a change of them.
+    """
+    call: RecordedObjective = ctx.call
+    gradients = ctx.gradients
+    if gradients is None:
+        raise RuntimeError(
+            "Trying to backward through the graph of a fusedvae objective a second time: its gradients have been given "
+            "away. Specify retain_graph=True if you need to backward through it a second time."
+        )
+    if keeps_graph():
+        return [g * factor for g in gradients]
+    ctx.gradients = None
+    if factor.is_neg():
+        factor = factor.resolve_neg()
+    if call.scale is None:
+        call.scale = find(ScaleCall, [*gradients, factor], call.spec.backend)
+    call.scale.run(gradients, factor)
+    return gradients
+
+
+class _DispatchedObjective(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spec: Objective, *operands: Any) -> Any:
+        ctx.spec, ctx.deferred = spec, _deferred(spec, operands)
+        ctx.made = made_in_forward(spec, operands)
+        outputs = ops.objective.below_autograd(operands, ctx.made)
+        values = 3 if spec.returns_terms else 1
+        ctx.save_for_backward(
+            *[operands[k] for k in ctx.deferred.tensors], *outputs[2:3][: values - 1], *outputs[values:]
+        )
+        ctx.numbers = [operands[k] for k in ctx.deferred.numbers]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[values:])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> Any:
+        spec: Objective = ctx.spec
+        values = incoming[: 3 if spec.returns_terms else 1]
+        grads: list[Tensor | None] = [None] * (1 + len(spec.needed))
+        is_loss_alone = all(g is None for g in values[1:])
+        if is_loss_alone and values[0] is None:
+            return tuple(grads)
+        made = positions(ctx.made.needed)
+        operands, divergence = _restored(ctx, ctx.deferred)
+        if is_loss_alone and made and not torch.is_grad_enabled():
+            for k, gradient in zip(made, ctx.saved_tensors[-len(made) :], strict=True):
+                grads[k + 1] = gradient * values[0]
+            made_already = spec.needed
+        else:
+            made_already = (False,) * len(spec.needed)
+        rest = _gradients(spec, made_already, operands, divergence, values)
+        return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
+
+
+def _restored(ctx: Any, deferred: Deferred) -> tuple[list[Operand], Tensor | None]:
+    """The operands of a forward pass, and the value of the divergence if that was saved."""
+    saved = ctx.saved_tensors
+    operands: list[Operand] = [None] * deferred.operands
+    for k, tensor in zip(deferred.tensors, saved, strict=False):
+        operands[k] = tensor
+    for k, number in zip(deferred.numbers, ctx.numbers, strict=True):
+        operands[k] = number
+    rest = saved[len(deferred.tensors) :]
+    return operands, rest[0] if rest else None
+
+
+def _gradients(
+    spec: Objective,
+    made_already: Sequence[bool],
+    operands: Operands,
+    divergence: Tensor | None,
+    incoming: Sequence[Tensor | None],
+) -> _Grads:
+    """The gradients of an objective's operands, for gradients of its values, but for those that are made already."""
+    grads: list[Tensor | None] = [None] * len(operands)
+    g_loss, g_likelihood, g_divergence = [*map(_as_weight, incoming), None, None][:3]
+    if torch.is_grad_enabled():
+
+        def values(*operands: Operand) -> list[Tensor]:
+            return reference.objective(spec, operands)
+
+        return _second_order(values, operands, [g_loss, g_likelihood, g_divergence])
+    beta = operands[spec.beta]
+    for formula, span in spec.terms():
+        if any(made_already[span]):
+            continue
+        if formula.is_divergence:
+            factor = _sum(None if g_loss is None else g_loss * _as_weight(beta), g_divergence)
+        else:
+            factor = _sum(g_loss, g_likelihood)
+        if factor is None:
+            continue
+        inputs = operands[span]
+        if formula is GIVEN:
+            (kl,) = inputs
+            if isinstance(kl, Tensor) and kl.requires_grad:
+                weight = _times(factor, factor_of(spec.reduction, kl.shape))
+                grads[span.start] = weight.to(kl.dtype).expand_as(kl)
+        elif any(spec.needed[span]):
+            mean = reference.unpacked(formula, inputs)[0]
+            assert isinstance(mean, Tensor)
+            gradient = TermGradientSpec(formula.name, spec.parameter, spec.needed[span], spec.backend)
+            weight = _times(factor, factor_of(spec.reduction, mean.shape))
+            if spec.reduction == "sample":
+                weight = weight.view(-1, *[1] * (mean.dim() - 1))
+            given = [*inputs, weight]
+            found = find(_unrecorded, given, TermGradientCall, ops.term_gradient, gradient).outputs(given)
+            for k, g in zip(positions(spec.needed[span]), found, strict=True):
+                grads[span.start + k] = g
+    if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
+        assert divergence is not None
+        grads[spec.beta] = (g_loss * divergence).sum().to(beta.dtype)
+    return tuple(grads)
+
+
+def _as_weight(value: Any) -> Any:
+    """An incoming gradient or a coefficient as gradients can be multiplied by.
+
+    Numbers, and values per sample, which are few, go on in float32: divided by the batch, 16 bits would lose them.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    value = value.resolve_neg()
+    return value.to(torch.promote_types(value.dtype, torch.float32)) if value.dim() < 2 else value
+
+
+def _times(weight: Tensor, factor: float) -> Tensor:
+    return weight if factor == 1.0 else weight * factor
+
+
+# --- behind the dispatcher --------------------------------------------------------------------------------------------
+
+
+def _dispatched(
+    function: type[torch.autograd.Function], operator: ops.Operator
+) -> Callable[[Operands, Any], list[Tensor]]:
+    def run(operands: Operands, spec: Any) -> list[Tensor]:
+        if wants_derivative(operands):
+            return list(function.apply(spec, *operands))
+        return operator.below_autograd(operands, spec)
+
+    return run
+
+
+ops.latent.register_autograd(_dispatched(_DispatchedLatent, ops.latent))
+ops.objective.register_autograd(_dispatched(_DispatchedObjective, ops.objective))

@@ -20,20 +20,19 @@ Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
-from functools import partial, reduce, wraps
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .autograd import elbo_formula
-from .backend import current_choice, reference, resolve
-from .ops import unpack
+from . import autograd, ops
+from .backend import resolve
+from .backend.reference import GIVEN, LIKELIHOODS, Formula, Objective
+from .calls import LatentSpec, Operand, Operands, find
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-_KERNEL_DTYPES = _FLOATS | {torch.uint8}
 _REDUCTIONS = {"batchmean": "batchmean", "sum": "sum", "none": "sample"}
 
 
@@ -106,24 +105,35 @@ def _check_latents(mu: object, logvar: object) -> None:
     _check_same_device("logvar", logvar, "mu", mu)
 
 
-def _check_reconstruction(recon_x: object, x: object, recon_logvar: object) -> None:
+def _checked_likelihood(likelihood: object) -> Formula:
+    try:
+        return LIKELIHOODS[likelihood]  # type: ignore[index]
+    except (KeyError, TypeError):
+        expected = ", ".join(map(repr, LIKELIHOODS))
+        raise ValueError(f"likelihood: expected one of {expected}; got {likelihood!r}") from None
+
+
+def _check_likelihood(formula: Formula, inputs: Operands) -> None:
+    """Check the inputs of a likelihood: recon_x, x, and whatever else it has, which broadcasts to x's shape."""
+    recon_x, x, *others = inputs
     _check_tensor("recon_x", recon_x)
     _check_tensor("x", x, integers=True)
     assert isinstance(recon_x, Tensor)
     assert isinstance(x, Tensor)
     _check_batched("x", x)
     _check_same_device("x", x, "recon_x", recon_x)
-    if recon_logvar is None:
+    is_packed = any(inputs[scale] is None for _, scale in formula.pairs)
+    if is_packed:
         _check_packed("recon_x", recon_x, x.shape)
-        return
-    if recon_x.shape != x.shape:
+    elif recon_x.shape != x.shape:
         raise ValueError(f"x: expected the shape of recon_x {tuple(recon_x.shape)}, got {tuple(x.shape)}")
-    if isinstance(recon_logvar, Tensor):
-        _check_tensor("recon_logvar", recon_logvar)
-        _check_same_device("recon_logvar", recon_logvar, "recon_x", recon_x)
-        _check_broadcast("recon_logvar", recon_logvar, recon_x.shape)
-    elif not isinstance(recon_logvar, numbers.Real):
-        raise TypeError(f"recon_logvar: expected a tensor, a number or None, got {type(recon_logvar).__name__}")
+    for name, value in zip(formula.inputs[2:], others, strict=True):
+        if isinstance(value, Tensor):
+            _check_tensor(name, value)
+            _check_same_device(name, value, "recon_x", recon_x)
+            _check_broadcast(name, value, x.shape)
+        elif value is not None and not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected a tensor, a number or None, got {type(value).__name__}")
 
 
 def _check_broadcast(name: str, value: Tensor, shape: torch.Size) -> None:
@@ -158,59 +168,10 @@ def _check_generator(generator: object) -> None:
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
 
 
-# --- what is worked out once ------------------------------------------------------------------------------------
-
-_Call = Callable[..., Any]
-"""What computes an operation of operands that have been checked."""
-
-
-def _remembered(prepare: Callable[..., _Call]) -> Callable[[tuple[Any, ...], tuple[Any, ...]], _Call]:
-    """Remember what ``prepare`` returned for operands of the same types, sizes, strides and dtypes.
-
-    Checking the arguments of a call and finding its way takes longer than many of the kernels, and a training loop
-    makes the same calls over and over. ``prepare`` takes the operands, the first of which decides the device, then the
-    options; it must not depend on values in tensors or on numbers among the operands.
-    """
-    memory: dict[tuple, _Call] = {}
-
-    @wraps(prepare)
-    def remembered(operands: tuple[Any, ...], options: tuple[Any, ...]) -> _Call:
-        if ops.is_watched():
-            return prepare(*operands, *options)
-        try:
-            key = (
-                # All that may matter of an operand but the values in it.
-                *[
-                    (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
-                    if isinstance(t, Tensor)
-                    else type(t)
-                    for t in operands
-                ],
-                *options,
-                torch.is_grad_enabled(),
-                torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(operands[0].device.type),
-                current_choice(),
-            )
-            call = memory.get(key)
-        except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, or unhashable
-            return prepare(*operands, *options)
-        if call is None:
-            call = prepare(*operands, *options)
-            if len(memory) >= _MOST_REMEMBERED:
-                memory.clear()
-            memory[key] = call
-        return call
-
-    return remembered
-
-
-_MOST_REMEMBERED = 1024
-
-
 def _value_dtype(device_type: str, *operands: Tensor | float | None) -> torch.dtype:
-    """The dtype of a loss over these operands."""
-    dtypes = [t.dtype for t in operands if isinstance(t, Tensor) and t.dtype.is_floating_point]
-    promoted = reduce(torch.promote_types, dtypes)
+    """The dtype of a loss over these operands: 0-dim tensors have no say beside others, as in PyTorch's arithmetic."""
+    tensors = [t for t in operands if isinstance(t, Tensor) and t.dtype.is_floating_point]
+    promoted = reduce(torch.promote_types, [t.dtype for t in tensors if t.dim() > 0] or [t.dtype for t in tensors])
     if promoted not in (torch.float32, torch.float64) and torch.is_autocast_enabled(device_type):
         return torch.float32
     return promoted
@@ -242,37 +203,38 @@ def reparameterize(
     _check_generator(generator)
     if noise is not None and generator is not None:
         raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
-    return _sample_call((mu, logvar, noise), (backend,))(mu, logvar, noise, generator)
+    return _sampled(mu, logvar, noise, generator, False, backend)[0]
 
 
-@_remembered
-def _sample_call(mu: Tensor, logvar: Tensor | None, noise: Tensor | None, backend: str | None) -> _Call:
+def _sampled(
+    mu: Tensor,
+    logvar: Tensor | None,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    has_kl: bool,
+    backend: str | None,
+) -> Sequence[Tensor]:
+    call = find(_latent_call, (mu, logvar, noise), has_kl, backend)
+    seed = ops.draw_seed(mu.device, generator) if noise is None else None
+    return autograd.latent(call, (mu, logvar, seed, noise))
+
+
+def _latent_call(operands: Operands, has_kl: bool, backend: str | None) -> autograd.RecordedLatent:
+    mu, logvar, noise = operands
     _check_latents(mu, logvar)
+    assert isinstance(mu, Tensor)
     if noise is not None:
         _check_tensor("noise", noise)
+        assert isinstance(noise, Tensor)
         expected = mu.shape if logvar is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
         if tuple(noise.shape) != tuple(expected):
             raise ValueError(f"noise: expected shape {tuple(expected)}, got {tuple(noise.shape)}")
         _check_same_device("noise", noise, "mu", mu)
-    name = resolve(mu.device.type, backend)
-    if name == "reference":
-        sample: _Call = _reference_sample
-    else:
-        sample = ops.reparameterize.prepared(mu, logvar, None, noise, options=(name,))
-    if noise is not None:
-        return lambda mu, logvar, noise, _: sample(mu, logvar, None, noise)
-    device = mu.device
-    draw_seed = ops.draw_seed.prepared(device, None)
-    return lambda mu, logvar, _, generator: sample(mu, logvar, draw_seed(device, generator), None)
-
-
-def _reference_sample(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, noise: Tensor | None) -> Tensor:
-    mean, log_variance = unpack(mu, logvar)
-    if noise is None:
-        assert seed is not None
-        noise = reference.normal(tuple(mean.shape), seed, reference.working_dtype(mean, log_variance))
-    z = reference.sample(mean, log_variance, noise)
-    return z.to(torch.promote_types(mean.dtype, log_variance.dtype))
+    kl_dtype = _value_dtype(mu.device.type, mu, logvar) if has_kl else None
+    spec = LatentSpec(kl_dtype, resolve(mu.device.type, backend))
+    # The seed is drawn when all is checked; what it is like is known.
+    seed = torch.empty((), dtype=torch.int64, device=mu.device) if noise is None else None
+    return autograd.RecordedLatent((mu, logvar, seed, noise), spec)
 
 
 def latent(
@@ -296,26 +258,8 @@ def latent(
         `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,).
     """
     _check_generator(generator)
-    return Latent(*_latent_call((mu, logvar), (backend,))(mu, logvar, generator))
-
-
-@_remembered
-def _latent_call(mu: Tensor, logvar: Tensor | None, backend: str | None) -> _Call:
-    _check_latents(mu, logvar)
-    name = resolve(mu.device.type, backend)
-    kl_dtype = _value_dtype(mu.device.type, mu, logvar)
-    if name == "reference":
-        run: _Call = partial(_reference_latent, kl_dtype)
-    else:
-        run = ops.latent.prepared(mu, logvar, None, options=(kl_dtype, name))
-    device = mu.device
-    draw_seed = ops.draw_seed.prepared(device, None)
-    return lambda mu, logvar, generator: run(mu, logvar, draw_seed(device, generator))
-
-
-def _reference_latent(kl_dtype: torch.dtype, mu: Tensor, logvar: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
-    kl = reference.reduce(reference.kl_standard_normal(*unpack(mu, logvar)), "sample")
-    return _reference_sample(mu, logvar, seed, None), kl.to(kl_dtype)
+    z, kl = _sampled(mu, logvar, None, generator, True, backend)
+    return Latent(z, kl)
 
 
 def kl_standard_normal(
@@ -329,14 +273,14 @@ def kl_standard_normal(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
-    call = _kl_call((mu, logvar), (reduction, backend))
-    return call(None, None, None, mu, logvar, None, 1.0)[0]
+    operands = (mu, logvar, 1.0)
+    return autograd.objective(find(_kl_call, operands, reduction, backend), operands)[0]
 
 
-@_remembered
-def _kl_call(mu: Tensor, logvar: Tensor | None, reduction: str, backend: str | None) -> _Call:
+def _kl_call(operands: Operands, reduction: str, backend: str | None) -> autograd.RecordedObjective:
+    mu, logvar, _ = operands
     _check_latents(mu, logvar)
-    return _objective_call(None, None, None, mu, logvar, None, 1.0, _checked_reduction(reduction), backend)
+    return _objective_call(operands, ("kl_standard_normal",), _checked_reduction(reduction), backend)
 
 
 # --- the likelihood ---------------------------------------------------------------------------------------------
@@ -361,22 +305,21 @@ def gaussian_nll(
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         backend: overrides the process's choice for this call.
     """
-    call = _nll_call((recon_x, x, recon_logvar), (full, reduction, backend))
-    return call(recon_x, x, recon_logvar, None, None, None, 0.0)[0]
+    return _likelihood("gaussian", (recon_x, x, recon_logvar, None), full, reduction, backend)
 
 
-@_remembered
-def _nll_call(
-    recon_x: Tensor,
-    x: Tensor,
-    recon_logvar: Tensor | float | None,
-    full: bool,
-    reduction: str,
-    backend: str | None,
-) -> _Call:
-    _check_reconstruction(recon_x, x, recon_logvar)
-    how = _checked_reduction(reduction)
-    return _objective_call(recon_x, x, recon_logvar, None, None, None, 0.0, how, backend, full=full)
+def _likelihood(likelihood: str, operands: Operands, full: bool, reduction: str, backend: str | None) -> Tensor:
+    """A likelihood alone, of its inputs (and None, the beta of a divergence that is not there)."""
+    call = find(_likelihood_call, operands, likelihood, full, reduction, backend)
+    return autograd.objective(call, operands)[0]
+
+
+def _likelihood_call(
+    operands: Operands, likelihood: str, full: bool, reduction: str, backend: str | None
+) -> autograd.RecordedObjective:
+    formula = LIKELIHOODS[likelihood]
+    _check_likelihood(formula, operands[:-1])
+    return _objective_call(operands, (formula.name,), _checked_reduction(reduction), backend, full=full)
 
 
 def gaussian_nll_loss(
@@ -446,15 +389,14 @@ def gaussian_nll_loss(
         how = "sum" if reduction == "none" else reduction
     else:
         how = "element" if reduction == "none" else reduction
-    call = _variance_call((input, target, spread), (full, eps, how, backend))
-    return call(input, target, spread, None, None, None, 0.0)[0]
+    operands = (input, target, spread, None)
+    return autograd.objective(find(_variance_call, operands, full, float(eps), how, backend), operands)[0]
 
 
-@_remembered
 def _variance_call(
-    mean: Tensor, x: Tensor, var: Tensor | float, full: bool, eps: float, reduction: str, backend: str | None
-) -> _Call:
-    return _objective_call(mean, x, var, None, None, None, 0.0, reduction, backend, full=full, floor=float(eps))
+    operands: Operands, full: bool, eps: float, reduction: str, backend: str | None
+) -> autograd.RecordedObjective:
+    return _objective_call(operands, ("gaussian_nll_of_variance",), reduction, backend, full=full, parameter=eps)
 
 
 # --- the bound --------------------------------------------------------------------------------------------------
@@ -467,9 +409,11 @@ def elbo_loss(
     logvar: Tensor | None = None,
     recon_logvar: Tensor | float | None = 0.0,
     *,
+    likelihood: str = "gaussian",
     kl: Tensor | None = None,
     beta: float | Tensor = 1.0,
     full: bool = False,
+    extra: Tensor | float | None = None,
     reduction: str = "batchmean",
     return_terms: bool = False,
     backend: str | None = None,
@@ -492,96 +436,92 @@ def elbo_loss(
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
         backend: overrides the process's choice for this call.
     """
-    operands = (recon_x, x, recon_logvar, mu, logvar, kl, beta)
-    values = _elbo_call(operands, (full, reduction, return_terms, backend))(*operands)
+    inputs = _inputs_of(likelihood, recon_x, x, recon_logvar, extra)
+    operands = (*inputs, mu, logvar, beta) if kl is None else (*inputs, kl, beta)
+    if kl is not None and (mu is not None or logvar is not None):
+        raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
+    call = find(_elbo_call, operands, likelihood, kl is None, full, reduction, return_terms, backend)
+    values = autograd.objective(call, operands)
     return ELBOTerms(*values[:3]) if return_terms else values[0]
 
 
-@_remembered
+def _inputs_of(
+    likelihood: str, recon_x: Tensor, x: Tensor, scale: Tensor | float | None, extra: Tensor | float | None
+) -> tuple[Operand, ...]:
+    """The inputs of a likelihood: as many of these as it has."""
+    formula = _checked_likelihood(likelihood)
+    inputs = (recon_x, x, scale, 0.0 if extra is None else extra)[: len(formula.inputs)]
+    if extra is not None and "extra" not in formula.inputs:
+        raise ValueError(f"extra: expected None, as the {likelihood} likelihood has no such input")
+    return inputs
+
+
 def _elbo_call(
-    recon_x: Tensor,
-    x: Tensor,
-    recon_logvar: Tensor | float | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    beta: float | Tensor,
+    operands: Operands,
+    likelihood: str,
+    has_latent: bool,
     full: bool,
     reduction: str,
     return_terms: bool,
     backend: str | None,
-) -> _Call:
-    _check_reconstruction(recon_x, x, recon_logvar)
-    if kl is None:
+) -> autograd.RecordedObjective:
+    formula = LIKELIHOODS[likelihood]
+    count = len(formula.inputs)
+    _check_likelihood(formula, operands[:count])
+    x, latents, beta = operands[1], operands[count:-1], operands[-1]
+    assert isinstance(x, Tensor)
+    if has_latent:
+        mu, logvar = latents
         _check_latents(mu, logvar)
-        assert mu is not None
-        batch, witness, device = mu.shape[0], "mu", mu.device
+        name, first = "mu", mu
     else:
+        (kl,) = latents
         _check_tensor("kl", kl)
-        if mu is not None or logvar is not None:
-            raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
+        name, first = "kl", kl
+        assert isinstance(kl, Tensor)
         if kl.dim() != 1:
             raise ValueError(f"kl: expected one value a sample, shape ({x.shape[0]},), got {tuple(kl.shape)}")
-        batch, witness, device = kl.shape[0], "kl", kl.device
-    if batch != x.shape[0]:
-        raise ValueError(f"{witness}: expected the batch size of x, {x.shape[0]}, got {batch}")
-    if device != x.device:
-        raise ValueError(f"{witness}: expected on {x.device}, where x is; got it on {device}")
+    assert isinstance(first, Tensor)
+    if first.shape[0] != x.shape[0]:
+        raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {first.shape[0]}")
+    if first.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device}, where x is; got it on {first.device}")
     _check_number("beta", beta)
-    how = _checked_reduction(reduction)
-    return _objective_call(recon_x, x, recon_logvar, mu, logvar, kl, beta, how, backend, full=full, terms=return_terms)
+    return _objective_call(
+        operands,
+        (formula.name, "kl_standard_normal" if has_latent else GIVEN.name),
+        _checked_reduction(reduction),
+        backend,
+        full=full,
+        returns_terms=return_terms,
+    )
 
 
 def _objective_call(
-    recon_x: Tensor | None,
-    x: Tensor | None,
-    spread: Tensor | float | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    beta: float | Tensor,
+    operands: Operands,
+    formulas: tuple[str, ...],
     reduction: str,
     backend: str | None,
     *,
     full: bool = False,
-    floor: float | None = None,
-    terms: bool = False,
-) -> _Call:
-    """What computes an objective with both halves or either: a sequence of the loss or, with ``terms``, loss, NLL, KL.
-
-    With a ``floor``, ``spread`` is a variance, not its logarithm, and at least that.
-    """
-    witness = mu if recon_x is None else recon_x
-    assert witness is not None
-    device = witness.device
-    name = resolve(device.type, backend)
-    dtype = _value_dtype(device.type, recon_x, x, spread, mu, logvar, kl)
-    enabled = torch.is_grad_enabled()
-    needed = [enabled and isinstance(t, Tensor) and t.requires_grad for t in (recon_x, x, spread, mu, logvar)]
-    learned_beta = isinstance(beta, Tensor) and beta.requires_grad  # its gradient is the KL
-    how = floor is not None, floor or 0.0, bool(full), reduction
-    if name == "reference":
-        return partial(_reference_objective, how, dtype)
-    options = (*how, dtype, bool(terms) or learned_beta, needed, name)
-
-    def in_kernel_form(operands: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Targets of a dtype that kernels know, numbers in memory on the device."""
-        recon_x, x, spread, mu, logvar, kl, beta = operands
-        if x is not None and x.dtype not in _KERNEL_DTYPES:
-            x = x.to(torch.float32)
-        spread, beta = (t.to(device) if isinstance(t, Tensor) else t for t in (spread, beta))
-        return recon_x, x, spread, mu, logvar, kl, beta
-
-    operands = (recon_x, x, spread, mu, logvar, kl, beta)
-    converted = in_kernel_form(operands)
-    call = ops.elbo.prepared(*converted, options=options)
-    if all(a is b for a, b in zip(operands, converted, strict=True)):
-        return call
-    return lambda *operands: call(*in_kernel_form(operands))
-
-
-def _reference_objective(how: tuple[Any, ...], dtype: torch.dtype, *operands: Any) -> list[Tensor]:
-    recon_x, x, *rest = operands
-    if x is not None and x.dtype not in _KERNEL_DTYPES:
-        x = x.to(torch.float32)
-    return [value.to(dtype) for value in elbo_formula(recon_x, x, *rest, *how)]
+    parameter: float = 0.0,
+    returns_terms: bool = False,
+) -> autograd.RecordedObjective:
+    """The call of an objective of these formulas' terms, whose inputs, and beta behind them, have been checked."""
+    first = operands[0]
+    assert isinstance(first, Tensor)
+    enabled, beta = torch.is_grad_enabled(), operands[-1]
+    needed = [enabled and isinstance(t, Tensor) and t.requires_grad for t in operands[:-1]]
+    if formulas[-1] == GIVEN.name:
+        needed[-1] = False  # not made by kernels
+    spec = Objective(
+        formulas,
+        parameter,
+        bool(full),
+        reduction,
+        _value_dtype(first.device.type, *operands[:-1]),
+        bool(returns_terms) or (isinstance(beta, Tensor) and beta.requires_grad),  # its gradient is the divergence
+        (*needed, False),
+        resolve(first.device.type, backend),
+    )
+    return autograd.RecordedObjective(operands, spec)

@@ -59,4 +59,4 @@ def normal(
     name = resolve(device.type, backend)
     if name == "reference":
         return reference.normal(tuple(shape), seed, dtype)
-    return ops.normal(shape, seed, options=(dtype, name))
+    return ops.normal(shape, seed, dtype, name)

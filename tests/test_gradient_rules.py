@@ -255,38 +255,20 @@ def test_operators_pass_opcheck(target: Target) -> None:
     recon_x, x, mu, logvar, spread = (t.detach() for t in operands(torch.float32))
     for t in (recon_x, mu, logvar, spread):
         t.requires_grad_()
-    options = (False, 0.0, False)
-    needed = [True, False, True, True, True]
+    formulas = ["gaussian_nll", "kl_standard_normal"]
+    inputs = [recon_x, x, spread, mu, logvar, torch.tensor(0.7, dtype=torch.float64)]
+    needed = [True, False, True, True, True, False]
     for reduction in ("batchmean", "sample"):
-        opcheck(
-            ops.elbo,
-            (
-                recon_x,
-                x,
-                spread,
-                None,
-                mu,
-                logvar,
-                None,
-                None,
-                0.7,
-                *options,
-                reduction,
-                torch.float32,
-                True,
-                needed,
-                target.backend,
-            ),
-        )
-    opcheck(ops.latent, (mu, logvar, seed, torch.float32, target.backend))
-    opcheck(ops.reparameterize, (mu, logvar, seed, None, target.backend))
+        options = (formulas, 0.0, True, reduction, torch.float32, True, needed, target.backend)
+        opcheck(ops.objective, (inputs, *options))
+    opcheck(ops.latent, ([mu, logvar, seed, None], torch.float32, target.backend))
+    opcheck(ops.latent, ([mu, logvar, None, torch.randn_like(mu)], None, target.backend))
     opcheck(ops.normal, ([4, 5], seed, torch.float32, target.backend))
     opcheck(ops.draw_seed, (torch.device(target.device), None), test_utils=("test_schema", "test_faketensor"))
     recon_x, mu, logvar, spread = (t.detach() for t in (recon_x, mu, logvar, spread))
-    opcheck(
-        ops.nll_backward, (recon_x, x, spread, None, torch.tensor(2.0), False, 0.0, [True, False, True], target.backend)
-    )
-    opcheck(ops.latent_backward, (mu, logvar, seed, None, mu, mu.sum(1), target.backend))
+    weighted = [recon_x, x, spread, torch.tensor(2.0)]
+    opcheck(ops.term_gradient, (weighted, "gaussian_nll", 0.0, [True, False, True], target.backend))
+    opcheck(ops.latent_gradient, ([mu, logvar, seed, None, mu, mu.sum(1)], target.backend))
 
 
 @pytest.mark.slow

@@ -234,7 +234,7 @@ def test_memory_layouts_get_the_same_noise(target: Target) -> None:
         plain = functional.reparameterize(zeros, zeros, backend=target.backend)
         assert torch.equal(z, plain), name
         if target.backend != "reference":
-            direct = torch.ops.fusedvae.reparameterize(layout, layout, seed, None, target.backend)
+            (direct,) = torch.ops.fusedvae.latent([layout, layout, seed, None], None, target.backend)
             assert torch.equal(direct, expected), name
     packed = torch.zeros(3, 20, 5, 7, device=target.device).contiguous(memory_format=torch.channels_last)
     torch.manual_seed(21)

@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.skipif(not (CPU / "kernels.cpp").exists(), reason="needs a checkout"),
 ]
 
+NO_SUCH_KERNELS = 77  # what the driver exits with
+
 SANITIZERS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "threads": ["-fsanitize=thread"],
@@ -58,9 +60,10 @@ class Sanitized:
             command = [setarch, "--addr-no-randomize", *command]
         environment = {**os.environ, "FUSEDVAE_CPU_ISA": isa, "TSAN_OPTIONS": "halt_on_error=1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode == NO_SUCH_KERNELS:
+            pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stdout + done.stderr
-        if not done.stdout.startswith(f"{isa}:"):
-            pytest.skip(f"this machine has no {isa}")
+        assert done.stdout.startswith(f"{isa}:")
 
 
 def _succeed(command: list[str]) -> None:
@@ -80,7 +83,7 @@ def threads(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_memory_and_undefined_behaviour(memory: Sanitized, isa: str):
-    memory.run(isa, cases=2000)
+    memory.run(isa, cases=4000)
 
 
 def test_threads(threads: Sanitized):

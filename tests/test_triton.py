@@ -13,7 +13,8 @@ from test_operations import check, with_gradients
 from torch import Tensor
 
 import fusedvae
-from fusedvae import functional
+from fusedvae import calls, functional
+from fusedvae.backend import LatentWork, Part
 from fusedvae.random import normal
 
 if not (INTERPRETED or torch.cuda.is_available()):
@@ -38,30 +39,18 @@ SHAPES = {
 }
 
 
-def forget_plans() -> None:
-    """Have launches planned anew."""
-    for plan in (
-        backend._nll_plan,
-        backend._latent_plan,
-        backend._elbo_plan,
-        backend._normal_plan,
-        backend._scale_plan,
-    ):
-        plan.cache_clear()
-
-
 @pytest.fixture
-def plans_anew() -> Iterator[None]:
-    """For a test that changes what plans are made of."""
-    forget_plans()
+def calls_anew() -> Iterator[None]:
+    """For a test that changes what launches are prepared from."""
+    calls._calls.clear()
     yield
-    forget_plans()
+    calls._calls.clear()
 
 
-def objectives(spread: tuple[int, ...], name: str = "triton") -> list[Tensor]:
+def objectives(scale: tuple[int, ...], name: str = "triton") -> list[Tensor]:
     """Values and gradients of objectives with a total and with values a sample."""
     generator = torch.Generator(DEVICE).manual_seed(3)
-    shapes = ((5, 3, 9, 11), (5, 3, 9, 11), (5, 24), (5, 24), spread)
+    shapes = ((5, 3, 9, 11), (5, 3, 9, 11), (5, 24), (5, 24), scale)
     t = [torch.randn(s, generator=generator, device=DEVICE).requires_grad_() for s in shapes]
     found = []
     for reduction in ("batchmean", "none"):
@@ -82,26 +71,26 @@ def no_counts_are_left() -> bool:
     return all(bool((zeros == 0).all()) for zeros in backend._zeros.values())
 
 
-@pytest.mark.parametrize("spread", SHAPES)
-def test_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch, plans_anew: None, spread: str) -> None:
+@pytest.mark.parametrize("scale", SHAPES)
+def test_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None, scale: str) -> None:
     monkeypatch.setattr(backend, "_SMALL_TILE", 128)
     monkeypatch.setattr(backend, "_COLUMN", 16)
-    check(objectives(SHAPES[spread]), objectives(SHAPES[spread], "reference"), 4e-6)
+    check(objectives(SHAPES[scale]), objectives(SHAPES[scale], "reference"), 4e-6)
     assert no_counts_are_left()
 
 
-def test_a_kl_over_many_tiles(monkeypatch: pytest.MonkeyPatch, plans_anew: None) -> None:
+def test_a_kl_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
     monkeypatch.setattr(backend, "_SMALL_TILE", 64)
     check(latents(), latents("reference"), 4e-6)
     assert no_counts_are_left()
 
 
-def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch, plans_anew: None) -> None:
+def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
     def results() -> list[Tensor]:
         return [*objectives((3, 1, 1)), *latents(), normal(1001, 5, device=DEVICE, backend="triton")]
 
     narrow = results()
-    forget_plans()
+    calls._calls.clear()
     monkeypatch.setattr(backend, "_NARROW", 0)
     for f, e in zip(results(), narrow, strict=True):
         assert torch.equal(f, e)
@@ -109,10 +98,10 @@ def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch, plans_an
 
 @pytest.mark.parametrize(("size", "strides", "wide"), [(2**15, (2**16, 1), True), (2**15, (2**15, 1), False)])
 def test_what_needs_64_bits(size: int, strides: tuple[int, int], wide: bool) -> None:
-    """Offsets past 2^31 need 64 bits, though there are fewer elements; seen from the plan, without the memory."""
-    operand = torch.Size((size, 2**15)), strides, torch.float32
-    nothing = (None,) * 7
-    assert backend._latent_plan((operand, operand, *nothing), False).fixed["wide"] is wide
+    """Offsets past 2^31 need 64 bits, though there are fewer elements; seen from the launch, without the memory."""
+    mu, logvar = (Part(k, torch.Size((size, 2**15)), strides, torch.float32) for k in range(2))
+    launch = backend.BACKEND.prepare_latent(LatentWork(False, mu, logvar), 2, torch.device(DEVICE))
+    assert launch.fixed["wide"] is wide
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def launches(request: pytest.FixtureRequest, compiled: dict[str, Future]) -> lis
 
 def test_every_kernel_is_there(launches: list[dict[str, Any]]) -> None:
     names = {launch["kernel"] for launch in launches}
-    assert names == {"normal_kernel", "latent_kernel", "nll_kernel", "elbo_kernel", "scale_kernel"}
+    assert names == {"normal_kernel", "latent_kernel", "elementwise_kernel", "objective_kernel", "scale_kernel"}
 
 
 def test_nothing_is_spilled_and_threads_have_no_memory_of_their_own(launches: list[dict[str, Any]]) -> None:

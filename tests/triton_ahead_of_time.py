@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-INPUTS = ("recon_x", "x", "spread", "weight", "mu", "logvar", "noise", "grad_z")
-OUTPUTS = ("loss", "grad_recon_x", "grad_x", "grad_spread", "z", "grad_mu", "grad_logvar", "out")
+# The kernels' parameters; of an objective's, those of its terms have a prefix.
+INPUTS = ("in0", "in1", "in2", "in3", "weight", "mu", "logvar", "noise", "grad_z")
+OUTPUTS = ("value", "g0", "g1", "g2", "g3", "z", "grad_mu", "grad_logvar", "out")
+PREFIXES = ("", "a_", "b_")
 SHAPE = (64, 4, 64, 64)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -58,10 +61,10 @@ def leaf(dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.empty(shape, dtype=dtype).fill_(0.5).requires_grad_(dtype.is_floating_point)
 
 
-def step(recon_x: Tensor, x: Tensor, spread: Tensor | float | None, mu: Tensor, logvar: Tensor | None) -> None:
+def step(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float | None, mu: Tensor, logvar: Tensor | None) -> None:
     """All launches of training steps with a total and with values a sample."""
-    functional.elbo_loss(recon_x, x, mu, logvar, spread, backend="triton").backward()
-    functional.elbo_loss(recon_x, x, mu, logvar, spread, reduction="none", backend="triton").sum().backward()
+    functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar, backend="triton").backward()
+    functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar, reduction="none", backend="triton").sum().backward()
     z, kl = functional.latent(mu, logvar, backend="triton")
     torch.autograd.backward([z, kl], [torch.ones_like(z), torch.ones_like(kl)])
 
@@ -82,9 +85,9 @@ def variants() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
     t = [leaf(f32) for _ in range(5)]
     mixed = [leaf(bf16), leaf(u8), leaf(f32, (4, 1, 1)), leaf(bf16, (64, 128)), leaf(f32, (64, 128))]
     found["mixed dtypes"] = launches(lambda: step(*mixed))
-    for spread in ((), (64, 1, 1, 1), (64, 4, 1, 1), (1, *SHAPE[1:]), (64, 1, 64, 64), (64,)):
-        found[f"spread {spread}"] = launches(lambda s=spread: step(t[0], t[1], leaf(f32, s), t[3], t[4]))
-    found["a number for spread"] = launches(lambda: step(t[0], t[1], 0.5, t[3], t[4]))
+    for shape in ((), (64, 1, 1, 1), (64, 4, 1, 1), (1, *SHAPE[1:]), (64, 1, 64, 64), (64,)):
+        found[f"log-variance {shape}"] = launches(lambda s=shape: step(t[0], t[1], leaf(f32, s), t[3], t[4]))
+    found["a number for log-variance"] = launches(lambda: step(t[0], t[1], 0.5, t[3], t[4]))
     packed = leaf(f32, (64, 8, 64, 64))
     found["packed"] = launches(lambda: step(packed, t[1], None, packed, None))
     last = [v.detach().to(memory_format=torch.channels_last).requires_grad_() for v in (*t[:2], packed)]
@@ -152,19 +155,17 @@ def accesses(assembly: dict[str, Any], target: GPUTarget, kind: str) -> list[int
 
 def wanted(arguments: dict[str, Any], names: tuple[str, ...]) -> int:
     """Bytes of the operands' elements in a tile, for operands that have one for every element."""
-    if "factor" in arguments:
+    if "data_0" in arguments:
         return sum(
-            arguments["tile"] * arguments[f"data_{k}"].itemsize for k in range(5) if arguments[f"data_{k}"] is not None
+            arguments["tile"] * arguments[f"data_{k}"].itemsize for k in range(8) if arguments[f"data_{k}"] is not None
         )
     total = 0
-    for name in names:
-        tensor = arguments.get(name)
+    for prefix, name in product(PREFIXES, names):
+        tensor = arguments.get(prefix + name)
         if name == "mu" and arguments.get("grad_z") is not None and arguments["grad_kl"] is None:
             continue  # no part of the gradients of z
         if tensor is None or tensor.numel() != math.prod(SHAPE):
             continue
-        half = "kl_" if name in ("mu", "logvar", "grad_mu", "grad_logvar") else "nll_"
-        prefix = half if f"{half}tile_b" in arguments else ""
         tile = arguments["tile"] if "tile" in arguments else math.prod(arguments[f"{prefix}tile_{d}"] for d in "boi")
         total += tile * tensor.itemsize
     return total

@@ -1,4 +1,4 @@
-// Runs of one dtype to and from runs of the working type (float or double).
+// Arrays of one dtype to and from arrays of the working type (float or double).
 #pragma once
 
 #include <cstdint>
@@ -101,16 +101,16 @@ FUSEDVAE_INLINE void narrow(float, uint8_t*) {}
 FUSEDVAE_INLINE void narrow(double, uint8_t*) {}
 
 template <class T, class S>
-FUSEDVAE_INLINE void widen_run(const S* in, T* out, int64_t count) {
+FUSEDVAE_INLINE void widen_array(const S* in, T* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(widen(in[i]));
 }
 template <class T, class S>
-FUSEDVAE_INLINE void narrow_run(const T* in, S* out, int64_t count) {
+FUSEDVAE_INLINE void narrow_array(const T* in, S* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) narrow(in[i], out + i);
 }
 
 #if defined(__F16C__)
-FUSEDVAE_INLINE void widen_run(const F16* in, float* out, int64_t count) {
+FUSEDVAE_INLINE void widen_array(const F16* in, float* out, int64_t count) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
@@ -120,7 +120,7 @@ FUSEDVAE_INLINE void widen_run(const F16* in, float* out, int64_t count) {
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
   for (; i < count; ++i) out[i] = widen(in[i]);
 }
-FUSEDVAE_INLINE void narrow_run(const float* in, F16* out, int64_t count) {
+FUSEDVAE_INLINE void narrow_array(const float* in, F16* out, int64_t count) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
@@ -170,6 +170,13 @@ static inline double get(const Operand& op, int64_t offset) {
 }
 static inline void put(const Operand& op, int64_t offset, double value) {
   with_type(op.dtype, [&](auto* type) { narrow(value, static_cast<decltype(type)>(op.data) + offset); });
+}
+// The same for `count` values, `step` elements apart.
+static inline void put_array(const Operand& op, int64_t step, const double* values, int64_t count) {
+  with_type(op.dtype, [&](auto* type) {
+    auto* data = static_cast<decltype(type)>(op.data);
+    for (int64_t i = 0; i < count; ++i) narrow(values[i], data + i * step);
+  });
 }
 
 }  // namespace FUSEDVAE_NAMESPACE

@@ -1,7 +1,10 @@
-// Chooses among the copies of the kernels, one an instruction set, when the extension is loaded.
+// Chooses among the copies of the kernels, one for each instruction set, when one is first needed.
 
 #include <cstdlib>
 #include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/kernels.h"
 
@@ -21,20 +24,30 @@ extern const Kernels table;
 
 namespace {
 
+struct Choice {
+  const Kernels& kernels;
+  bool runs_here;
+};
+
 const Kernels& choose() {
-  const char* wanted = std::getenv("FUSEDVAE_CPU_ISA");
-  auto allowed = [wanted](const char* isa) { return !wanted || !*wanted || std::strcmp(wanted, isa) == 0; };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512::table;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   // Every processor with AVX2 has F16C, about which Clang 14 cannot ask.
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const Choice choices[] = {{avx512::table, has_avx512}, {avx2::table, has_avx2}, {baseline::table, true}};
 #else
-  (void)allowed;
+  const Choice choices[] = {{baseline::table, true}};
 #endif
-  return baseline::table;
+  const char* const wanted = std::getenv("FUSEDVAE_CPU_ISA");
+  std::string names;
+  for (const Choice& choice : choices) {
+    if (!choice.runs_here) continue;
+    if (!wanted || !*wanted || std::strcmp(wanted, choice.kernels.isa) == 0) return choice.kernels;
+    names += (names.empty() ? "'" : ", '") + std::string(choice.kernels.isa) + "'";
+  }
+  throw std::runtime_error("FUSEDVAE_CPU_ISA: expected one of " + names + " on this machine; got '" + wanted + "'");
 }
 
 }  // namespace
@@ -42,6 +55,10 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+void out_of_memory() {
+  throw std::bad_alloc();
 }
 
 }  // namespace fusedvae

@@ -45,13 +45,14 @@ struct Loop {
   }
 };
 
-// Runs the loop, and a second one with it, on at most `threads` threads. Each takes an even share of either.
-inline void parallel_for(int threads, const Loop& loop, const Loop* second = nullptr) {
+// Runs loops on at most `threads` threads, each of which takes an even share of every one.
+inline void parallel_for(int threads, const Loop* const* loops, int count) {
   const auto share = [&](int64_t t, int64_t n) {
-    loop.share(t, n);
-    if (second) second->share(t, n);
+    for (int k = 0; k < count; ++k) loops[k]->share(t, n);
   };
-  const int64_t tasks = second && second->tasks > loop.tasks ? second->tasks : loop.tasks;
+  int64_t tasks = 0;
+  for (int k = 0; k < count; ++k)
+    if (loops[k]->tasks > tasks) tasks = loops[k]->tasks;
   if (tasks < threads) threads = static_cast<int>(tasks);
   if (threads <= 1 || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads ||
       (omp_in_parallel && omp_in_parallel())) {

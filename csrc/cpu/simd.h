@@ -138,13 +138,14 @@ FUSEDVAE_INLINE vf clamp(vf x, float low, float high) {
 #endif
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2, and e^r - 1. Past the bounds that x is clamped to, e^x is 0 or infinity.
+// x = n ln 2 + r with |r| <= ln 2 / 2, and e^r - 1. Past the bounds that x is clamped to, e^x is 0 or infinity, also
+// times a constant of a formula's.
 struct ExpReduction {
   vf n, expm1_r;
 };
 
 FUSEDVAE_INLINE ExpReduction reduce_exp(vf x) {
-  x = clamp(x, -104.0f, 89.0f);
+  x = clamp(x, -104.0f, 130.0f);
   const vf magic = splat(x, 12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
   const vf n = (x * 1.44269504f + magic) - magic;
   vf r = x - n * 0.693359375f;
@@ -167,12 +168,12 @@ FUSEDVAE_INLINE vf scale_by_power(vf v, vf n) {
 #endif
 }
 
-// factor * e^x, for what a multiplication by factor would cost or less; factor is finite.
-FUSEDVAE_INLINE vf exponential(vf x, vf factor) {
+// e^x times a constant, for what e^x costs.
+FUSEDVAE_INLINE vf exponential(vf x, float factor) {
 #if defined(__AVX512F__)
   // x = n ln 2 + r with n a multiple of 1/16: the sixteenth is looked up, which leaves an r so small that a third of
   // the polynomial does, and the whole part of n is scalef's.
-  x = clamp(x, -104.0f, 89.0f);
+  x = clamp(x, -104.0f, 130.0f);
   const vf magic = splat(x, 786432.0f);  // adding 1.5 * 2^19 rounds to a sixteenth, counted by the low four bits
   const vf rounded = x * 1.44269504f + magic, n = rounded - magic;
   const vf sixteenths = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
@@ -188,9 +189,8 @@ FUSEDVAE_INLINE vf exponential(vf x, vf factor) {
   return scale_by_power(e.expm1_r * factor + factor, e.n);
 #endif
 }
-
 FUSEDVAE_INLINE vf exponential(vf x) {
-  return exponential(x, splat(x, 1.0f));
+  return exponential(x, 1.0f);
 }
 
 // e^x and e^x - 1 of one range reduction: each accurate to about an ulp, near 0 and far from it.
@@ -205,11 +205,18 @@ FUSEDVAE_INLINE ExpPair exp_pair(vf x) {
   return {exp, x > 16.0f ? exp - 1.0f : near};
 }
 
+FUSEDVAE_INLINE vf exponential_minus_1(vf x) {
+  return exp_pair(x).expm1;
+}
+
 FUSEDVAE_INLINE double exponential(double x) {
   return std::exp(x);
 }
-FUSEDVAE_INLINE double exponential(double x, double factor) {
-  return factor * std::exp(x);
+FUSEDVAE_INLINE double exponential(double x, float factor) {
+  return static_cast<double>(factor) * std::exp(x);
+}
+FUSEDVAE_INLINE double exponential_minus_1(double x) {
+  return std::expm1(x);
 }
 
 // ln x for normal x > 0, by Cephes' polynomial around 1.

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 
 #include "cpu/convert.h"
 #include "math/philox.h"
@@ -29,28 +28,6 @@ static inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Scratch memory, zero at first; not std::vector, whose code the linker would share between instruction sets.
-class Doubles {
- public:
-  explicit Doubles(int64_t count) {
-    if (count <= kFew) return;
-    data_ = static_cast<double*>(std::calloc(static_cast<size_t>(count), sizeof(double)));
-    if (!data_) std::abort();
-  }
-  ~Doubles() {
-    if (data_ != few_) std::free(data_);
-  }
-  Doubles(const Doubles&) = delete;
-  Doubles& operator=(const Doubles&) = delete;
-  double& operator[](int64_t i) { return data_[i]; }
-  double* at(int64_t i) { return data_ + i; }
-
- private:
-  static constexpr int64_t kFew = 32;
-  double few_[kFew] = {};
-  double* data_ = few_;
-};
-
 // A block of elements [b0, b0 + nb) x [o0, o0 + no) x [i0, i0 + ni), in row-major order of (b, o, i).
 struct Tile {
   int64_t b0, nb, o0, no, i0, ni;
@@ -73,8 +50,8 @@ class Tiling {
   int64_t count() const { return count_; }
   // Tiles that a row is cut into; tile k has the columns of every other k that leaves the same remainder.
   int64_t column_groups() const { return column_groups_; }
-  // Tiles of one sample; 1 where tiles hold whole samples.
-  int64_t per_sample() const { return row_groups_ * column_groups_; }
+  // Whether no sample is in several tiles.
+  bool holds_whole_samples() const { return row_groups_ * column_groups_ == 1; }
   int64_t max_samples() const { return samples_; }
   int64_t max_rows() const { return samples_ * rows_; }
   Tile operator[](int64_t k) const {
@@ -98,8 +75,8 @@ static inline int64_t offset_of(const Operand& op, const Tile& t, int64_t b, int
   return (t.b0 + b) * op.stride[0] + (t.o0 + o) * op.stride[1] + t.i0 * op.stride[2];
 }
 
-// Whether the tile's elements lie in one gapless run.
-static inline bool is_run(const Operand& op, const Tile& t) {
+// Whether the tile's elements lie side by side.
+static inline bool is_contiguous(const Operand& op, const Tile& t) {
   return op.stride[2] == 1 && (t.no == 1 || op.stride[1] == t.ni) &&
          (t.nb == 1 || (t.no == 1 ? op.stride[0] == t.ni : op.stride[0] == t.no * t.ni));
 }
@@ -107,7 +84,7 @@ static inline bool is_run(const Operand& op, const Tile& t) {
 // Whether an operand is an array of T, so that every tile of it is one as well.
 template <class T>
 inline bool is_array(const Operand& op, const Extent& e) {
-  return op.data && op.dtype == dtype_of<T>() && is_run(op, Tile{0, e.batch, 0, e.outer, 0, e.inner});
+  return op.data && op.dtype == dtype_of<T>() && is_contiguous(op, Tile{0, e.batch, 0, e.outer, 0, e.inner});
 }
 
 // A tile's operand as an array; `buffer` holds it if it is not one already.
@@ -119,12 +96,12 @@ inline const T* read(const Operand& op, const Tile& t, T* buffer) {
     for (int64_t i = 0; i < n; ++i) buffer[i] = value;
     return buffer;
   }
-  const bool run = is_run(op, t);
-  if (run && op.dtype == dtype_of<T>()) return static_cast<const T*>(op.data) + offset_of(op, t, 0, 0);
+  const bool contiguous = is_contiguous(op, t);
+  if (contiguous && op.dtype == dtype_of<T>()) return static_cast<const T*>(op.data) + offset_of(op, t, 0, 0);
   with_type(op.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(op.data);
-    if (run) {
-      widen_run(data + offset_of(op, t, 0, 0), buffer, t.count());
+    if (contiguous) {
+      widen_array(data + offset_of(op, t, 0, 0), buffer, t.count());
       return;
     }
     T* out = buffer;
@@ -132,7 +109,7 @@ inline const T* read(const Operand& op, const Tile& t, T* buffer) {
       for (int64_t o = 0; o < t.no; ++o, out += t.ni) {
         const auto* in = data + offset_of(op, t, b, o);
         if (op.stride[2] == 1) {
-          widen_run(in, out, t.ni);
+          widen_array(in, out, t.ni);
         } else {
           const T value = static_cast<T>(widen(*in));
           for (int64_t i = 0; i < t.ni; ++i) out[i] = value;
@@ -142,15 +119,16 @@ inline const T* read(const Operand& op, const Tile& t, T* buffer) {
   return buffer;
 }
 
-// Where to compute a tile's output: in place if it is a run of the working type, else in `buffer`; `write` then
-// brings it there. With `stream`, always by way of the buffer and past the caches.
+// The array to compute a tile's output in: the output itself if it is one of the working type, else `buffer`, which
+// `write` then copies there. What is to go past the caches always goes by way of the buffer.
 template <class T>
-inline T* place(const Operand& op, const Tile& t, T* buffer, bool stream) {
-  if (!stream && op.dtype == dtype_of<T>() && is_run(op, t)) return static_cast<T*>(op.data) + offset_of(op, t, 0, 0);
+inline T* array_for(const Operand& op, const Tile& t, T* buffer, bool past_caches) {
+  if (!past_caches && op.dtype == dtype_of<T>() && is_contiguous(op, t))
+    return static_cast<T*>(op.data) + offset_of(op, t, 0, 0);
   return buffer;
 }
 
-inline void stream_run(const float* in, float* out, int64_t count) {
+inline void copy_past_caches(const float* in, float* out, int64_t count) {
 #if defined(__AVX512F__) || defined(__AVX2__)
   int64_t i = 0;
   for (; i < count && (reinterpret_cast<uintptr_t>(out + i) & (sizeof(vf) - 1)); ++i) out[i] = in[i];
@@ -166,45 +144,27 @@ inline void stream_run(const float* in, float* out, int64_t count) {
   __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
 #endif
 }
-inline void stream_run(const double* in, double* out, int64_t count) {
+inline void copy_past_caches(const double* in, double* out, int64_t count) {
   __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(double));
 }
 
 template <class T>
-inline void write(const Operand& op, const Tile& t, const T* from, const T* buffer, bool stream) {
+inline void write(const Operand& op, const Tile& t, const T* from, const T* buffer, bool past_caches) {
   if (from != buffer) return;
-  const bool run = is_run(op, t);
-  if (run && stream && op.dtype == dtype_of<T>()) {
-    stream_run(from, static_cast<T*>(op.data) + offset_of(op, t, 0, 0), t.count());
+  const bool contiguous = is_contiguous(op, t);
+  if (contiguous && past_caches && op.dtype == dtype_of<T>()) {
+    copy_past_caches(from, static_cast<T*>(op.data) + offset_of(op, t, 0, 0), t.count());
     return;
   }
   with_type(op.dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(op.data);
-    if (run) {
-      narrow_run(from, data + offset_of(op, t, 0, 0), t.count());
+    if (contiguous) {
+      narrow_array(from, data + offset_of(op, t, 0, 0), t.count());
       return;
     }
     for (int64_t b = 0; b < t.nb; ++b)
-      for (int64_t o = 0; o < t.no; ++o, from += t.ni) narrow_run(from, data + offset_of(op, t, b, o), t.ni);
+      for (int64_t o = 0; o < t.no; ++o, from += t.ni) narrow_array(from, data + offset_of(op, t, b, o), t.ni);
   });
-}
-
-// The sum of an array, in float (or double) and in an order that depends on its length alone.
-template <class T>
-inline double sum(const T* v, int64_t count) {
-  using P = typename Pack<T>::type;
-  constexpr int64_t w = Pack<T>::lanes;
-  P s0 = {}, s1 = {}, s2 = {}, s3 = {};
-  int64_t i = 0;
-  for (; i + 4 * w <= count; i += 4 * w) {
-    s0 += load<P>(v + i);
-    s1 += load<P>(v + i + w);
-    s2 += load<P>(v + i + 2 * w);
-    s3 += load<P>(v + i + 3 * w);
-  }
-  for (; i + w <= count; i += w) s0 += load<P>(v + i);
-  if (i < count) s1 += load_part<P>(v + i, count - i);
-  return static_cast<double>(sum_lanes((s0 + s1) + (s2 + s3)));
 }
 
 // --- noise --------------------------------------------------------------------------------------------------------
@@ -236,37 +196,37 @@ FUSEDVAE_INLINE void normals(uint64_t first, uint64_t seed, float* out) {
 }
 
 // The stream's elements [start, start + count), somewhere in a buffer of count + kNoisePad floats.
-inline const float* noise_run(int64_t start, int64_t count, uint64_t seed, float* buffer) {
+inline const float* noise_span(int64_t start, int64_t count, uint64_t seed, float* buffer) {
   const int64_t skip = start & 3;
   uint64_t counter = static_cast<uint64_t>(start) >> 2;
   for (int64_t i = 0; i < skip + count; i += 4 * kLanes, counter += kLanes) normals(counter, seed, buffer + i);
   return buffer + skip;
 }
 
-// A tile's noise. Positions that run along the rows, or (channels_last) along the columns, are made in runs; anything
-// else an element at a time.
+// A tile's noise. Positions that follow each other along the rows, or (channels_last) along the columns, are made in
+// spans; anything else an element at a time.
 inline const float* read_noise(const IndexStrides& s, const Tile& t, uint64_t seed, float* scratch, float* buffer) {
   const int64_t start = t.b0 * s.batch + t.o0 * s.outer + t.i0 * s.inner;
-  const bool rows_run = t.ni == 1 || s.inner == 1;
-  if (rows_run && (t.no == 1 || s.outer == t.ni) && (t.nb == 1 || s.batch == t.no * t.ni))
-    return noise_run(start, t.count(), seed, buffer);
+  const bool along_rows = t.ni == 1 || s.inner == 1;
+  if (along_rows && (t.no == 1 || s.outer == t.ni) && (t.nb == 1 || s.batch == t.no * t.ni))
+    return noise_span(start, t.count(), seed, buffer);
   for (int64_t b = 0; b < t.nb; ++b) {
     float* out = buffer + b * t.no * t.ni;
     const int64_t origin = start + b * s.batch;
-    if (!rows_run && s.outer == 1) {
+    if (!along_rows && s.outer == 1) {
       for (int64_t i = 0; i < t.ni; ++i) {
-        const float* run = noise_run(origin + i * s.inner, t.no, seed, scratch);
-        for (int64_t o = 0; o < t.no; ++o) out[o * t.ni + i] = run[o];
+        const float* span = noise_span(origin + i * s.inner, t.no, seed, scratch);
+        for (int64_t o = 0; o < t.no; ++o) out[o * t.ni + i] = span[o];
       }
       continue;
     }
     for (int64_t o = 0; o < t.no; ++o)
-      if (rows_run) {
-        const float* run = noise_run(origin + o * s.outer, t.ni, seed, scratch);
-        for (int64_t i = 0; i < t.ni; ++i) out[o * t.ni + i] = run[i];
+      if (along_rows) {
+        const float* span = noise_span(origin + o * s.outer, t.ni, seed, scratch);
+        for (int64_t i = 0; i < t.ni; ++i) out[o * t.ni + i] = span[i];
       } else {
         for (int64_t i = 0; i < t.ni; ++i)
-          out[o * t.ni + i] = *noise_run(origin + o * s.outer + i * s.inner, 1, seed, scratch);
+          out[o * t.ni + i] = *noise_span(origin + o * s.outer + i * s.inner, 1, seed, scratch);
       }
   }
   return buffer;

@@ -15,9 +15,12 @@
 #include "operand.h"
 
 #if defined(__CUDACC__)
-#define FUSEDVAE_UNROLL _Pragma("unroll")
+#define FUSEDVAE_PRAGMA(text) _Pragma(#text)
+#define FUSEDVAE_UNROLL FUSEDVAE_PRAGMA(unroll)
+#define FUSEDVAE_UNROLL_BY(times) FUSEDVAE_PRAGMA(unroll times)
 #else
 #define FUSEDVAE_UNROLL
+#define FUSEDVAE_UNROLL_BY(times)
 #endif
 
 namespace fusedvae {
@@ -137,8 +140,7 @@ __device__ __forceinline__ void with_type(DType dtype, const F& f) {
   }
 }
 
-// The bits of V elements of the type, and their values. V elements that make more than 16 bytes do not occur:
-// `with_access` takes double as the working type wherever an operand is one.
+// V elements that make more than 16 bytes do not occur: `with_access` takes fewer then.
 template <int V, class S>
 constexpr bool kFits = V * sizeof(S) <= 16;
 
@@ -248,13 +250,16 @@ __device__ __forceinline__ Lanes<A> unpack(const Operand& op, const Bits& bits) 
   return lanes;
 }
 
-// Of an operand that is mostly one number: that is read once.
+// Of an operand that is mostly one number: that is read once. 1 if it was not given.
 template <class A>
 class Factor {
  public:
   using T = typename A::T;
   __device__ __forceinline__ explicit Factor(const Operand& op)
-      : op_(op), one_(op.is_uniform() ? get<T>(op, 0) : T(0)) {}
+      : op_(op),
+        one_(!op.given         ? T(1)
+             : op.is_uniform() ? get<T>(op, 0)
+                               : T(0)) {}
   __device__ __forceinline__ Lanes<A> at(const Position& position) const {
     if (!op_.is_uniform()) return unpack<A>(op_, fetch<A>(op_, position));
     Lanes<A> lanes;
@@ -290,17 +295,18 @@ __device__ __forceinline__ void write(const Operand& op, const Position& at, con
 
 // --- the choice of an access, on the host -----------------------------------------------------------------------
 
-// What an access must suit: the operands that a kernel walks over an extent.
-class Walked {
+// What an access must suit: the working type, and how the operands lie that a kernel goes over.
+class Layouts {
  public:
+  explicit Layouts(bool in_double) : in_double_(in_double) {}
   void add(const Extent& extent, std::initializer_list<const Operand*> operands) {
     for (const Operand* op : operands) {
       if (op->data == nullptr) continue;
-      any_double_ |= op->dtype == DType::f64;
       if (op->is_uniform() || op->stride[2] == 0) continue;
       all_one_ &= !some_ || op->dtype == dtype_;
       dtype_ = op->dtype;
       some_ = true;
+      if (op->dtype == DType::f64 && !in_double_) limit(1);  // four of them would be more than 16 bytes
       for (int v = 8; v > 1; v /= 2)
         if (reinterpret_cast<uintptr_t>(op->data) % static_cast<uintptr_t>(v * size_of(op->dtype))) limit(v / 2);
       limit_to_divisor(extent.batch, op->stride[0]);
@@ -314,9 +320,9 @@ class Walked {
     for (const int64_t step : {extent.batch > 1 ? index.batch : 0, extent.outer > 1 ? index.outer : 0})
       if (step % 4) limit(step % 2 ? 1 : 2);
   }
-  bool any_double() const { return any_double_; }
+  bool in_double() const { return in_double_; }
   int width() const { return width_; }
-  bool all(DType dtype) const { return !any_double_ && all_one_ && (!some_ || dtype_ == dtype); }
+  bool all(DType dtype) const { return !in_double_ && all_one_ && (!some_ || dtype_ == dtype); }
 
  private:
   void limit(int v) { width_ = v < width_ ? v : width_; }
@@ -324,25 +330,36 @@ class Walked {
     for (int v = 8; v > 1; v /= 2)
       if (size > 1 && step % v) limit(v / 2);
   }
-  bool any_double_ = false, all_one_ = true, some_ = false;
+  const bool in_double_;
+  bool all_one_ = true, some_ = false;
   DType dtype_ = DType::f32;
   int width_ = 8;
 };
 
 // Calls f with the widest access to operands of any dtypes.
 template <class F>
-void with_mixed_access(const Walked& walked, const F& f) {
-  if (walked.any_double()) return walked.width() >= 2 ? f(MixedDouble{}) : f(MixedDoubleScalar{});
-  walked.width() >= 4 ? f(MixedFloat{}) : f(MixedFloatScalar{});
+void with_mixed_access(const Layouts& layouts, const F& f) {
+  if (layouts.in_double()) return layouts.width() >= 2 ? f(MixedDouble{}) : f(MixedDoubleScalar{});
+  layouts.width() >= 4 ? f(MixedFloat{}) : f(MixedFloatScalar{});
 }
 
-// The same, with those to operands of one dtype first.
+// Calls f with the widest access to operands of one dtype, and returns true, if that is what they are.
 template <class F>
-void with_access(const Walked& walked, const F& f) {
-  if (walked.width() >= 8 && walked.all(DType::bf16)) return f(AllBfloat16{});
-  if (walked.width() >= 8 && walked.all(DType::f16)) return f(AllFloat16{});
-  if (walked.width() >= 4 && walked.all(DType::f32)) return f(AllFloat32{});
-  with_mixed_access(walked, f);
+bool with_single_access(const Layouts& layouts, const F& f) {
+  if (layouts.width() >= 8 && layouts.all(DType::bf16))
+    f(AllBfloat16{});
+  else if (layouts.width() >= 8 && layouts.all(DType::f16))
+    f(AllFloat16{});
+  else if (layouts.width() >= 4 && layouts.all(DType::f32))
+    f(AllFloat32{});
+  else
+    return false;
+  return true;
+}
+
+template <class F>
+void with_access(const Layouts& layouts, const F& f) {
+  if (!with_single_access(layouts, f)) with_mixed_access(layouts, f);
 }
 
 }  // namespace cuda

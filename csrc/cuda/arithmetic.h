@@ -1,4 +1,4 @@
-// The elementary functions of the formula headers for one number on the device. To be included before those headers.
+// The elementary functions of the formula headers for one number. To be included before those headers.
 // CUDA's own, at their full accuracy: nothing here is compiled with --use_fast_math.
 #pragma once
 
@@ -12,22 +12,28 @@
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
-__device__ __forceinline__ float exponential(float x) {
+FUSEDVAE_INLINE float exponential(float x) {
   return expf(x);
 }
-__device__ __forceinline__ double exponential(double x) {
+FUSEDVAE_INLINE double exponential(double x) {
   return exp(x);
 }
-__device__ __forceinline__ float exponential_minus_1(float x) {
+FUSEDVAE_INLINE float exponential(float x, float factor) {
+  return factor * exponential(x);
+}
+FUSEDVAE_INLINE double exponential(double x, float factor) {
+  return static_cast<double>(factor) * exponential(x);
+}
+FUSEDVAE_INLINE float exponential_minus_1(float x) {
   return expm1f(x);
 }
-__device__ __forceinline__ double exponential_minus_1(double x) {
+FUSEDVAE_INLINE double exponential_minus_1(double x) {
   return expm1(x);
 }
-__device__ __forceinline__ float logarithm(float x) {
+FUSEDVAE_INLINE float logarithm(float x) {
   return logf(x);
 }
-__device__ __forceinline__ double logarithm(double x) {
+FUSEDVAE_INLINE double logarithm(double x) {
   return log(x);
 }
 

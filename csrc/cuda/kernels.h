@@ -10,7 +10,7 @@ namespace fusedvae {
 namespace cuda {
 
 // Where a kernel runs, and memory for its partial sums.
-struct Place {
+struct Launch {
   int device = 0;
   void* stream = nullptr;
   // At least as many bytes as the task's `workspace_bytes`, and aligned to 16. The first four are zero before the first
@@ -18,17 +18,15 @@ struct Place {
   void* workspace = nullptr;
 };
 
-// Each is one launch, on the place's stream; none waits for the device. They throw std::runtime_error.
-void normal(const NormalTask&, const Place&);
-void latent(const LatentTask&, const Place&);
-void nll(const NllTask&, const Place&);
-void elbo(const ElboTask&, const Place&);
-void scale(const ScaleTask&, const Place&);
+// Each is one launch; none waits for the device. They throw std::runtime_error.
+void normal(const NormalTask&, const Launch&);
+void latent(const LatentTask&, const Launch&);
+void objective(const ObjectiveTask&, const Launch&);
+void scale(const ScaleTask&, const Launch&);
 
 // 0 where a launch needs no workspace.
 int64_t workspace_bytes(const LatentTask&);
-int64_t workspace_bytes(const NllTask&);
-int64_t workspace_bytes(const ElboTask&);
+int64_t workspace_bytes(const ObjectiveTask&);
 
 // Why these kernels cannot run on this machine's GPUs, in a sentence; empty if they can on all of them.
 std::string unavailable();

@@ -1,4 +1,4 @@
-// How kernels are launched: the one place that knows of <<<...>>>, which the emulation in tests/cuda has no use for.
+// How kernels are launched: all that knows of <<<...>>>, which the emulation in tests/cuda has no use for.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// The noise stream, by counter: a counter's four normals go to four consecutive elements.
+// Noise by counter: a counter's four normals go to four consecutive elements.
 #pragma once
 
 #include <cstdint>

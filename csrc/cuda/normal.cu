@@ -1,4 +1,4 @@
-// The noise stream in memory.
+// The noise of a seed, in memory.
 #include "cuda/access.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -38,33 +38,33 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 template <class S, int V>
-void launch_normal(const NormalTask& task, const Place& place) {
+void launch_normal(const NormalTask& task, const Launch& on) {
   const int64_t threads = (task.count + V - 1) / V;
-  const unsigned grid = grid_for((threads + kThreads - 1) / kThreads, kBlocksPerMultiprocessor, place.device);
-  launch("normal", normal_kernel<S, V>, grid, kThreads, 0, static_cast<cudaStream_t>(place.stream),
+  const unsigned grid = grid_for((threads + kThreads - 1) / kThreads, kBlocksPerMultiprocessor, on.device);
+  launch("normal", normal_kernel<S, V>, grid, kThreads, 0, static_cast<cudaStream_t>(on.stream),
          static_cast<char*>(task.out.data), task.count, task.seed);
 }
 
 template <class S>
-void launch_widest(const NormalTask& task, const Place& place) {
+void launch_widest(const NormalTask& task, const Launch& on) {
   const bool aligned = reinterpret_cast<uintptr_t>(task.out.data) % 16 == 0;
-  aligned ? launch_normal<S, 16 / sizeof(S)>(task, place) : launch_normal<S, 1>(task, place);
+  aligned ? launch_normal<S, 16 / sizeof(S)>(task, on) : launch_normal<S, 1>(task, on);
 }
 
 }  // namespace
 
-void normal(const NormalTask& task, const Place& place) {
+void normal(const NormalTask& task, const Launch& on) {
   if (task.count == 0) return;
-  const DeviceGuard guard(place.device);
+  const DeviceGuard guard(on.device);
   switch (task.out.dtype) {
     case DType::f32:
-      return launch_widest<float>(task, place);
+      return launch_widest<float>(task, on);
     case DType::f64:
-      return launch_widest<double>(task, place);
+      return launch_widest<double>(task, on);
     case DType::bf16:
-      return launch_widest<__nv_bfloat16>(task, place);
+      return launch_widest<__nv_bfloat16>(task, on);
     case DType::f16:
-      return launch_widest<__half>(task, place);
+      return launch_widest<__half>(task, on);
     case DType::u8:
       throw std::runtime_error("fusedvae: noise is not made as integers");
   }

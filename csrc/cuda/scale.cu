@@ -29,7 +29,7 @@ __device__ __forceinline__ void scale_elements(char* data, int64_t count, T fact
   }
 }
 
-// A row of the grid a tensor.
+// A row of the grid for each tensor.
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) scale_kernel(const ScaleTask task) {
   const double factor = get<double>(task.factor, 0);
   if (factor == 1.0) return;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) scale_kern
 
 }  // namespace
 
-void scale(const ScaleTask& task, const Place& place) {
+void scale(const ScaleTask& task, const Launch& on) {
   unsigned tensors = 0;
   int64_t most = 0;
   for (unsigned k = 0; k < ScaleTask::kMost; ++k)
@@ -61,11 +61,10 @@ void scale(const ScaleTask& task, const Place& place) {
       most = task.counts[k] > most ? task.counts[k] : most;
     }
   if (tensors == 0) return;
-  const DeviceGuard guard(place.device);
+  const DeviceGuard guard(on.device);
   // 16 elements a thread and more: with a factor of 1, a block is over as soon as it starts.
-  const unsigned blocks =
-      grid_for((most + 16 * kThreads - 1) / (16 * kThreads), kBlocksPerMultiprocessor, place.device);
-  launch("scale", scale_kernel, dim3(blocks, tensors), kThreads, 0, static_cast<cudaStream_t>(place.stream), task);
+  const unsigned blocks = grid_for((most + 16 * kThreads - 1) / (16 * kThreads), kBlocksPerMultiprocessor, on.device);
+  launch("scale", scale_kernel, dim3(blocks, tensors), kThreads, 0, static_cast<cudaStream_t>(on.stream), task);
 }
 
 }  // namespace cuda

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/access.h"
 #include "cuda/launch.h"
 
 namespace fusedvae {
@@ -79,20 +80,25 @@ __device__ __forceinline__ Share share_of(const Chunks& chunks, int64_t block) {
   return share;
 }
 
+// The sum of so many lanes of a warp, a power of two, known to each of them.
+template <class T>
+__device__ __forceinline__ T lanes_sum(T value, int lanes) {
+  FUSEDVAE_UNROLL_BY(1)
+  for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
+  return value;
+}
+
 // The team's sum, known to each of its threads. All threads of the block take part, in teams of one size.
 template <class T>
 __device__ __forceinline__ T team_sum(T value, int team) {
-  for (int step = (team < kWarp ? team : kWarp) / 2; step > 0; step /= 2)
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
+  value = lanes_sum(value, team < kWarp ? team : kWarp);
   if (team <= kWarp) return value;
   __shared__ T of_warp[kWarps];
-  const int thread = static_cast<int>(threadIdx.x), warps = team / kWarp, first = thread / team * warps;
+  const int thread = static_cast<int>(threadIdx.x), warps = team / kWarp;
   __syncthreads();  // the sums of the time before have been read
   if (thread % kWarp == 0) of_warp[thread / kWarp] = value;
   __syncthreads();
-  value = of_warp[first];
-  for (int w = 1; w < warps; ++w) value += of_warp[first + w];
-  return value;
+  return lanes_sum(of_warp[thread / team * warps + thread % warps], warps);
 }
 
 // Memory for the chunks' sums, and the count of the blocks that are done.

@@ -8,7 +8,7 @@ operation, and passes the name on, so that a backward pass runs where its forwar
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -16,123 +16,118 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from . import reference
+
 NAMES = ("native", "triton", "reference")
 """Every backend, in the order in which "auto" tries them."""
 
 
-class Objective(NamedTuple):
-    """What an objective is, but for its operands."""
-
-    is_variance: bool
-    """Whether ``spread`` is the variance, not its logarithm."""
-    eps: float
-    """The variance's lower bound."""
-    full: bool
-    """Whether the NLL has its constant, log(2 pi) / 2 an element."""
-    reduction: str
-    """"sample" gives a value a sample, "element" a value an element (likelihood only), all else a total."""
-    scale: float
-    """What the total is multiplied by."""
+# --- what a backend is asked to prepare ---------------------------------------------------------------------------
 
 
-class ElboOperands(NamedTuple):
-    """Operands of an objective, then the buffers to fill; None where there is none, or none is wanted.
+class Part(NamedTuple):
+    """What kernels take for an operand: one of the call's sources, or half of a packed one."""
 
-    Packed operands come whole: with ``spread`` None, ``recon_x`` holds mean and log-variance, halves along
-    dimension 1, and so does its gradient; with ``logvar`` None, so does ``mu``. See `unpacked`.
+    source: int
+    """Its position among the sources."""
+    shape: torch.Size | None
+    """Of the part itself; None for a number."""
+    strides: tuple[int, ...]
+    dtype: torch.dtype | None
+    half: int | None = None
+    """Which half along dimension 1; None for the whole."""
+
+    @property
+    def is_number(self) -> bool:
+        return self.shape is None
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is a number or a 0-dim tensor."""
+        return not self.shape
+
+    @property
+    def offset(self) -> int:
+        """Where the part begins in its source, in bytes."""
+        if not self.half:
+            return 0
+        assert self.shape is not None
+        assert self.dtype is not None
+        return self.shape[1] * self.strides[1] * self.dtype.itemsize
+
+    def of(self, sources: Sequence[Any]) -> Any:
+        """The tensor, or a view of it, or the number."""
+        source = sources[self.source]
+        return source if self.half is None else reference.halves(source)[self.half]
+
+    def halves(self) -> tuple[Part, Part]:
+        """The parts of a mean and a scale that are packed in this one."""
+        assert self.shape is not None
+        half = torch.Size((self.shape[0], self.shape[1] // 2, *self.shape[2:]))
+        return self._replace(shape=half, half=0), self._replace(shape=half, half=1)
+
+
+class TermWork(NamedTuple):
+    """A term of an objective: the sum of a formula's values, or of values that are given, and its gradients."""
+
+    formula: reference.Formula
+    parameter: float
+    in_double: bool
+    """Whether the arithmetic is done in float64, else float32."""
+    inputs: tuple[Part, ...]
+    """The formula's; the first has the shape that the others broadcast to."""
+    grads: tuple[Part | None, ...]
+    """Of each input, where it is wanted: of the input's own shape, summed over what that is broadcast along."""
+    factor: float = 1.0
+    """What the sum, and so the gradients, are multiplied by."""
+    constant: float = 0.0
+    """Added to each element's value."""
+    coefficient: Part | None = None
+    """What the loss has the term times: one value; 1 without."""
+    weight: Part | None = None
+    """Of each element, in value and gradients; broadcasts to the shape."""
+    value: Part | None = None
+    """Of each element, where there are no sums."""
+    out: Part | None = None
+    """factor * sum."""
+
+
+class ObjectiveWork(NamedTuple):
+    """loss = sum of coefficient * term, and the gradients of the loss."""
+
+    terms: tuple[TermWork, ...]
+    values: str
+    """"total", "sample" (a value for each) or "element" (of one term, which has the values, and no loss)."""
+    loss: Part | None
+
+
+class LatentWork(NamedTuple):
+    """One pass over the latent: the sample, its KL per sample, the gradients of sum(grad_z * z) + sum(grad_kl * kl).
+
+    Each where it is there. The noise comes from a seed or is given; neither is needed if z and grad_z are absent.
     """
 
-    recon_x: Tensor | None
-    x: Tensor | None
-    spread: Tensor | float | None
-    """recon_logvar or the variance; a tensor broadcasts to recon_x's shape."""
-    mu: Tensor | None
-    logvar: Tensor | None
-    kl_in: Tensor | None
-    """The KL of each sample, instead of mu and logvar."""
-    beta: Tensor | float | None
-    loss: Tensor | None
-    nll: Tensor | None
-    kl: Tensor | None
-    grad_recon_x: Tensor | None
-    grad_x: Tensor | None
-    grad_spread: Tensor | None
-    """Of the tensor spread's own shape: the gradient is summed over the dimensions it is broadcast along."""
-    grad_mu: Tensor | None
-    grad_logvar: Tensor | None
-
-    def unpacked(self) -> ElboOperands:
-        """The same with packed operands as views of their halves."""
-        operands = self
-        if self.recon_x is not None and self.spread is None:
-            (mean, spread), (grad, grad_spread) = halves(self.recon_x), halves(self.grad_recon_x)
-            operands = operands._replace(recon_x=mean, spread=spread, grad_recon_x=grad, grad_spread=grad_spread)
-        if self.mu is not None and self.logvar is None:
-            (mu, logvar), (grad_mu, grad_logvar) = halves(self.mu), halves(self.grad_mu)
-            operands = operands._replace(mu=mu, logvar=logvar, grad_mu=grad_mu, grad_logvar=grad_logvar)
-        return operands
+    in_double: bool
+    mu: Part
+    logvar: Part
+    noise: Part | None = None
+    seed: Part | None = None
+    grad_z: Part | None = None
+    grad_kl: Part | None = None
+    z: Part | None = None
+    kl: Part | None = None
+    grad_mu: Part | None = None
+    grad_logvar: Part | None = None
 
 
-class NllOperands(NamedTuple):
-    """Operands and gradient buffers of a likelihood, as in `ElboOperands`, and the weight of each value."""
-
-    recon_x: Tensor
-    x: Tensor
-    spread: Tensor | float | None
-    weight: Tensor
-    """One for all, one a sample, or of x's shape."""
-    grad_recon_x: Tensor | None
-    grad_x: Tensor | None
-    grad_spread: Tensor | None
-
-    def unpacked(self) -> NllOperands:
-        """The same with packed operands as views of their halves."""
-        if self.spread is not None:
-            return self
-        (mean, spread), (grad, grad_spread) = halves(self.recon_x), halves(self.grad_recon_x)
-        return self._replace(recon_x=mean, spread=spread, grad_recon_x=grad, grad_spread=grad_spread)
-
-
-class LatentOperands(NamedTuple):
-    """Operands of a pass over the latent, then the buffers to fill; None where there is none, or none is wanted.
-
-    Packed operands come whole: with ``logvar`` None, ``mu`` and ``grad_mu`` hold both. See `unpacked`.
-    """
-
-    mu: Tensor
-    logvar: Tensor | None
-    noise: Tensor | None = None
-    grad_z: Tensor | None = None
-    grad_kl: Tensor | None = None
-    z: Tensor | None = None
-    kl: Tensor | None = None
-    grad_mu: Tensor | None = None
-    grad_logvar: Tensor | None = None
-
-    def unpacked(self) -> LatentOperands:
-        """The same with packed operands as views of their halves."""
-        if self.logvar is not None:
-            return self
-        (mu, logvar), (grad_mu, grad_logvar) = halves(self.mu), halves(self.grad_mu)
-        return self._replace(mu=mu, logvar=logvar, grad_mu=grad_mu, grad_logvar=grad_logvar)
-
-
-def halves(packed: Tensor | None) -> tuple[Any, Any]:
-    """The mean half and the log-variance half of a packed tensor, as views; of None, None."""
-    if packed is None:
-        return None, None
-    first, second = packed.chunk(2, 1)
-    return first, second
-
-
-Memo = dict[Any, Any]
-"""A place for what is worked out of a call's sizes, strides, dtypes and options.
-
-The caller passes the same one to calls that agree in all of these, and an empty one where it keeps none."""
+Launcher = Callable[[tuple[Any, ...]], None]
+"""Runs what it was prepared for on sources (operands, then outputs) of the sizes, strides and dtypes that it was
+prepared for."""
 
 
 class KernelBackend(Protocol):
-    """What a kernel backend can do. Callers allocate every output; operands may have any strides and dtypes."""
+    """What a kernel backend can do. Callers allocate every output and keep the launchers; operands may have any strides
+    and dtypes. What prepares a launcher is told how many ``sources`` that will be given."""
 
     def unavailable(self, device_type: str) -> str | None:
         """None if this backend serves the device type, else the reason and the remedy, in one sentence."""
@@ -143,24 +138,18 @@ class KernelBackend(Protocol):
     def normal(self, out: Tensor, seed: Tensor) -> None:
         """Fill ``out`` with the noise stream of ``seed`` (0-dim int64, on the same device)."""
 
-    def latent(self, operands: LatentOperands, seed: Tensor | None, memo: Memo) -> None:
-        """One pass over the latent: sample ``z``, per-sample ``kl``, gradients; each where asked for.
+    def prepare_latent(self, work: LatentWork, sources: int, device: torch.device) -> Launcher:
+        """What does this work."""
 
-        The noise comes from ``seed`` or ``noise``; neither is needed if neither z nor grad_z is. The gradients are
-        those of sum(grad_z * z) + sum(grad_kl * kl).
-        """
+    def prepare_objective(self, work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
+        """What does this work."""
 
-    def elbo(self, objective: Objective, operands: ElboOperands, memo: Memo) -> None:
-        """Fill loss = nll + beta * kl, and its terms where asked for, and the gradients of ``loss``.
+    def prepare_scale(self, tensors: Sequence[Part], factor: Part, device: torch.device) -> Launcher:
+        """What multiplies dense tensors by the 0-dim factor in place, and touches nothing when it is 1, without a host
+        sync."""
 
-        The KL comes from mu and logvar or, a value a sample, from ``kl_in``. Either half may be absent.
-        """
 
-    def nll_backward(self, objective: Objective, operands: NllOperands, memo: Memo) -> None:
-        """Gradients of sum(weight * nll)."""
-
-    def scale_(self, tensors: Sequence[Tensor], factor: Tensor, memo: Memo) -> None:
-        """Multiply each dense tensor by the 0-dim ``factor`` in place; touch nothing when it is 1. No host sync."""
+# --- the choice -----------------------------------------------------------------------------------------------------
 
 
 class BackendInfo(NamedTuple):

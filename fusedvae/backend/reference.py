@@ -1,30 +1,91 @@
-"""The formulas in plain PyTorch: the definition of correct, and the eager baseline of every comparison.
+"""The formulas in plain PyTorch: the definition of correct, and the registry of all that an objective can be made of.
 
-Differentiable any number of times, on any device. Everything here takes operands as they come (no packing, no
-validation: `fusedvae.functional` has done both) and works elementwise; `reduce` adds up.
+Differentiable any number of times, on any device. Formulas take operands as they come (no packing, no validation:
+`fusedvae.functional` has done both) and work elementwise; `reduce` adds up; `objective` puts terms together.
 
-Source of the formulas: Kingma & Welling 2014 (arXiv:1312.6114), appendix B. Source of the noise: Philox4x32-10,
-Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", with the constants of Random123.
+Source of the noise: Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", with the
+constants of Random123. Sources of the formulas are with them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
-_LOW_WORD = 0xFFFFFFFF
-_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+# --- the registry of formulas -----------------------------------------------------------------------------------------
+
+
+class Formula(NamedTuple):
+    """What a term of an objective is, element by element."""
+
+    name: str
+    inputs: tuple[str, ...]
+    elements: Callable[..., Tensor]
+    """Its value for each element, a function of the inputs and, if it has one, the parameter."""
+    pairs: tuple[tuple[int, int], ...]
+    """Inputs that may come packed in one tensor: a mean and the scale beside it."""
+    likelihood: str | None
+    """What users call it, if it is a likelihood that they can ask for."""
+    is_divergence: bool
+    """Whether it is one, which beta multiplies, and no likelihood."""
+    constant: float
+    """What ``full`` adds to each element."""
+    parameter: str | None
+    """The name of a number that holds for all elements."""
+
+    def __call__(self, inputs: Sequence[Tensor | float], parameter: float) -> Tensor:
+        """The values of some inputs, none of them packed."""
+        return self.elements(*inputs, parameter) if self.parameter else self.elements(*inputs)
+
+
+FORMULAS: dict[str, Formula] = {}
+"""Every formula, by its name: that of its function here, and the one that kernels know it by."""
+
+LIKELIHOODS: dict[str, Formula] = {}
+"""The likelihoods, by what users call them."""
+
+GIVEN = Formula("given", ("kl",), lambda kl: kl, (), None, True, 0.0, None)
+"""Stands for a divergence that was computed before: a value per sample."""
+
+
+def formula(
+    *inputs: str,
+    pairs: Sequence[tuple[str, str]],
+    likelihood: str | None = None,
+    is_divergence: bool = False,
+    constant: float = 0.0,
+    parameter: str | None = None,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register the decorated function, which takes the inputs and the parameter."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        positions = tuple((inputs.index(mean), inputs.index(scale)) for mean, scale in pairs)
+        made = Formula(function.__name__, inputs, function, positions, likelihood, is_divergence, constant, parameter)
+        FORMULAS[made.name] = made
+        if likelihood is not None:
+            LIKELIHOODS[likelihood] = made
+        return function
+
+    return register
+
+
+# --- the formulas -----------------------------------------------------------------------------------------------------
 
 
 def working_dtype(*operands: Tensor | float | None) -> torch.dtype:
-    """The dtype arithmetic is done in: float64 if any operand is, else float32."""
-    doubles = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in operands)
-    return torch.float64 if doubles else torch.float32
+    """The dtype arithmetic is done in: float64 if an operand is, else float32.
+
+    As in PyTorch's arithmetic, 0-dim tensors have no say beside others.
+    """
+    tensors = [t for t in operands if isinstance(t, Tensor)]
+    deciding = [t for t in tensors if t.dim() > 0] or tensors
+    return torch.float64 if any(t.dtype == torch.float64 for t in deciding) else torch.float32
 
 
 def sample(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -33,15 +94,30 @@ def sample(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     return mu.to(dtype) + torch.exp(0.5 * logvar.to(dtype)) * noise.to(dtype)
 
 
+@formula("mu", "logvar", pairs=[("mu", "logvar")], is_divergence=True)
 def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2, an element."""
+    """KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2, an element.
+
+    Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix B.
+    """
     dtype = working_dtype(mu, logvar)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
     return 0.5 * (mu.square() + torch.expm1(logvar) - logvar)
 
 
+@formula(
+    "recon_x",
+    "x",
+    "recon_logvar",
+    pairs=[("recon_x", "recon_logvar")],
+    likelihood="gaussian",
+    constant=HALF_LOG_2PI,
+)
 def gaussian_nll(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float) -> Tensor:
-    """(l + (recon_x - x)^2 * e^-l) / 2 with l = recon_logvar, an element, without the constant log(2 pi) / 2."""
+    """(l + (recon_x - x)^2 * e^-l) / 2 with l = recon_logvar, an element, without the constant log(2 pi) / 2.
+
+    Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.2.
+    """
     dtype = working_dtype(recon_x, x, recon_logvar)
     half_square = 0.5 * (recon_x.to(dtype) - x.to(dtype)).square()
     if isinstance(recon_logvar, Tensor):
@@ -52,8 +128,19 @@ def gaussian_nll(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float) -> Te
     return 0.5 * recon_logvar + half_square * _exp(-recon_logvar)
 
 
+@formula(
+    "recon_x",
+    "x",
+    "var",
+    pairs=[],
+    constant=HALF_LOG_2PI,
+    parameter="eps",
+)
 def gaussian_nll_of_variance(recon_x: Tensor, x: Tensor, var: Tensor | float, eps: float) -> Tensor:
-    """(log v + (recon_x - x)^2 / v) / 2 with v = max(var, eps), an element; the clamp is invisible to autograd."""
+    """(log v + (recon_x - x)^2 / v) / 2 with v = max(var, eps), an element; the clamp is invisible to autograd.
+
+    Source: torch.nn.functional.gaussian_nll_loss.
+    """
     dtype = working_dtype(recon_x, x, var)
     if isinstance(var, Tensor):
         var = var.to(dtype, copy=True)
@@ -71,6 +158,30 @@ def _exp(value: float) -> float:
         return math.inf
 
 
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+def halves(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean half and the scale half of a packed tensor, as views."""
+    first, second = packed.chunk(2, 1)
+    return first, second
+
+
+def unpack(mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A mean and its scale, whether they came as two tensors or packed as one."""
+    return halves(mean) if scale is None else (mean, scale)
+
+
+def unpacked(formula: Formula, inputs: Sequence[Tensor | float | None]) -> list[Tensor | float]:
+    """A formula's inputs, the packed ones taken apart."""
+    found = list(inputs)
+    for mean, scale in formula.pairs:
+        whole = found[mean]
+        if found[scale] is None and isinstance(whole, Tensor):
+            found[mean], found[scale] = halves(whole)
+    return found  # type: ignore[return-value]
+
+
 def reduce(elements: Tensor, reduction: str) -> Tensor:
     """Add elements up: "element" (as they are), "sample" (all but dimension 0), "sum", "batchmean", "mean"."""
     if reduction == "element":
@@ -78,15 +189,101 @@ def reduce(elements: Tensor, reduction: str) -> Tensor:
     if reduction == "sample":
         return elements.flatten(1).sum(1) if elements.dim() > 1 else elements
     total = elements.sum()
-    return total * scale_of(reduction, elements.shape)
+    return total * factor_of(reduction, elements.shape)
 
 
-def scale_of(reduction: str, shape: torch.Size) -> float:
+def factor_of(reduction: str, shape: torch.Size) -> float:
     """What a sum over all elements is multiplied by; NaN for a mean over nothing."""
     if reduction in ("sum", "sample", "element"):
         return 1.0
     count = shape[0] if reduction == "batchmean" else shape.numel()
     return 1.0 / count if count else math.nan
+
+
+class Objective(NamedTuple):
+    """What an objective is, but for its operands: the inputs of each of its terms, one after the other, and beta.
+
+    loss = the likelihood + beta * the divergence; either may be absent.
+    """
+
+    formulas: tuple[str, ...]
+    """The names of its terms' formulas."""
+    parameter: float
+    """That of the formula which has one."""
+    full: bool
+    """Whether terms have their constants."""
+    reduction: str
+    """"sample" gives a value per sample, "element" a value per element (of a single term), all else a total."""
+    dtype: torch.dtype
+    """Of the values."""
+    returns_terms: bool
+    """Whether the values are the loss, the likelihood and the divergence, or the loss alone."""
+    needed: tuple[bool, ...]
+    """The operands whose gradients are made with the values; of those with which that is possible."""
+    backend: str
+
+    def terms(self) -> list[tuple[Formula, slice]]:
+        """Each formula and where its inputs are among the operands."""
+        found, start = [], 0
+        for name in self.formulas:
+            formula = GIVEN if name == GIVEN.name else FORMULAS[name]
+            found.append((formula, slice(start, start + len(formula.inputs))))
+            start += len(formula.inputs)
+        return found
+
+    @property
+    def beta(self) -> int:
+        """Beta's position among the operands, the last."""
+        return sum(len(formula.inputs) for formula, _ in self.terms())
+
+
+def objective(spec: Objective, operands: Sequence[Tensor | float | None]) -> list[Tensor]:
+    """The values of an objective by the formulas, differentiable, in the dtype of the arithmetic.
+
+    Loss, likelihood and divergence, whatever ``spec`` says of the terms; those that are absent are 0.
+    """
+    likelihood = divergence = None
+    for formula, inputs in spec.terms():
+        if formula is GIVEN:
+            (kl,) = operands[inputs]
+            assert isinstance(kl, Tensor)
+            divergence = kl if spec.reduction == "sample" else kl.sum() * factor_of(spec.reduction, kl.shape)
+            continue
+        elements = formula(unpacked(formula, operands[inputs]), spec.parameter)
+        if spec.full and formula.constant:
+            elements = elements + formula.constant
+        value = reduce(elements, spec.reduction)
+        if formula.is_divergence:
+            divergence = value
+        else:
+            likelihood = value
+    if divergence is None:
+        assert likelihood is not None
+        return [likelihood, likelihood, torch.zeros_like(likelihood)]
+    beta = operands[spec.beta]
+    assert beta is not None
+    loss = beta * divergence if likelihood is None else likelihood + beta * divergence
+    assert isinstance(loss, Tensor)
+    return [loss, torch.zeros_like(loss) if likelihood is None else likelihood, divergence]
+
+
+def latent(operands: Sequence[Tensor | float | None], kl_dtype: torch.dtype | None) -> list[Tensor]:
+    """The sample of mu, logvar and a seed or noise, in their promoted dtype; with a dtype for it, its KL per sample."""
+    mu, logvar, seed, noise = operands
+    assert isinstance(mu, Tensor)
+    mean, scale = unpack(mu, logvar)  # type: ignore[arg-type]
+    if noise is None:
+        assert isinstance(seed, Tensor)
+        noise = normal(tuple(mean.shape), seed, working_dtype(mean, scale))
+    z = sample(mean, scale, noise).to(torch.promote_types(mean.dtype, scale.dtype))  # type: ignore[arg-type]
+    return [z] if kl_dtype is None else [z, reduce(kl_standard_normal(mean, scale), "sample").to(kl_dtype)]
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+_LOW_WORD = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def normal(shape: tuple[int, ...], seed: Tensor, dtype: torch.dtype) -> Tensor:

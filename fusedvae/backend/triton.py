@@ -1,25 +1,25 @@
 """Triton kernels, compiled when they are first needed: for GPUs of NVIDIA and AMD, with nothing to build.
 
 Works out from sizes, strides and dtypes how the kernels of `triton_kernels` walk a call's operands, in what tiles and
-with what workspace, and keeps it: a training loop meets the same ones at every step.
+with what workspace.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from itertools import zip_longest
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedvae.layout import Described, Strides, described
+from fusedvae.layout import Strides
 
-from . import ElboOperands, LatentOperands, Memo, NllOperands, Objective
-from .reference import HALF_LOG_2PI
-from .walk import Copy, Part, Walk, copy_back, walk, walk_nll, with_stand_ins
+from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork
+from .reference import GIVEN
+from .walk import Copy, Extent, walk, walk_term, with_copies
 
 try:
     import triton
@@ -30,6 +30,8 @@ except ImportError as error:
     triton = None
     _import_error = str(error)
 
+
+_BATCH, _OUTER, _INNER, _ALL = 1, 2, 4, 7  # as in triton_kernels
 
 # --- tiles: what a program takes --------------------------------------------------------------------------------------
 
@@ -54,12 +56,17 @@ _NARROW = (1 << 31) - (1 << 16)
 class _Tiles(NamedTuple):
     """The tiles of an extent."""
 
-    shape: tuple[int, int, int]
-    counts: tuple[int, int, int]
+    shape: Extent
+    counts: Extent
 
     @property
     def total(self) -> int:
         return prod(self.counts)
+
+    @property
+    def elements(self) -> int:
+        """Elements of a tile."""
+        return prod(self.shape)
 
 
 def _power(size: int, limit: int) -> int:
@@ -67,14 +74,19 @@ def _power(size: int, limit: int) -> int:
     return min(1 << max(size - 1, 0).bit_length(), limit)
 
 
-def _tiles(extent: tuple[int, int, int], summed: int = 0) -> _Tiles:
-    """Tiles as long along inner as they can be; of columns, where a gradient is ``summed`` over other axes alone."""
+def _tiles(extent: Extent, summed: Sequence[int] = ()) -> _Tiles:
+    """Tiles as long along inner as they can be; of columns, where a gradient is ``summed`` over other axes alone.
+
+    ``summed`` has the axes that each gradient is summed over.
+    """
     batch, outer, inner = extent
     size = _SMALL_TILE if prod(extent) < _SMALL else _TILE
-    columns = summed != 0 and not summed & _INNER
-    tile_i = _power(inner, _COLUMN if columns else size)
-    tile_o = _power(outer, size // tile_i) if not columns or summed & _OUTER else 1
-    tile_b = _power(batch, size // (tile_i * tile_o)) if not columns or summed & _BATCH else 1
+    over = 0  # the axes that columns are summed over
+    for axes in summed:
+        over |= 0 if axes & _INNER else axes
+    tile_i = _power(inner, _COLUMN if over else size)
+    tile_o = _power(outer, size // tile_i) if not over or over & _OUTER else 1
+    tile_b = _power(batch, size // (tile_i * tile_o)) if not over or over & _BATCH else 1
     shape = tile_b, tile_o, tile_i
     counts = tuple([-(-whole // part) for whole, part in zip(extent, shape, strict=True)])
     return _Tiles(shape, counts)  # type: ignore[arg-type]
@@ -105,41 +117,66 @@ def _options(elements: int) -> dict[str, Any]:
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-class _Plan(NamedTuple):
-    """A launch of a kernel: everything but the operands."""
+class _KernelLauncher:
+    """A launch of a kernel, on sources of the sizes, strides and dtypes that it was prepared for."""
 
-    kernel: Any
-    fields: tuple[str, ...]
-    """The kernel's parameters for the operands; it may have none for some."""
-    fixed: dict[str, Any]
-    """All other arguments."""
-    programs: int
-    copies: tuple[Copy, ...] = ()
-    partials: tuple[int, torch.dtype] | None = None
-    totals: int = 0
-    counters: int = 0
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        device: torch.device,
+        fixed: dict[str, Any],
+        parts: dict[str, Part | None],
+        workspace: dict[str, tuple[int, torch.dtype]] | None = None,
+        counters: int = 0,
+    ) -> None:
+        """Prepare a launch.
 
-    def run(self, operands: Sequence[Tensor | float | None], device: torch.device) -> None:
-        """Launch on operands of the sizes, strides and dtypes that the plan was made for."""
-        walked = with_stand_ins(operands, self.copies) if self.copies else operands
-        arguments = dict.fromkeys(self.kernel.arg_names) | self.fixed
-        for name, operand in zip(self.fields, walked, strict=True):
-            parameter = name if isinstance(operand, Tensor) else f"{name}_value"
-            if operand is not None and parameter in arguments:
-                arguments[parameter] = operand if isinstance(operand, Tensor) else float(operand)
-        if self.partials is not None:
-            arguments["partials"] = torch.empty(self.partials[0], dtype=self.partials[1], device=device)
-        if self.totals:
-            arguments["totals"] = torch.empty(self.totals, dtype=torch.float64, device=device)
-        if self.counters:
-            arguments["counters"] = _counters(self.counters, device)
+        Args:
+            fixed: the arguments that are the same for all sources. All that are in none of these are None.
+            parts: the operands, by parameter.
+            workspace: how many partial sums there is room for, of what dtype, by parameter.
+            counters: how many there are.
+        """
+        self.fixed: dict[str, Any] = dict.fromkeys(kernel.arg_names) | fixed
+        self._kernel, self._programs, self._device = kernel, programs, device
+        given = [(name, part) for name, part in parts.items() if part is not None]
+        self._numbers = [(f"{name}_value", part.source) for name, part in given if part.is_number]
+        self._tensors = [(name, part.source) for name, part in given if not part.is_number and part.half is None]
+        self._halves = [(name, part) for name, part in given if part.half is not None]
+        self._workspace = [(name, *size) for name, size in (workspace or {}).items()]
+        self._counters = counters
+
+    def __call__(self, sources: tuple[Any, ...]) -> None:
+        device, arguments = self._device, self.fixed.copy()
+        for name, source in self._tensors:
+            arguments[name] = sources[source]
+        for name, source in self._numbers:
+            arguments[name] = float(sources[source])
+        for name, part in self._halves:
+            arguments[name] = part.of(sources)
+        for name, size, dtype in self._workspace:
+            arguments[name] = torch.empty(size, dtype=dtype, device=device)
+        if self._counters:
+            arguments["counters"] = _counters(self._counters, device)
         if _is_traced:
-            torch.library.wrap_triton(self.kernel)[(self.programs,)](**arguments)
+            torch.library.wrap_triton(self._kernel)[(self._programs,)](**arguments)
         else:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                _launch(self.kernel, self.programs, arguments)
-        if self.copies:
-            copy_back(operands, walked, self.copies)
+                _launch(self._kernel, self._programs, arguments)
+
+
+def _nothing(sources: tuple[Any, ...]) -> None:
+    """The launcher of no work."""
+
+
+def _zeros_in(part: Part) -> Launcher:
+    """What fills an output with zeros: sums of nothing."""
+
+    def launch(sources: tuple[Any, ...]) -> None:
+        part.of(sources).zero_()
+
+    return launch
 
 
 def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
@@ -179,188 +216,127 @@ def _counters(count: int, device: torch.device) -> Tensor:
     return found
 
 
-# --- plans, from descriptions of the operands -------------------------------------------------------------------------
+# --- what kernels are told of a walk ----------------------------------------------------------------------------------
 
-_BATCH, _OUTER, _INNER, _ALL = 1, 2, 4, 7  # as in triton_kernels
+_MOST_INPUTS = 4
+"""What a formula takes: see triton_math."""
 
-
-class _Task(NamedTuple):
-    """A walk, in tiles, and the sum that is made on the way, if there is one."""
-
-    walked: Walk
-    tiles: _Tiles
-    doubles: bool
-    """Whether the arithmetic is done in float64."""
-    fixed: dict[str, Any]
-    """Strides and axes of the operands, and options."""
-    partials: tuple[int, torch.dtype] | None = None
-    counters: int = 0
-
-    def shape(self, prefix: str = "") -> dict[str, Any]:
-        """The arguments that say what is walked, and in what arithmetic."""
-        arguments: dict[str, Any] = {f"{prefix}dtype": tl.float64 if self.doubles else tl.float32}
-        arguments.update(zip([prefix + d for d in ("batch", "outer", "inner")], self.walked.extent, strict=True))
-        arguments.update(zip([f"{prefix}tile_{d}" for d in "boi"], self.tiles.shape, strict=True))
-        return arguments
-
-    @property
-    def elements(self) -> int:
-        """Elements of a tile."""
-        return prod(self.tiles.shape)
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether an offset or an index might not fit 32 bits."""
-        extent, logical = self.walked.extent, self.walked.logical
-        rows = (extent[1] * extent[2], extent[2], 1)
-        return any(
-            sum(max(size - 1, 0) * step for size, step in zip(extent, strides, strict=True)) >= _NARROW
-            for strides in (*self.walked.strides, logical, rows)
-            if strides
-        )
+_INPUTS = tuple([f"in{k}" for k in range(_MOST_INPUTS)])
+_GRADS = tuple([f"g{k}" for k in range(_MOST_INPUTS)])
 
 
-_NOTHING = _Task(Walk((1, 1, 1), (0, 0, 0), [], ()), _Tiles((1, 1, 1), (0, 0, 0)), False, {})
-"""Half an objective that was not given."""
-
-
-def _parts(fields: Sequence[str], descriptions: Sequence[Described]) -> dict[str, Part]:
-    return {name: Part(k, d) for k, (name, d) in enumerate(zip(fields, descriptions, strict=True))}
-
-
-def _axes(extent: tuple[int, int, int], strides: Strides) -> int:
-    """The dimensions along which an operand varies, or which have size 1."""
-    return sum(1 << d for d in range(3) if strides[d] != 0 or extent[d] == 1)
-
-
-def _strides(walked: Walk, names: Sequence[str], first_output: int) -> dict[str, Any]:
-    """Strides of the operands; and the axes of inputs, as outputs vary along all."""
+def _strides(
+    names: Sequence[str], strides: Sequence[Strides], extent: Extent, with_axes: Sequence[str]
+) -> dict[str, Any]:
+    """The strides of operands, and the axes of some: the dimensions that these vary along, or that have size 1."""
     arguments: dict[str, Any] = {}
-    for k, (name, strides) in enumerate(zip(names, walked.strides, strict=True)):
-        if strides:
-            arguments[f"{name}_0"], arguments[f"{name}_1"] = strides[:2]
-            if k < first_output:
-                arguments[f"{name}_axes"] = _axes(walked.extent, strides)
+    for name, steps in zip(names, strides, strict=True):
+        if steps:
+            arguments[f"{name}_0"], arguments[f"{name}_1"] = steps[:2]
+            if name in with_axes:
+                arguments[f"{name}_axes"] = sum(1 << d for d in range(3) if steps[d] != 0 or extent[d] == 1)
     return arguments
 
 
-def _doubles(*parts: Part) -> bool:
-    return any(part.described and part.described[2] == torch.float64 for part in parts)
+def _shape(extent: Extent, tiles: _Tiles, in_double: bool) -> dict[str, Any]:
+    """What is walked, in what tiles, and in what arithmetic."""
+    arguments: dict[str, Any] = dict(zip(("batch", "outer", "inner"), extent, strict=True))
+    arguments.update(zip(("tile_b", "tile_o", "tile_i"), tiles.shape, strict=True))
+    arguments["dtype"] = tl.float64 if in_double else tl.float32
+    return arguments
 
 
-def _sum(tiles: _Tiles, axes: int, doubles: bool) -> tuple[tuple[int, torch.dtype] | None, int]:
-    """Workspace and counters of sums over all but ``axes``; none if every tile has sums of its own."""
-    members = prod(count for d, count in enumerate(tiles.counts) if not axes >> d & 1)
-    if members <= 1:
-        return None, 0
-    lanes = prod(size for d, size in enumerate(tiles.shape) if axes >> d & 1)
-    return (tiles.total * lanes, torch.float64 if doubles else torch.float32), tiles.total // members
-
-
-def _likelihood(parts: dict[str, Part], objective: Objective, *, keep_batch: bool) -> _Task:
-    absent = Part(-1, None)
-    names = ("recon_x", "x", "spread", "weight", "loss", "grad_recon_x", "grad_x", "grad_spread")
-    operands = [parts.get(name, absent) for name in names]
-    if objective.reduction != "element":
-        operands[4] = absent  # the loss is no array of elements
-    described_x = parts["x"].described
-    assert described_x
-    walked = walk_nll(described_x[0], operands, keep_batch=keep_batch, can_sum=lambda extent, strides: True)
-    doubles = _doubles(*operands[:3])
-    fixed = _strides(walked, names, 4)
-    axes = _axes(walked.extent, walked.strides[-1]) if walked.strides[-1] else _ALL
-    tiles = _tiles(walked.extent, _ALL & ~axes)
-    fixed.update(grad_spread_axes=axes, eps=float(objective.eps), is_variance=objective.is_variance, spread_value=0.0)
-    return _Task(walked, tiles, doubles, fixed, *_sum(tiles, axes, doubles))
-
-
-@lru_cache(maxsize=1024)
-def _nll_plan(fields: tuple[str, ...], descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
-    task = _likelihood(_parts(fields, descriptions), objective, keep_batch=False)
-    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, **_options(task.elements)}
-    fixed["constant"] = HALF_LOG_2PI if objective.full else 0.0
-    kernel = kernels.nll_kernel
-    return _Plan(kernel, fields, fixed, task.tiles.total, task.walked.copies, task.partials, 0, task.counters)
-
-
-@lru_cache(maxsize=1024)
-def _latent_plan(descriptions: tuple[Described, ...], indexed: bool) -> _Plan:
-    parts = _parts(LatentOperands._fields, descriptions)
-    names = ("mu", "logvar", "noise", "grad_z", "z", "grad_mu", "grad_logvar")
-    operands = [parts[name] for name in names]
-    mu, kl, grad_kl = parts["mu"].described, parts["kl"].described, parts["grad_kl"].described
-    assert mu
-    per_sample = kl is not None or grad_kl is not None
-    walked = walk(mu[0], operands, 4, keep_batch=per_sample, indexed=indexed)
-    doubles = _doubles(*operands[:3])
-    tiles = _tiles(walked.extent)
-    task = _Task(walked, tiles, doubles, _strides(walked, names, 4), *(_sum(tiles, _BATCH, doubles) if kl else ()))
-    l0, l1, l2 = walked.logical
-    fixed = {**task.fixed, **task.shape(), "wide": task.is_wide, **_options(task.elements)}
-    fixed.update(l0=l0, l1=l1, l2=l2, kl_0=kl[1][0] if kl else 0, grad_kl_0=grad_kl[1][0] if grad_kl else 0)
-    fixed["in_quads"] = l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and tiles.shape[2] >= 4
-    fields = (*LatentOperands._fields, "seed")
-    return _Plan(kernels.latent_kernel, fields, fixed, tiles.total, walked.copies, task.partials, 0, task.counters)
-
-
-@lru_cache(maxsize=1024)
-def _elbo_plan(descriptions: tuple[Described, ...], objective: Objective) -> _Plan:
-    parts = _parts(ElboOperands._fields, descriptions)
-    by_sample = objective.reduction == "sample"
-    nll = kl = _NOTHING
-    constant = 0.0
-    if x := parts["x"].described:
-        nll = _likelihood(parts, objective, keep_batch=by_sample)
-        constant = HALF_LOG_2PI * (x[0][1:] if by_sample else x[0]).numel() if objective.full else 0.0
-    if mu := parts["mu"].described:
-        names = ("mu", "logvar", "grad_mu", "grad_logvar")
-        operands = [parts[name] for name in names]
-        walked = walk(mu[0], operands, 2, keep_batch=by_sample)
-        kl = _Task(walked, _tiles(walked.extent), _doubles(*operands[:2]), _strides(walked, names, 2))
-    kl_in, loss = parts["kl_in"].described, parts["loss"].described
-    assert loss
-    fixed = {"eps": 0.0, "spread_value": 0.0, "beta_value": 0.0, "scale": objective.scale, "constant": constant}
-    fixed.update({**nll.fixed, **kl.fixed, **nll.shape("nll_"), **kl.shape("kl_")})
-    fixed.update(nll_tiles=nll.tiles.total, kl_tiles=kl.tiles.total, values=loss[0].numel(), by_sample=by_sample)
-    fixed.update(kl_in_0=kl_in[1][0] if kl_in else 0, kl_in_count=kl_in[0].numel() if kl_in else 0)
-    fixed.update(wide=nll.is_wide or kl.is_wide, **_options(max(nll.elements, kl.elements)))
-    tiles = nll.tiles, kl.tiles
-    return _Plan(
-        kernels.elbo_kernel,
-        ElboOperands._fields,
-        fixed,
-        programs=max(sum(t.total for t in tiles), 1),
-        copies=(*nll.walked.copies, *kl.walked.copies),
-        partials=nll.partials,
-        totals=max(sum(t.total * (t.shape[0] if by_sample else 1) for t in tiles), 1),
-        counters=1 + nll.counters,
+def _is_wide(extent: Extent, walked: Sequence[Strides]) -> bool:
+    """Whether an offset or an index might not fit 32 bits."""
+    rows = (extent[1] * extent[2], extent[2], 1)
+    return any(
+        sum(max(size - 1, 0) * step for size, step in zip(extent, strides, strict=True)) >= _NARROW
+        for strides in (*walked, rows)
+        if strides
     )
 
 
+def _partial_sums(tiles: _Tiles, axes: int) -> tuple[int, int]:
+    """How many partial sums and counters sums over all but ``axes`` take: none if every tile has sums of its own."""
+    members = prod(count for d, count in enumerate(tiles.counts) if not axes >> d & 1)
+    if members <= 1:
+        return 0, 0
+    lanes = prod(size for d, size in enumerate(tiles.shape) if axes >> d & 1)
+    return tiles.total * lanes, tiles.total // members
+
+
+def _stride(part: Part | None) -> int:
+    """That of a vector of values per sample, or of one value."""
+    return part.strides[0] if part is not None and part.strides else 0
+
+
+class _Term(NamedTuple):
+    """A term as the kernels take it."""
+
+    fixed: dict[str, Any]
+    parts: dict[str, Part | None]
+    copies: list[Copy]
+    tiles: _Tiles
+    is_wide: bool = False
+    partials: int = 0
+    counters: int = 0
+
+
+def _absent_term() -> _Term:
+    """No term; its numbers are there all the same, since a kernel's numbers have a type."""
+    fixed = {"parameter": 0.0, "factor": 0.0, "constant": 0.0, "coefficient_value": 1.0}
+    fixed.update({f"{name}_value": 0.0 for name in _INPUTS})
+    return _Term(fixed, {}, [], _Tiles((1, 1, 1), (0, 0, 0)))
+
+
+def _term(term: TermWork, sources: int, first_counter: int, *, keep_batch: bool) -> _Term:
+    """A term that is walked, or whose values are given; its counters begin at ``first_counter``."""
+    found = _absent_term()
+    found.fixed.update(parameter=term.parameter, factor=term.factor)
+    found.parts.update(coefficient=term.coefficient)
+    if term.formula is GIVEN:
+        (values,) = term.inputs
+        assert values.shape is not None
+        found.fixed.update(batch=values.shape.numel(), in0_0=_stride(values))
+        found.parts.update(in0=values)
+        return found
+    walked = walk_term(term, sources, keep_batch=keep_batch, can_sum=lambda extent, strides: True)
+    extent, inputs = walked.extent, len(term.inputs)
+    names = (*_INPUTS[:inputs], "weight", "value", *_GRADS[:inputs])
+    strides = _strides(names, walked.strides, extent, (*_INPUTS, "weight", *_GRADS))
+    axes = {name: strides[f"{name}_axes"] for name in _GRADS if f"{name}_axes" in strides}
+    tiles = _tiles(extent, [_ALL & ~along for along in axes.values()])
+    fixed = {**found.fixed, **_shape(extent, tiles, term.in_double), **strides, "formula": term.formula.name}
+    partials = counters = 0
+    for name, along in axes.items():
+        more, more_counters = _partial_sums(tiles, along)
+        if more:
+            fixed[f"{name}_partials"], fixed[f"{name}_counters"] = partials, first_counter + counters
+            partials, counters = partials + more, counters + more_counters
+    return _Term(
+        fixed,
+        {**found.parts, **dict(zip(names, walked.parts, strict=True))},
+        walked.copies,
+        tiles,
+        _is_wide(extent, walked.strides),
+        partials,
+        counters,
+    )
+
+
+def _sums(prefix: str, count: int, in_double: bool) -> dict[str, tuple[int, torch.dtype]]:
+    """The workspace of so many partial sums, in the dtype of the arithmetic."""
+    return {f"{prefix}partials": (count, torch.float64 if in_double else torch.float32)} if count else {}
+
+
 def _flat(count: int) -> dict[str, Any]:
-    """Arguments for kernels that walk dense tensors of ``count`` elements."""
+    """Arguments for kernels that go through dense tensors of ``count`` elements."""
     tile = _SMALL_TILE if count < _SMALL else _TILE
     return {"tile": tile, "wide": count >= _NARROW, **_options(tile)}
 
 
-@lru_cache(maxsize=1024)
-def _normal_plan(count: int) -> _Plan:
-    fixed = {"count": count, **_flat(count)}
-    return _Plan(kernels.normal_kernel, ("out", "seed"), fixed, -(-count // fixed["tile"]))
-
-
-_SCALED = 5
+_SCALED = 2 * _MOST_INPUTS
 """Tensors that a launch can scale: the gradients of an objective."""
-
-
-@lru_cache(maxsize=1024)
-def _scale_plan(counts: tuple[int, ...]) -> _Plan:
-    fixed = _flat(max(counts))
-    programs = 0
-    for k in range(_SCALED):
-        fixed[f"count_{k}"], fixed[f"first_{k}"] = counts[k] if k < len(counts) else 0, programs
-        programs += -(-fixed[f"count_{k}"] // fixed["tile"])
-    return _Plan(kernels.scale_kernel, (*[f"data_{k}" for k in range(len(counts))], "factor"), fixed, programs)
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------
@@ -385,57 +361,119 @@ class _Triton:
         return f"Triton kernels, sm_{major}{minor}"
 
     def normal(self, out: Tensor, seed: Tensor) -> None:
-        if out.numel():
-            _normal_plan(out.numel()).run((out, seed), out.device)
+        count = out.numel()
+        if count:
+            fixed = {"count": count, **_flat(count), "out": out, "seed": seed}
+            _KernelLauncher(kernels.normal_kernel, -(-count // fixed["tile"]), out.device, fixed, {})(())
 
-    def latent(self, operands: LatentOperands, seed: Tensor | None, memo: Memo) -> None:
-        operands = operands.unpacked()
-        if operands.mu.numel() == 0:
-            if operands.kl is not None:
-                operands.kl.zero_()
-            return
-        plan = memo.get("latent")
-        if plan is None:
-            plan = memo["latent"] = _latent_plan(tuple(map(described, operands)), seed is not None)
-        plan.run((*operands, seed), operands.mu.device)
+    def prepare_latent(self, work: LatentWork, sources: int, device: torch.device) -> Launcher:
+        shape, kl = work.mu.shape, work.kl
+        assert shape is not None
+        if shape.numel() == 0:
+            return _nothing if kl is None else _zeros_in(kl)
+        inputs, outputs = ("mu", "logvar", "noise", "grad_z"), ("z", "grad_mu", "grad_logvar")
+        names = (*inputs, *outputs)
+        walked = walk(
+            shape,
+            [getattr(work, name) for name in names],
+            len(inputs),
+            sources,
+            in_double=work.in_double,
+            keep_batch=kl is not None or work.grad_kl is not None,
+            indexed=work.seed is not None,
+        )
+        tiles = _tiles(walked.extent)
+        l0, l1, l2 = walked.logical
+        fixed = {
+            **_shape(walked.extent, tiles, work.in_double),
+            **_strides(names, walked.strides, walked.extent, inputs),
+            **_options(tiles.elements),
+            "l0": l0,
+            "l1": l1,
+            "l2": l2,
+            "kl_0": _stride(kl),
+            "grad_kl_0": _stride(work.grad_kl),
+            "in_quads": l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and tiles.shape[2] >= 4,
+            "wide": _is_wide(walked.extent, [*walked.strides, walked.logical]),
+        }
+        parts = dict(zip(names, walked.parts, strict=True))
+        parts.update(seed=work.seed, grad_kl=work.grad_kl, kl=kl)
+        partials, counters = (0, 0) if kl is None else _partial_sums(tiles, _BATCH)
+        workspace = _sums("", partials, work.in_double)
+        launch = _KernelLauncher(kernels.latent_kernel, tiles.total, device, fixed, parts, workspace, counters)
+        return with_copies(launch, walked.copies)
 
-    def elbo(self, objective: Objective, operands: ElboOperands, memo: Memo) -> None:
-        operands = operands.unpacked()
-        assert operands.loss is not None
-        if objective.reduction != "element":
-            plan = memo.get("elbo")
-            if plan is None:
-                plan = memo["elbo"] = _elbo_plan(tuple(map(described, operands)), objective)
-            plan.run(operands, operands.loss.device)
-            return
-        self._run_elements(objective, operands)
-        if operands.nll is not None:
-            operands.nll.copy_(operands.loss)
+    def prepare_objective(self, work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
+        return (_prepare_elements if work.values == "element" else _prepare_values)(work, sources, device)
 
-    def nll_backward(self, objective: Objective, operands: NllOperands, memo: Memo) -> None:
-        operands = operands.unpacked()
-        if operands.weight.dim() == 1:
-            weight = operands.weight.view(-1, *[1] * (operands.x.dim() - 1))
-            operands = operands._replace(weight=weight)
-        self._run_elements(objective, operands)
+    def prepare_scale(self, tensors: Sequence[Part], factor: Part, device: torch.device) -> Launcher:
+        parts: dict[str, Part | None] = {"factor": factor}
+        counts = [part.shape.numel() if part.shape is not None else 0 for part in tensors]
+        if not any(counts):
+            return _nothing
+        assert len(counts) <= _SCALED
+        fixed = _flat(max(counts))
+        programs = 0
+        for k, (part, count) in enumerate(zip(tensors, counts, strict=True)):
+            if count:
+                parts[f"data_{k}"] = part
+                fixed[f"count_{k}"], fixed[f"first_{k}"] = count, programs
+                programs += -(-count // fixed["tile"])
+        return _KernelLauncher(kernels.scale_kernel, programs, device, fixed, parts)
 
-    def _run_elements(self, objective: Objective, operands: ElboOperands | NllOperands) -> None:
-        assert operands.x is not None
-        if operands.x.numel():
-            plan = _nll_plan(operands._fields, tuple(map(described, operands)), objective)
-            plan.run(operands, operands.x.device)
-        elif operands.grad_spread is not None:
-            operands.grad_spread.zero_()
 
-    def scale_(self, tensors: Sequence[Tensor], factor: Tensor, memo: Memo) -> None:
-        tensors = [t for t in tensors if t.numel()]
-        if tensors:
-            _scale_plan(tuple([t.numel() for t in tensors])).run((*tensors, factor), factor.device)
+def _prepare_elements(work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
+    """A term element by element."""
+    (term,) = work.terms
+    task = _term(term, sources, 0, keep_batch=False)
+    if not task.tiles.total:
+        return with_copies(_nothing, task.copies)
+    fixed = {"weight_value": 1.0, **task.fixed, "constant": term.constant}
+    fixed.update(wide=task.is_wide, **_options(task.tiles.elements))
+    workspace = _sums("", task.partials, term.in_double)
+    launch = _KernelLauncher(
+        kernels.elementwise_kernel, task.tiles.total, device, fixed, task.parts, workspace, task.counters
+    )
+    return with_copies(launch, task.copies)
+
+
+def _prepare_values(work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
+    """Up to two terms, with a total or with values per sample."""
+    by_sample, loss = work.values == "sample", work.loss
+    assert loss is not None
+    assert loss.shape is not None
+    fixed: dict[str, Any] = {"values": loss.shape.numel(), "loss_0": _stride(loss), "by_sample": by_sample}
+    parts: dict[str, Part | None] = {"loss": loss}
+    workspace: dict[str, tuple[int, torch.dtype]] = {}
+    copies: list[Copy] = []
+    tasks: list[_Term] = []
+    counters = 1  # the first counts all programs
+    for prefix, term in zip_longest("ab", work.terms):
+        task = _absent_term()
+        if term is not None:
+            task = _term(term, sources + len(copies), counters, keep_batch=by_sample)
+            shape = term.inputs[0].shape
+            assert shape is not None
+            task.fixed.update(constant=term.constant * (shape[1:] if by_sample else shape).numel())
+            task.fixed.update(out_0=_stride(term.out), tiles=task.tiles.total)
+            task.parts.update(out=term.out)
+            workspace.update(_sums(f"{prefix}_", task.partials, term.in_double))
+        fixed.update({f"{prefix}_{name}": value for name, value in task.fixed.items()})
+        parts.update({f"{prefix}_{name}": part for name, part in task.parts.items()})
+        counters += task.counters
+        copies += task.copies
+        tasks.append(task)
+    programs = sum(task.tiles.total for task in tasks)
+    totals = sum(task.tiles.total * (task.tiles.shape[0] if by_sample else 1) for task in tasks)
+    workspace["totals"] = max(totals, 1), torch.float64
+    fixed.update(wide=any(task.is_wide for task in tasks), **_options(max(task.tiles.elements for task in tasks)))
+    launch = _KernelLauncher(kernels.objective_kernel, max(programs, 1), device, fixed, parts, workspace, counters)
+    return with_copies(launch, copies)
 
 
 def _interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which is settled when they are imported."""
-    return not isinstance(kernels.elbo_kernel, triton.runtime.JITFunction)
+    return not isinstance(kernels.objective_kernel, triton.runtime.JITFunction)
 
 
 BACKEND = _Triton()

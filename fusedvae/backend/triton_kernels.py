@@ -2,11 +2,15 @@
 
 A program takes a tile of (tile_b, tile_o, tile_i) elements of the extent (batch, outer, inner). An operand comes as its
 address, its strides over batch and outer, and ``axes``: the dimensions it varies along, one bit each (BATCH, OUTER,
-INNER); it is read as a block of size 1 along the others. An operand that was not given is None, and everything about
-it disappears when the kernel is compiled.
+INNER); it is read as a block of size 1 along the others. A number comes as ``..._value`` instead. An operand that was
+not given is None, and everything about it disappears when the kernel is compiled.
+
+The inputs of a term's formula are in0 to in3, the gradients by them g0 to g3. Their axes are those of their inputs: a
+gradient is summed over the others. Where it shares its sums with other tiles, it has ``partials`` and ``counters`` of
+its own, which begin at these offsets into those of the launch.
 
 Sums are the same on every run. A tile's is a tree, in the dtype of the arithmetic; the tiles' sums go to a workspace,
-each to a place of its own, and the program that finishes last adds them in order, in float64. The counter that tells
+each at an offset of its own, and the program that finishes last adds them in order, in float64. The counter that tells
 which one that is is zero again afterwards.
 """
 
@@ -17,12 +21,11 @@ import triton.language as tl
 
 from .triton_math import (
     box_muller,
-    exponential,
-    gaussian_nll,
+    formula_element,
     kl_standard_normal,
     philox4x32,
     sample,
-    spread_of,
+    sigma_and_expm1,
     unit_interval,
 )
 
@@ -52,7 +55,7 @@ def positions(tile, outer, inner, tile_b: tl.constexpr, tile_o: tl.constexpr, ti
 
 
 @triton.jit
-def place(s0, s1, b, o, i, batch, outer, inner, axes: tl.constexpr):
+def offsets_of(s0, s1, b, o, i, batch, outer, inner, axes: tl.constexpr):
     """Offsets of an operand's elements, and which of them exist."""
     offsets = tl.zeros((1, 1, 1), tl.int32)
     exists = offsets == 0
@@ -68,7 +71,7 @@ def place(s0, s1, b, o, i, batch, outer, inner, axes: tl.constexpr):
 @triton.jit
 def load(data, s0, s1, b, o, i, batch, outer, inner, axes: tl.constexpr, dtype: tl.constexpr):
     """An operand's elements of a tile, in the dtype of the arithmetic."""
-    offsets, exists = place(s0, s1, b, o, i, batch, outer, inner, axes)
+    offsets, exists = offsets_of(s0, s1, b, o, i, batch, outer, inner, axes)
     return tl.load(data + offsets, mask=exists, other=0).to(dtype)
 
 
@@ -85,6 +88,12 @@ def number_at(data, value):
 
 
 @triton.jit
+def load_or_number(data, s0, s1, value, b, o, i, batch, outer, inner, axes: tl.constexpr, dtype: tl.constexpr):
+    """An operand's elements of a tile or, where it came as a number, that; in the dtype of the arithmetic."""
+    return load(data, s0, s1, b, o, i, batch, outer, inner, axes, dtype) if data is not None else number(value, dtype)
+
+
+@triton.jit
 def narrow(value, dtype: tl.constexpr):
     """To an operand's dtype; no chip rounds float64 to 16 bits in one go."""
     if dtype.primitive_bitwidth == 16:
@@ -96,7 +105,7 @@ def narrow(value, dtype: tl.constexpr):
 def store(data, s0, s1, value, b, o, i, batch, outer, inner, axes: tl.constexpr):
     """Write an operand's elements of a tile, where the operand was given."""
     if data is not None:
-        offsets, exists = place(s0, s1, b, o, i, batch, outer, inner, axes)
+        offsets, exists = offsets_of(s0, s1, b, o, i, batch, outer, inner, axes)
         tl.store(data + offsets, narrow(value, data.dtype.element_ty), mask=exists)
 
 
@@ -125,7 +134,7 @@ def membership(
     tile, batch, outer, inner, axes: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
-    """Tiles at one place along ``axes`` are a group, whose sums are added up.
+    """Tiles at one position along ``axes`` are a group, whose sums are added up.
 
     Returns a tile's group, the number of groups, its number within the group, and the members of a group.
     """
@@ -148,14 +157,14 @@ def membership(
 
 
 @triton.jit
-def publish(partials, place, value, lanes: tl.constexpr):
+def publish(partials, offsets, value, lanes: tl.constexpr):
     """Write partial sums for another program to read."""
     if lanes == 1:
-        tl.store(partials + place, value)  # by the thread that comes to the counter, in order
+        tl.store(partials + offsets, value)  # by the thread that comes to the counter, in order
     else:
         # AMD's barrier does not wait for the stores of other wavefronts; an exchange that acquires is waited for.
         bits: tl.constexpr = tl.int64 if value.dtype == tl.float64 else tl.int32
-        where = (partials + place).to(tl.pointer_type(bits), bitcast=True)
+        where = (partials + offsets).to(tl.pointer_type(bits), bitcast=True)
         tl.atomic_xchg(where, value.to(bits, bitcast=True), sem="acq_rel", scope="gpu")
 
 
@@ -182,6 +191,19 @@ def add_up(values, first, step, count, lanes: tl.constexpr, available):
             tl.float64
         )
     return tl.sum(total, 0)
+
+
+@triton.jit
+def publish_sum(
+    totals, value, tile, b, o, i, batch, outer, inner, axes: tl.constexpr,
+    tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
+):  # fmt: skip
+    """Write a tile's part of an objective: the first member of each group, then the second, and so on."""
+    sums = sum_tile(value, b, o, i, batch, outer, inner, axes, tile_b, tile_o, tile_i)
+    group, groups, member, _ = membership(tile, batch, outer, inner, axes, tile_b, tile_o, tile_i)
+    lanes: tl.constexpr = sums.numel
+    offsets = (member * groups + group) * lanes + tl.arange(0, lanes)
+    publish(totals, offsets, tl.reshape(sums, (lanes,)).to(tl.float64), lanes)
 
 
 @triton.jit
@@ -279,9 +301,14 @@ def latent_kernel(
     b, o, i = positions(tile, outer, inner, tile_b, tile_o, tile_i, wide)
     m = load(mu, mu_0, mu_1, b, o, i, batch, outer, inner, mu_axes, dtype)
     l = load(logvar, logvar_0, logvar_1, b, o, i, batch, outer, inner, logvar_axes, dtype)  # noqa: E741
-    sigma, expm1_logvar = spread_of(l)
-    value, kl_d_mu, kl_d_logvar = kl_standard_normal(m, l, expm1_logvar)
-    d_mu, d_logvar = tl.zeros_like(m), tl.zeros_like(l)
+    sigma, _ = sigma_and_expm1(l)
+    if grad_kl is not None:
+        kl_weight = load(grad_kl, grad_kl_0, 0, b, o, i, batch, outer, inner, BATCH, dtype)
+    else:
+        kl_weight = number(1.0, dtype)
+    # The exponential is the one above: the compiler sees that it is computed twice.
+    value, kl_d_mu, kl_d_logvar, _, _ = kl_standard_normal(m, l, 0.0, 0.0, 0.0, kl_weight)
+    d_mu, d_logvar = kl_d_mu, kl_d_logvar
     if z is not None or grad_z is not None:
         if seed is not None:
             eps = noise_tile(tl.load(seed), l0, l1, l2, b, o, i, tile, inner, in_quads, tile_i, wide).to(dtype)
@@ -292,12 +319,8 @@ def latent_kernel(
         if grad_z is not None:
             g = load(grad_z, grad_z_0, grad_z_1, b, o, i, batch, outer, inner, grad_z_axes, dtype)
             d_mu, d_logvar = g, g * z_d_logvar
-    if grad_kl is not None:
-        g = load(grad_kl, grad_kl_0, 0, b, o, i, batch, outer, inner, BATCH, dtype)
-        if grad_z is not None:
-            d_mu, d_logvar = d_mu + g * kl_d_mu, d_logvar + g * kl_d_logvar
-        else:
-            d_mu, d_logvar = g * kl_d_mu, g * kl_d_logvar
+            if grad_kl is not None:
+                d_mu, d_logvar = d_mu + kl_d_mu, d_logvar + kl_d_logvar
     store(grad_mu, grad_mu_0, grad_mu_1, d_mu, b, o, i, batch, outer, inner, ALL)
     store(grad_logvar, grad_logvar_0, grad_logvar_1, d_logvar, b, o, i, batch, outer, inner, ALL)
     if kl is not None:
@@ -307,195 +330,254 @@ def latent_kernel(
 
 
 @triton.jit
-def nll_tile(
-    tile, batch, outer, inner,
-    recon_x, recon_x_0, recon_x_1, recon_x_axes: tl.constexpr,
-    x, x_0, x_1, x_axes: tl.constexpr,
-    spread, spread_0, spread_1, spread_axes: tl.constexpr, spread_value,
-    weight, weight_0, weight_1, weight_axes: tl.constexpr, scale,
-    grad_recon_x, grad_recon_x_0, grad_recon_x_1,
-    grad_x, grad_x_0, grad_x_1,
-    grad_spread, grad_spread_0, grad_spread_1, grad_spread_axes: tl.constexpr, partials, counters,
-    eps, is_variance: tl.constexpr, dtype: tl.constexpr, wide: tl.constexpr,
-    tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
+def store_gradient(
+    data, s0, s1, axes: tl.constexpr, first_partial, first_counter, value, tile, b, o, i, batch, outer, inner,
+    partials, counters, tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
-    """The likelihood of a tile: writes its weighted gradients where they were given; returns values and positions."""
-    b, o, i = positions(tile, outer, inner, tile_b, tile_o, tile_i, wide)
-    m = load(recon_x, recon_x_0, recon_x_1, b, o, i, batch, outer, inner, recon_x_axes, dtype)
-    target = load(x, x_0, x_1, b, o, i, batch, outer, inner, x_axes, dtype)
-    if spread is not None:
-        s = load(spread, spread_0, spread_1, b, o, i, batch, outer, inner, spread_axes, dtype)
-    else:
-        s = number(spread_value, dtype)
-    if is_variance:
-        bound = number(eps, dtype)
-        variance = tl.where(s < bound, bound, s)
-        logvar, precision = tl.log(variance), 1.0 / variance
-    else:
-        logvar, precision = s, exponential(-s)
-    value, d_recon, d_logvar = gaussian_nll(m, target, logvar, precision)
-    if weight is not None:
-        w = load(weight, weight_0, weight_1, b, o, i, batch, outer, inner, weight_axes, dtype)
-    else:
-        w = number(scale, dtype)
-    store(grad_recon_x, grad_recon_x_0, grad_recon_x_1, w * d_recon, b, o, i, batch, outer, inner, ALL)
-    store(grad_x, grad_x_0, grad_x_1, -(w * d_recon), b, o, i, batch, outer, inner, ALL)
-    if grad_spread is not None:
-        d_spread = d_logvar
-        if is_variance:
-            d_spread = d_logvar * precision
-        if grad_spread_axes == ALL:
-            store(grad_spread, grad_spread_0, grad_spread_1, w * d_spread, b, o, i, batch, outer, inner, ALL)
+    """Write the gradient of an input where it was given, summed over what the input is broadcast along.
+
+    ``first_partial`` and ``first_counter`` say which partial sums and counters are its own; there are none where tiles
+    share no sum.
+    """
+    if data is not None:
+        if axes == ALL:
+            store(data, s0, s1, value, b, o, i, batch, outer, inner, ALL)
+        elif first_partial is None:
+            store_sum(data, s0, s1, value, tile, b, o, i, batch, outer, inner, None, None, axes, tile_b, tile_o, tile_i)
         else:
             store_sum(
-                grad_spread, grad_spread_0, grad_spread_1, w * d_spread, tile, b, o, i, batch, outer, inner,
-                partials, counters, grad_spread_axes, tile_b, tile_o, tile_i,
+                data, s0, s1, value, tile, b, o, i, batch, outer, inner,
+                partials + first_partial, counters + first_counter, axes, tile_b, tile_o, tile_i,
             )  # fmt: skip
-    return value, b, o, i
 
 
 @triton.jit
-def nll_kernel(
-    batch, outer, inner,
-    recon_x, recon_x_0, recon_x_1, recon_x_axes: tl.constexpr,
-    x, x_0, x_1, x_axes: tl.constexpr,
-    spread, spread_0, spread_1, spread_axes: tl.constexpr, spread_value: tl.float64,
-    weight, weight_0, weight_1, weight_axes: tl.constexpr,
-    loss, loss_0, loss_1, constant: tl.float64,
-    grad_recon_x, grad_recon_x_0, grad_recon_x_1,
-    grad_x, grad_x_0, grad_x_1,
-    grad_spread, grad_spread_0, grad_spread_1, grad_spread_axes: tl.constexpr, partials, counters,
-    eps: tl.float64, is_variance: tl.constexpr, dtype: tl.constexpr, wide: tl.constexpr,
+def term_tile(
+    tile, batch, outer, inner,
+    in0, in0_0, in0_1, in0_axes: tl.constexpr, in0_value,
+    in1, in1_0, in1_1, in1_axes: tl.constexpr, in1_value,
+    in2, in2_0, in2_1, in2_axes: tl.constexpr, in2_value,
+    in3, in3_0, in3_1, in3_axes: tl.constexpr, in3_value,
+    weight, weight_0, weight_1, weight_axes: tl.constexpr, weight_value, factor,
+    g0, g0_0, g0_1, g0_axes: tl.constexpr, g0_partials, g0_counters,
+    g1, g1_0, g1_1, g1_axes: tl.constexpr, g1_partials, g1_counters,
+    g2, g2_0, g2_1, g2_axes: tl.constexpr, g2_partials, g2_counters,
+    g3, g3_0, g3_1, g3_axes: tl.constexpr, g3_partials, g3_counters,
+    partials, counters,
+    formula: tl.constexpr, parameter, dtype: tl.constexpr, wide: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
-    """The likelihood element by element: its values, and the gradients of sum(weight * nll)."""
-    values, b, o, i = nll_tile(
-        tl.program_id(0), batch, outer, inner,
-        recon_x, recon_x_0, recon_x_1, recon_x_axes,
-        x, x_0, x_1, x_axes,
-        spread, spread_0, spread_1, spread_axes, spread_value,
-        weight, weight_0, weight_1, weight_axes, 1.0,
-        grad_recon_x, grad_recon_x_0, grad_recon_x_1,
-        grad_x, grad_x_0, grad_x_1,
-        grad_spread, grad_spread_0, grad_spread_1, grad_spread_axes, partials, counters,
-        eps, is_variance, dtype, wide, tile_b, tile_o, tile_i,
+    """A formula on a tile: writes the gradients of sum(factor * weight * value) where they were given.
+
+    Returns weight * value, and the positions of the elements.
+    """
+    b, o, i = positions(tile, outer, inner, tile_b, tile_o, tile_i, wide)
+    v0 = load_or_number(in0, in0_0, in0_1, in0_value, b, o, i, batch, outer, inner, in0_axes, dtype)
+    v1 = load_or_number(in1, in1_0, in1_1, in1_value, b, o, i, batch, outer, inner, in1_axes, dtype)
+    v2 = load_or_number(in2, in2_0, in2_1, in2_value, b, o, i, batch, outer, inner, in2_axes, dtype)
+    v3 = load_or_number(in3, in3_0, in3_1, in3_value, b, o, i, batch, outer, inner, in3_axes, dtype)
+    w = load_or_number(
+        weight, weight_0, weight_1, weight_value, b, o, i, batch, outer, inner, weight_axes, dtype
     )  # fmt: skip
-    values += number(constant, dtype)
-    store(loss, loss_0, loss_1, values, b, o, i, batch, outer, inner, ALL)
+    value, d0, d1, d2, d3 = formula_element(formula, v0, v1, v2, v3, number(parameter, dtype), factor.to(dtype) * w)
+    store_gradient(
+        g0, g0_0, g0_1, g0_axes, g0_partials, g0_counters, d0, tile, b, o, i, batch, outer, inner,
+        partials, counters, tile_b, tile_o, tile_i,
+    )  # fmt: skip
+    store_gradient(
+        g1, g1_0, g1_1, g1_axes, g1_partials, g1_counters, d1, tile, b, o, i, batch, outer, inner,
+        partials, counters, tile_b, tile_o, tile_i,
+    )  # fmt: skip
+    store_gradient(
+        g2, g2_0, g2_1, g2_axes, g2_partials, g2_counters, d2, tile, b, o, i, batch, outer, inner,
+        partials, counters, tile_b, tile_o, tile_i,
+    )  # fmt: skip
+    store_gradient(
+        g3, g3_0, g3_1, g3_axes, g3_partials, g3_counters, d3, tile, b, o, i, batch, outer, inner,
+        partials, counters, tile_b, tile_o, tile_i,
+    )  # fmt: skip
+    return w * value, b, o, i
 
 
 @triton.jit
-def keep_sum(
-    totals, value, tile, b, o, i, batch, outer, inner, axes: tl.constexpr,
+def weight_of(factor, coefficient, coefficient_value):
+    """What a term's gradients are multiplied by, in float64."""
+    return number(factor, tl.float64) * number_at(coefficient, coefficient_value)
+
+
+@triton.jit
+def elementwise_kernel(
+    batch, outer, inner,
+    in0, in0_0, in0_1, in0_axes: tl.constexpr, in0_value: tl.float64,
+    in1, in1_0, in1_1, in1_axes: tl.constexpr, in1_value: tl.float64,
+    in2, in2_0, in2_1, in2_axes: tl.constexpr, in2_value: tl.float64,
+    in3, in3_0, in3_1, in3_axes: tl.constexpr, in3_value: tl.float64,
+    weight, weight_0, weight_1, weight_axes: tl.constexpr, weight_value: tl.float64,
+    factor: tl.float64, constant: tl.float64, coefficient, coefficient_value: tl.float64,
+    value, value_0, value_1,
+    g0, g0_0, g0_1, g0_axes: tl.constexpr, g0_partials, g0_counters,
+    g1, g1_0, g1_1, g1_axes: tl.constexpr, g1_partials, g1_counters,
+    g2, g2_0, g2_1, g2_axes: tl.constexpr, g2_partials, g2_counters,
+    g3, g3_0, g3_1, g3_axes: tl.constexpr, g3_partials, g3_counters,
+    partials, counters,
+    formula: tl.constexpr, parameter: tl.float64, dtype: tl.constexpr, wide: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
-    """A tile's part of an objective, in its place: the first member of each group, then the second, and so on."""
-    sums = sum_tile(value, b, o, i, batch, outer, inner, axes, tile_b, tile_o, tile_i)
-    group, groups, member, _ = membership(tile, batch, outer, inner, axes, tile_b, tile_o, tile_i)
-    lanes: tl.constexpr = sums.numel
-    place = (member * groups + group) * lanes + tl.arange(0, lanes)
-    publish(totals, place, tl.reshape(sums, (lanes,)).to(tl.float64), lanes)
+    """A term element by element: its weighted values plus the constant, and its gradients."""
+    values, b, o, i = term_tile(
+        tl.program_id(0), batch, outer, inner,
+        in0, in0_0, in0_1, in0_axes, in0_value,
+        in1, in1_0, in1_1, in1_axes, in1_value,
+        in2, in2_0, in2_1, in2_axes, in2_value,
+        in3, in3_0, in3_1, in3_axes, in3_value,
+        weight, weight_0, weight_1, weight_axes, weight_value, weight_of(factor, coefficient, coefficient_value),
+        g0, g0_0, g0_1, g0_axes, g0_partials, g0_counters,
+        g1, g1_0, g1_1, g1_axes, g1_partials, g1_counters,
+        g2, g2_0, g2_1, g2_axes, g2_partials, g2_counters,
+        g3, g3_0, g3_1, g3_axes, g3_partials, g3_counters,
+        partials, counters,
+        formula, parameter, dtype, wide, tile_b, tile_o, tile_i,
+    )  # fmt: skip
+    store(value, value_0, value_1, values + number(constant, dtype), b, o, i, batch, outer, inner, ALL)
 
 
 @triton.jit
-def elbo_kernel(
-    nll_tiles, nll_batch, nll_outer, nll_inner,
-    recon_x, recon_x_0, recon_x_1, recon_x_axes: tl.constexpr,
-    x, x_0, x_1, x_axes: tl.constexpr,
-    spread, spread_0, spread_1, spread_axes: tl.constexpr, spread_value: tl.float64,
-    grad_recon_x, grad_recon_x_0, grad_recon_x_1,
-    grad_x, grad_x_0, grad_x_1,
-    grad_spread, grad_spread_0, grad_spread_1, grad_spread_axes: tl.constexpr, partials, counters,
-    eps: tl.float64, is_variance: tl.constexpr, nll_dtype: tl.constexpr,
-    kl_tiles, kl_batch, kl_outer, kl_inner,
-    mu, mu_0, mu_1, mu_axes: tl.constexpr,
-    logvar, logvar_0, logvar_1, logvar_axes: tl.constexpr,
-    grad_mu, grad_mu_0, grad_mu_1,
-    grad_logvar, grad_logvar_0, grad_logvar_1,
-    kl_dtype: tl.constexpr,
-    kl_in, kl_in_0, kl_in_count,
-    beta, beta_value: tl.float64, scale: tl.float64, constant: tl.float64,
-    loss, nll, kl, values, totals,
-    by_sample: tl.constexpr, wide: tl.constexpr,
-    nll_tile_b: tl.constexpr, nll_tile_o: tl.constexpr, nll_tile_i: tl.constexpr,
-    kl_tile_b: tl.constexpr, kl_tile_o: tl.constexpr, kl_tile_i: tl.constexpr,
+def term_values(
+    formula: tl.constexpr, totals, tiles, batch, tile_b: tl.constexpr, given, given_0, factor, constant, out, out_0,
+    first, values, by_sample: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
-    """loss = nll + beta * kl: ``values`` values, scale times a total or each of a sample, and the gradients of loss.
+    """factor * (sum + constant), ``lanes`` of them from the first on; written where that is wanted.
 
-    The first ``nll_tiles`` programs take the likelihood, the others the divergence; ``constant`` is added to each sum
-    of the likelihood. ``totals`` holds the sums of the tiles of both. The first of ``counters`` counts all programs.
+    The sums are those of the tiles in ``totals`` or, without a formula, of ``batch`` given values.
+    """
+    at = first + tl.arange(0, lanes)
+    if formula is not None:
+        step = tl.cdiv(batch, tile_b) * tile_b if by_sample else 1
+        addends = tiles * (tile_b if by_sample else 1) // tl.maximum(step, 1)
+        found = add_up(totals, first, step, addends, lanes, values - first)
+    elif by_sample:
+        found = tl.load(given + at * given_0, mask=at < values, other=0).to(tl.float64)
+    else:
+        found = add_up(given, 0, given_0, batch, lanes, 1)
+    found = number(factor, tl.float64) * (found + number(constant, tl.float64))
+    if out is not None:
+        tl.store(out + at * out_0, narrow(found, out.dtype.element_ty), mask=at < values)
+    return found
+
+
+@triton.jit
+def objective_kernel(
+    a_tiles, a_batch, a_outer, a_inner,
+    a_in0, a_in0_0, a_in0_1, a_in0_axes: tl.constexpr, a_in0_value: tl.float64,
+    a_in1, a_in1_0, a_in1_1, a_in1_axes: tl.constexpr, a_in1_value: tl.float64,
+    a_in2, a_in2_0, a_in2_1, a_in2_axes: tl.constexpr, a_in2_value: tl.float64,
+    a_in3, a_in3_0, a_in3_1, a_in3_axes: tl.constexpr, a_in3_value: tl.float64,
+    a_factor: tl.float64, a_constant: tl.float64, a_coefficient, a_coefficient_value: tl.float64,
+    a_g0, a_g0_0, a_g0_1, a_g0_axes: tl.constexpr, a_g0_partials, a_g0_counters,
+    a_g1, a_g1_0, a_g1_1, a_g1_axes: tl.constexpr, a_g1_partials, a_g1_counters,
+    a_g2, a_g2_0, a_g2_1, a_g2_axes: tl.constexpr, a_g2_partials, a_g2_counters,
+    a_g3, a_g3_0, a_g3_1, a_g3_axes: tl.constexpr, a_g3_partials, a_g3_counters,
+    a_partials, a_out, a_out_0,
+    a_formula: tl.constexpr, a_parameter: tl.float64, a_dtype: tl.constexpr,
+    a_tile_b: tl.constexpr, a_tile_o: tl.constexpr, a_tile_i: tl.constexpr,
+    b_tiles, b_batch, b_outer, b_inner,
+    b_in0, b_in0_0, b_in0_1, b_in0_axes: tl.constexpr, b_in0_value: tl.float64,
+    b_in1, b_in1_0, b_in1_1, b_in1_axes: tl.constexpr, b_in1_value: tl.float64,
+    b_in2, b_in2_0, b_in2_1, b_in2_axes: tl.constexpr, b_in2_value: tl.float64,
+    b_in3, b_in3_0, b_in3_1, b_in3_axes: tl.constexpr, b_in3_value: tl.float64,
+    b_factor: tl.float64, b_constant: tl.float64, b_coefficient, b_coefficient_value: tl.float64,
+    b_g0, b_g0_0, b_g0_1, b_g0_axes: tl.constexpr, b_g0_partials, b_g0_counters,
+    b_g1, b_g1_0, b_g1_1, b_g1_axes: tl.constexpr, b_g1_partials, b_g1_counters,
+    b_g2, b_g2_0, b_g2_1, b_g2_axes: tl.constexpr, b_g2_partials, b_g2_counters,
+    b_g3, b_g3_0, b_g3_1, b_g3_axes: tl.constexpr, b_g3_partials, b_g3_counters,
+    b_partials, b_out, b_out_0,
+    b_formula: tl.constexpr, b_parameter: tl.float64, b_dtype: tl.constexpr,
+    b_tile_b: tl.constexpr, b_tile_o: tl.constexpr, b_tile_i: tl.constexpr,
+    loss, loss_0, values, totals, counters, by_sample: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """loss = sum of coefficient * term over one or two terms, a and b, and the gradients of the loss.
+
+    There are ``values`` values: one, or one for each sample. A term without a formula is given: ``in0`` has ``batch``
+    values. The first programs take the tiles of a, the others those of b; ``totals`` holds the sums of the tiles of
+    both. The first of ``counters`` counts all programs.
     """
     program = tl.program_id(0)
     axes: tl.constexpr = BATCH if by_sample else 0
-    nll_places = 0
-    if recon_x is not None:
-        nll_places = nll_tiles * (nll_tile_b if by_sample else 1)
-        if program < nll_tiles:
-            value, b, o, i = nll_tile(
-                program, nll_batch, nll_outer, nll_inner,
-                recon_x, recon_x_0, recon_x_1, recon_x_axes,
-                x, x_0, x_1, x_axes,
-                spread, spread_0, spread_1, spread_axes, spread_value,
-                None, 0, 0, 0, scale,
-                grad_recon_x, grad_recon_x_0, grad_recon_x_1,
-                grad_x, grad_x_0, grad_x_1,
-                grad_spread, grad_spread_0, grad_spread_1, grad_spread_axes, partials, counters + 1,
-                eps, is_variance, nll_dtype, wide, nll_tile_b, nll_tile_o, nll_tile_i,
+    first_b = 0  # the first program that takes a tile of b
+    a_totals = 0
+    if a_formula is not None:
+        first_b = a_tiles
+        a_totals = a_tiles * (a_tile_b if by_sample else 1)
+        if program < a_tiles:
+            value, b, o, i = term_tile(
+                program, a_batch, a_outer, a_inner,
+                a_in0, a_in0_0, a_in0_1, a_in0_axes, a_in0_value,
+                a_in1, a_in1_0, a_in1_1, a_in1_axes, a_in1_value,
+                a_in2, a_in2_0, a_in2_1, a_in2_axes, a_in2_value,
+                a_in3, a_in3_0, a_in3_1, a_in3_axes, a_in3_value,
+                None, 0, 0, 0, 1.0, weight_of(a_factor, a_coefficient, a_coefficient_value),
+                a_g0, a_g0_0, a_g0_1, a_g0_axes, a_g0_partials, a_g0_counters,
+                a_g1, a_g1_0, a_g1_1, a_g1_axes, a_g1_partials, a_g1_counters,
+                a_g2, a_g2_0, a_g2_1, a_g2_axes, a_g2_partials, a_g2_counters,
+                a_g3, a_g3_0, a_g3_1, a_g3_axes, a_g3_partials, a_g3_counters,
+                a_partials, counters,
+                a_formula, a_parameter, a_dtype, wide, a_tile_b, a_tile_o, a_tile_i,
             )  # fmt: skip
-            keep_sum(
-                totals, value, program, b, o, i, nll_batch, nll_outer, nll_inner, axes,
-                nll_tile_b, nll_tile_o, nll_tile_i,
+            publish_sum(
+                totals, value, program, b, o, i, a_batch, a_outer, a_inner, axes,
+                a_tile_b, a_tile_o, a_tile_i,
             )  # fmt: skip
-    if mu is not None:
-        tile = program - nll_tiles
-        if (tile >= 0) & (tile < kl_tiles):
-            b, o, i = positions(tile, kl_outer, kl_inner, kl_tile_b, kl_tile_o, kl_tile_i, wide)
-            m = load(mu, mu_0, mu_1, b, o, i, kl_batch, kl_outer, kl_inner, mu_axes, kl_dtype)
-            l = load(logvar, logvar_0, logvar_1, b, o, i, kl_batch, kl_outer, kl_inner, logvar_axes, kl_dtype)  # noqa: E741
-            _, expm1_logvar = spread_of(l)
-            value, d_mu, d_logvar = kl_standard_normal(m, l, expm1_logvar)
-            w = (number(scale, tl.float64) * number_at(beta, beta_value)).to(kl_dtype)
-            store(grad_mu, grad_mu_0, grad_mu_1, w * d_mu, b, o, i, kl_batch, kl_outer, kl_inner, ALL)
-            store(grad_logvar, grad_logvar_0, grad_logvar_1, w * d_logvar, b, o, i, kl_batch, kl_outer, kl_inner, ALL)
-            keep_sum(
-                totals + nll_places, value, tile, b, o, i, kl_batch, kl_outer, kl_inner, axes,
-                kl_tile_b, kl_tile_o, kl_tile_i,
+    if b_formula is not None:
+        tile = program - first_b
+        if (tile >= 0) & (tile < b_tiles):
+            value, b, o, i = term_tile(
+                tile, b_batch, b_outer, b_inner,
+                b_in0, b_in0_0, b_in0_1, b_in0_axes, b_in0_value,
+                b_in1, b_in1_0, b_in1_1, b_in1_axes, b_in1_value,
+                b_in2, b_in2_0, b_in2_1, b_in2_axes, b_in2_value,
+                b_in3, b_in3_0, b_in3_1, b_in3_axes, b_in3_value,
+                None, 0, 0, 0, 1.0, weight_of(b_factor, b_coefficient, b_coefficient_value),
+                b_g0, b_g0_0, b_g0_1, b_g0_axes, b_g0_partials, b_g0_counters,
+                b_g1, b_g1_0, b_g1_1, b_g1_axes, b_g1_partials, b_g1_counters,
+                b_g2, b_g2_0, b_g2_1, b_g2_axes, b_g2_partials, b_g2_counters,
+                b_g3, b_g3_0, b_g3_1, b_g3_axes, b_g3_partials, b_g3_counters,
+                b_partials, counters,
+                b_formula, b_parameter, b_dtype, wide, b_tile_b, b_tile_o, b_tile_i,
+            )  # fmt: skip
+            publish_sum(
+                totals + a_totals, value, tile, b, o, i, b_batch, b_outer, b_inner, axes,
+                b_tile_b, b_tile_o, b_tile_i,
             )  # fmt: skip
     if is_last(counters, tl.num_programs(0)):
         lanes: tl.constexpr = 64 if by_sample else 1
-        # Read here, not before: two values kept over the whole of a tile's work would be two registers too many.
-        factor, kl_weight = number(scale, tl.float64), number_at(beta, beta_value)
         for first in range(0, values, lanes):
+            total = tl.zeros((lanes,), tl.float64)
+            # The coefficients are read here, not before: two values more over the whole of a tile's work would be two
+            # registers too many.
+            if a_formula is not None or a_in0 is not None:
+                found = term_values(
+                    a_formula, totals, a_tiles, a_batch, a_tile_b, a_in0, a_in0_0, a_factor, a_constant,
+                    a_out, a_out_0, first, values, by_sample, lanes,
+                )  # fmt: skip
+                total += number_at(a_coefficient, a_coefficient_value) * found
+            if b_formula is not None or b_in0 is not None:
+                found = term_values(
+                    b_formula, totals + a_totals, b_tiles, b_batch, b_tile_b, b_in0, b_in0_0, b_factor, b_constant,
+                    b_out, b_out_0, first, values, by_sample, lanes,
+                )  # fmt: skip
+                total += number_at(b_coefficient, b_coefficient_value) * found
             at = first + tl.arange(0, lanes)
-            nll_sum, kl_sum = tl.zeros((lanes,), tl.float64), tl.zeros((lanes,), tl.float64)
-            if recon_x is not None:
-                step = tl.cdiv(nll_batch, nll_tile_b) * nll_tile_b if by_sample else 1
-                nll_sum = add_up(totals, first, step, nll_places // tl.maximum(step, 1), lanes, values - first)
-                nll_sum = factor * (nll_sum + number(constant, tl.float64))
-            if mu is not None:
-                step = tl.cdiv(kl_batch, kl_tile_b) * kl_tile_b if by_sample else 1
-                places = kl_tiles * (kl_tile_b if by_sample else 1)
-                kl_sum = add_up(totals + nll_places, first, step, places // tl.maximum(step, 1), lanes, values - first)
-                kl_sum = factor * kl_sum
-            elif kl_in is not None:
-                if by_sample:
-                    kl_sum = tl.load(kl_in + at * kl_in_0, mask=at < values, other=0).to(tl.float64)
-                else:
-                    kl_sum = factor * add_up(kl_in, 0, kl_in_0, kl_in_count, lanes, 1)
-            total = nll_sum
-            if mu is not None or kl_in is not None:
-                total = nll_sum + kl_weight * kl_sum
-            tl.store(loss + at, narrow(total, loss.dtype.element_ty), mask=at < values)
-            if nll is not None:
-                tl.store(nll + at, narrow(nll_sum, nll.dtype.element_ty), mask=at < values)
-            if kl is not None:
-                tl.store(kl + at, narrow(kl_sum, kl.dtype.element_ty), mask=at < values)
+            tl.store(loss + at * loss_0, narrow(total, loss.dtype.element_ty), mask=at < values)
 
 
 @triton.jit
-def scale_run(data, count, block, factor, tile: tl.constexpr, wide: tl.constexpr):
-    """Multiply one block of a dense tensor in place, if the tensor was given and has such a block."""
+def scale_block(data, count, first, factor, tile: tl.constexpr, wide: tl.constexpr):
+    """Multiply a program's block of a dense tensor in place, if the tensor was given and has such a block.
+
+    The program numbered ``first`` takes the first block.
+    """
     if data is not None:
+        block = tl.program_id(0) - first
         if wide:
             block = block.to(tl.int64)
         at = block * tile + tl.arange(0, tile)
@@ -513,17 +595,22 @@ def scale_kernel(
     data_2, count_2, first_2,
     data_3, count_3, first_3,
     data_4, count_4, first_4,
+    data_5, count_5, first_5,
+    data_6, count_6, first_6,
+    data_7, count_7, first_7,
     tile: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """Multiply up to five dense tensors by one factor, in place; touch nothing when it is 1.
+    """Multiply up to eight dense tensors by one factor, in place; touch nothing when it is 1.
 
     The programs from ``first_k`` on take tensor k.
     """
     by = tl.load(factor)
     if by != 1.0:
-        program = tl.program_id(0)
-        scale_run(data_0, count_0, program - first_0, by, tile, wide)
-        scale_run(data_1, count_1, program - first_1, by, tile, wide)
-        scale_run(data_2, count_2, program - first_2, by, tile, wide)
-        scale_run(data_3, count_3, program - first_3, by, tile, wide)
-        scale_run(data_4, count_4, program - first_4, by, tile, wide)
+        scale_block(data_0, count_0, first_0, by, tile, wide)
+        scale_block(data_1, count_1, first_1, by, tile, wide)
+        scale_block(data_2, count_2, first_2, by, tile, wide)
+        scale_block(data_3, count_3, first_3, by, tile, wide)
+        scale_block(data_4, count_4, first_4, by, tile, wide)
+        scale_block(data_5, count_5, first_5, by, tile, wide)
+        scale_block(data_6, count_6, first_6, by, tile, wide)
+        scale_block(data_7, count_7, first_7, by, tile, wide)

@@ -1,8 +1,11 @@
-"""The formulas of csrc/math/ in Triton: the same functions, in the same order, with the same names.
+"""The formulas in Triton: those of the terms with their registry, that of the sample, and the noise.
 
-Below them is the arithmetic that csrc/cpu/simd.h has for CPUs. Triton's own exp and sincos are fast approximations
-(whose error grows with the argument) or use local memory, and have no expm1; these are as accurate as the CPU's.
-Everything here works element by element, on blocks of any shape.
+They compute what those of csrc/math/ do. Below them is the arithmetic that csrc/cpu/simd.h has for CPUs. Triton's own
+exp and sincos are fast approximations (whose error grows with the argument) or use local memory, and have no expm1;
+these are as accurate as the CPU's.
+
+Everything here works element by element, on blocks of any shapes that broadcast to one: what is derived of one input
+alone is derived once where that is broadcast.
 """
 
 from __future__ import annotations
@@ -10,32 +13,78 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# --- gaussian.h: Kingma & Welling 2014 (arXiv:1312.6114), appendix B ------------------------------------------------
+# --- the formulas of the terms ----------------------------------------------------------------------------------------
+#
+# A function a formula, its name that of the formula. It takes four inputs, the parameter and a weight, in the dtype of
+# the arithmetic, and ignores what the formula has not. It returns the value, and the derivatives by the four inputs
+# times the weight: 0 by those that it ignores.
 
 
 @triton.jit
-def gaussian_nll(recon, x, logvar, precision):
-    """(logvar + (recon - x)^2 * precision) / 2 with precision = e^-logvar; d_recon, d_logvar."""
-    error = recon - x
-    d_recon = error * precision
-    half_square = (0.5 * error) * d_recon
-    return 0.5 * logvar + half_square, d_recon, 0.5 - half_square
+def gaussian_of(recon_x, x, logvar, precision, weight):
+    """(logvar + (recon_x - x)^2 * precision) / 2 with precision = 1 / variance, and its derivatives by the first three.
+
+    Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.2.
+    """
+    error = recon_x - x
+    pull = error * precision
+    half_square = (0.5 * error) * pull
+    d_recon_x = weight * pull
+    return 0.5 * logvar + half_square, d_recon_x, -d_recon_x, weight * (0.5 - half_square)
 
 
 @triton.jit
-def kl_standard_normal(mu, logvar, expm1_logvar):
-    """(mu^2 + expm1(logvar) - logvar) / 2; d_mu, d_logvar."""
-    return 0.5 * (mu * mu + (expm1_logvar - logvar)), mu, 0.5 * expm1_logvar
+def gaussian_nll(recon_x, x, recon_logvar, in3, parameter, weight):
+    """Of a log-variance."""
+    value, d_recon_x, d_x, d_logvar = gaussian_of(recon_x, x, recon_logvar, exponential(-recon_logvar), weight)
+    return value, d_recon_x, d_x, d_logvar, 0.0
+
+
+@triton.jit
+def gaussian_nll_of_variance(recon_x, x, variance, in3, bound, weight):
+    """Of a variance and its lower bound, of which the derivatives know nothing."""
+    bounded = tl.where(variance < bound, bound, variance)
+    precision = 1.0 / bounded
+    value, d_recon_x, d_x, d_logvar = gaussian_of(recon_x, x, tl.log(bounded), precision, weight)
+    return value, d_recon_x, d_x, d_logvar * precision, 0.0
+
+
+@triton.jit
+def kl_standard_normal(mu, logvar, in2, in3, parameter, weight):
+    """KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2.
+
+    Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix B.
+    """
+    _, expm1_logvar = sigma_and_expm1(logvar)
+    value = 0.5 * (mu * mu + (expm1_logvar - logvar))
+    return value, weight * mu, weight * (0.5 * expm1_logvar), 0.0, 0.0
+
+
+@triton.jit
+def formula_element(formula: tl.constexpr, in0, in1, in2, in3, parameter, weight):
+    """The registry: what the formula of that name returns."""
+    if formula == "gaussian_nll":
+        value, d0, d1, d2, d3 = gaussian_nll(in0, in1, in2, in3, parameter, weight)
+    elif formula == "gaussian_nll_of_variance":
+        value, d0, d1, d2, d3 = gaussian_nll_of_variance(in0, in1, in2, in3, parameter, weight)
+    elif formula == "kl_standard_normal":
+        value, d0, d1, d2, d3 = kl_standard_normal(in0, in1, in2, in3, parameter, weight)
+    else:
+        tl.static_assert(False, "there is no such formula")
+    return value, d0, d1, d2, d3
+
+
+# --- the sample: Kingma & Welling 2014, section 2.4 -------------------------------------------------------------------
 
 
 @triton.jit
 def sample(mu, sigma, noise):
     """mu + sigma * noise with sigma = e^(logvar / 2); d_logvar."""
-    spread = sigma * noise
-    return mu + spread, 0.5 * spread
+    deviation = sigma * noise
+    return mu + deviation, 0.5 * deviation
 
 
-# --- philox.h: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; constants of Random123 ------------
+# --- noise: Philox, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; constants of Random123 ------
 
 
 @triton.jit
@@ -124,7 +173,7 @@ def exponential(x):
 
 
 @triton.jit
-def spread_of(logvar):
+def sigma_and_expm1(logvar):
     """sigma = e^(logvar / 2) and e^logvar - 1.
 
     In float32 of one exponential: expm1(l) = t^2 + 2t with t = expm1(l / 2); what overflows in t^2 does so in e^l.

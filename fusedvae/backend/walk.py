@@ -1,4 +1,4 @@
-"""How kernels walk the operands of a call: the canonical form of each, and what must be copied around a run."""
+"""How kernels walk the parts of a call: the canonical form of each, and what must be copied around a launch."""
 
 from __future__ import annotations
 
@@ -6,108 +6,143 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from fusedvae.layout import Described, Strides, canonical, dense_strides, expanded
+from fusedvae.layout import Strides, canonical, dense_strides, expanded
 
+from . import Launcher, Part, TermWork
 
-class Part(NamedTuple):
-    """What a kernel takes for an operand: a field of the call's operands, or half of a packed one."""
-
-    field: int
-    described: Described
-    offset: int = 0
-    """Of the half, in bytes."""
-
-
-ABSENT = Part(-1, None)
+Extent = tuple[int, int, int]
 
 
 class Copy(NamedTuple):
-    """An operand that the kernels cannot walk, and the tensor that stands in for it."""
+    """A part that the kernels cannot walk, and the tensor that stands in for it."""
 
-    field: int
+    part: Part
     is_output: bool
-    shape: tuple[int, ...]
+    shape: torch.Size
     strides: Strides
+    dtype: torch.dtype
+
+    def make(self, sources: Sequence[Any]) -> torch.Tensor:
+        """The stand-in, filled with the values of an input."""
+        original = self.part.of(sources)
+        made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=original.device)
+        return made if self.is_output else made.copy_(original)
+
+    def stand_in(self, source: int) -> Part:
+        """The stand-in as a part, if it is that source."""
+        return Part(source, self.shape, self.strides, self.dtype)
+
+    def finish(self, sources: Sequence[Any], made: torch.Tensor) -> None:
+        """Complete an output that was computed in the stand-in, summed over what it is broadcast along."""
+        if self.is_output:
+            original: torch.Tensor = self.part.of(sources)
+            original.copy_(made.sum_to_size(original.shape))
 
 
 class Walk(NamedTuple):
-    """The canonical form of parts of one logical shape."""
+    """The canonical form of parts that broadcast to one shape."""
 
-    extent: tuple[int, int, int]
+    extent: Extent
     """Sizes (batch, outer, inner)."""
     logical: Strides
     """Strides of the row-major index of an element."""
+    parts: list[Part | None]
+    """As given, but for those that are copied: their stand-ins are sources too, behind all others."""
     strides: list[Strides]
-    """Of each part; () of those that are no tensors."""
-    copies: tuple[Copy, ...]
+    """Of each part; () of those that are numbers or absent."""
+    copies: list[Copy]
 
 
 def walk(
-    shape: torch.Size, parts: Sequence[Part], first_output: int, *, keep_batch: bool, indexed: bool = False
+    shape: torch.Size,
+    parts: Sequence[Part | None],
+    first_output: int,
+    sources: int,
+    *,
+    in_double: bool,
+    keep_batch: bool,
+    indexed: bool = False,
 ) -> Walk:
-    """How to walk operands that broadcast to ``shape``; those from ``first_output`` on are written to."""
-    tensors = [(k, part.field, part.described) for k, part in enumerate(parts) if part.described]
+    """How to walk parts that broadcast to ``shape``; those from ``first_output`` on are written to.
+
+    ``sources`` is how many there are already. ``keep_batch`` and ``indexed`` as `fusedvae.layout.canonical` has them.
+    """
+    tensors = [(k, part) for k, part in enumerate(parts) if part is not None and part.shape is not None]
     layout = canonical(
         tuple(shape),
-        tuple([expanded(own, steps, shape) for _, _, (own, steps, _) in tensors]),
+        tuple([expanded(part.shape or (), part.strides, shape) for _, part in tensors]),
         keep_batch=keep_batch,
         indexed=indexed,
     )
-    strides: list[Strides] = [()] * len(parts)
-    for (k, _, _), steps in zip(tensors, layout.strides, strict=True):
-        strides[k] = steps
-    copied = [tensors[c] for c in sorted(layout.copies)]
-    copies = tuple([Copy(field, k >= first_output, shape, layout.dense) for k, field, _ in copied])
-    return Walk(layout.extent, layout.logical, strides, copies)
+    found = Walk(layout.extent, layout.logical, list(parts), [()] * len(parts), [])
+    for position, ((k, part), strides) in enumerate(zip(tensors, layout.strides, strict=True)):
+        found.strides[k] = strides
+        if position in layout.copies:
+            copy = _stand_in(part, k >= first_output, shape, layout.dense, in_double)
+            found.parts[k] = copy.stand_in(sources + len(found.copies))
+            found.copies.append(copy)
+    return found
 
 
-def walk_nll(
-    shape: torch.Size,
-    parts: Sequence[Part],
+def _stand_in(part: Part, is_output: bool, shape: torch.Size, strides: Strides, in_double: bool) -> Copy:
+    dtype = part.dtype
+    if is_output and part.shape != shape:  # to be summed, in the dtype of the arithmetic
+        dtype = torch.float64 if in_double else torch.float32
+    assert dtype is not None
+    return Copy(part, is_output, shape, strides, dtype)
+
+
+def walk_term(
+    term: TermWork,
+    sources: int,
     *,
     keep_batch: bool,
-    can_sum: Callable[[tuple[int, int, int], Strides], bool],
+    can_sum: Callable[[Extent, tuple[Strides | None, ...]], bool],
 ) -> Walk:
-    """How to walk a likelihood: recon_x, x, spread, weight; value and the gradients of recon_x, x and spread.
+    """How to walk a term: its inputs, weight, value and gradients, in this order.
 
-    ``can_sum`` says, of an extent and the strides of the gradient of spread over it, whether the kernels can sum that
-    gradient over what it is broadcast along.
+    ``can_sum`` says, of an extent and the strides of gradients over it, whether the kernels can sum these over what
+    they are broadcast along. What they cannot sum they write out, and PyTorch adds it up.
     """
-    walked = walk(shape, parts, 4, keep_batch=keep_batch)
-    recon_x, grad_spread = parts[0].described, parts[-1].described
-    assert recon_x
-    if not grad_spread or grad_spread[0] == shape:
-        return walked
-    field = parts[-1].field
-    # Sums of nothing are zero, but the kernels see no extent to make them for.
-    is_walked = shape.numel() != 0 and not any(copy.field == field for copy in walked.copies)
-    if is_walked and can_sum(walked.extent, walked.strides[-1]):
-        return walked
-    # Broadcast in a pattern that the kernels cannot sum over: they write it out, and PyTorch adds it up.
-    strides = dense_strides(shape, expanded(recon_x[0], recon_x[1], shape))
-    written_out = Part(field, (shape, strides, grad_spread[2]))
-    walked = walk(shape, [*parts[:-1], written_out], 4, keep_batch=keep_batch)
-    if any(copy.field == field for copy in walked.copies):
-        return walked
-    return walked._replace(copies=(*walked.copies, Copy(field, True, shape, strides)))
+    shape = term.inputs[0].shape
+    assert shape is not None
+    inputs = [*term.inputs, term.weight]
+    outputs = [term.value, *term.grads]
+    dense = dense_strides(shape, expanded(shape, term.inputs[0].strides, shape))
+    written_out: list[Copy] = []
+    while True:
+        walked = walk(
+            shape,
+            [*inputs, *outputs],
+            len(inputs),
+            sources + len(written_out),
+            in_double=term.in_double,
+            keep_batch=keep_batch,
+        )
+        grads = walked.parts[len(inputs) + 1 :]
+        strides = tuple([steps or None for steps in walked.strides[len(inputs) + 1 :]])
+        broadcast = [k for k, part in enumerate(grads) if part is not None and part.shape != shape]
+        # Sums of nothing are zero, but the kernels see no extent to make them for.
+        if not broadcast or (shape.numel() and can_sum(walked.extent, strides)):
+            return walked._replace(copies=[*written_out, *walked.copies])
+        part = term.grads[broadcast[-1]]
+        assert part is not None
+        copy = _stand_in(part, True, shape, dense, term.in_double)
+        outputs[1 + broadcast[-1]] = copy.stand_in(sources + len(written_out))
+        written_out.append(copy)
 
 
-def with_stand_ins(operands: Sequence[Any], copies: Sequence[Copy]) -> tuple[Any, ...]:
-    """The operands with copies in the place of what the kernels cannot walk, filled with the values of inputs."""
-    replaced = list(operands)
-    for field, is_output, shape, strides in copies:
-        original = operands[field]
-        replaced[field] = torch.empty_strided(shape, strides, dtype=original.dtype, device=original.device)
-        if not is_output:
-            replaced[field].copy_(original)
-    return tuple(replaced)
+def with_copies(launch: Launcher, copies: Sequence[Copy]) -> Launcher:
+    """A launcher of one that takes stand-ins behind the other sources."""
+    if not copies:
+        return launch
 
+    def launch_with_copies(sources: tuple[Any, ...]) -> None:
+        for copy in copies:
+            sources = (*sources, copy.make(sources))
+        launch(sources)
+        for copy, made in reversed(list(zip(copies, sources[-len(copies) :], strict=True))):
+            copy.finish(sources, made)
 
-def copy_back(operands: Sequence[Any], replaced: Sequence[Any], copies: Sequence[Copy]) -> None:
-    """Complete the outputs that were computed in copies, summed over what they are broadcast along."""
-    for field, is_output, _, _ in copies:
-        if is_output:
-            original: Tensor = operands[field]
-            original.copy_(replaced[field].sum_to_size(original.shape))
+    return launch_with_copies

@@ -1,7 +1,8 @@
-// Puts the emulated CUDA kernels in the place of the CPU's, for the bindings: tensors on the CPU are all they need.
+// Gives the bindings the emulated CUDA kernels instead of the CPU's: tensors on the CPU are all they need.
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
@@ -10,22 +11,22 @@ namespace fusedvae {
 
 namespace {
 
-// A workspace of just the size asked for, so that the sanitizers know its end, and with nothing of use in it.
-class Workspace {
+// A launch, with a workspace of just the size asked for, so that the sanitizers know its end, and nothing of use in it.
+class Emulated {
  public:
-  explicit Workspace(int64_t bytes) : bytes_(bytes > 0 ? std::aligned_alloc(16, rounded(bytes)) : nullptr, std::free) {
+  explicit Emulated(int64_t bytes) : bytes_(bytes > 0 ? std::aligned_alloc(16, rounded(bytes)) : nullptr, std::free) {
     if (bytes <= 0) return;
-    place.workspace = bytes_.get();
-    std::memset(place.workspace, 0xFF, rounded(bytes));
-    std::memset(place.workspace, 0, counter_bytes);
+    launch.workspace = bytes_.get();
+    std::memset(launch.workspace, 0xFF, rounded(bytes));
+    std::memset(launch.workspace, 0, counter_bytes);
   }
   // A launch leaves the counter as it found it.
-  ~Workspace() {
+  ~Emulated() {
     int32_t counter = 0;
-    if (place.workspace) std::memcpy(&counter, place.workspace, counter_bytes);
+    if (launch.workspace) std::memcpy(&counter, launch.workspace, counter_bytes);
     if (counter != 0) std::abort();
   }
-  cuda::Place place;
+  cuda::Launch launch;
 
  private:
   static constexpr size_t counter_bytes = 4;
@@ -37,13 +38,10 @@ void normal(const NormalTask& task, int) {
   cuda::normal(task, {});
 }
 void latent(const LatentTask& task, int) {
-  cuda::latent(task, Workspace(cuda::workspace_bytes(task)).place);
+  cuda::latent(task, Emulated(cuda::workspace_bytes(task)).launch);
 }
-void nll(const NllTask& task, int) {
-  cuda::nll(task, Workspace(cuda::workspace_bytes(task)).place);
-}
-void elbo(const ElboTask& task, int) {
-  cuda::elbo(task, Workspace(cuda::workspace_bytes(task)).place);
+void objective(const ObjectiveTask& task, int) {
+  cuda::objective(task, Emulated(cuda::workspace_bytes(task)).launch);
 }
 void scale(const ScaleTask& task, int) {
   cuda::scale(task, {});
@@ -52,8 +50,12 @@ void scale(const ScaleTask& task, int) {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels emulated = {"emulated", normal, latent, nll, elbo, scale};
+  static const Kernels emulated = {"emulated", normal, latent, objective, scale};
   return emulated;
+}
+
+void out_of_memory() {
+  throw std::bad_alloc();
 }
 
 }  // namespace fusedvae

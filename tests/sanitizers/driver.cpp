@@ -2,7 +2,8 @@
 // with its last element, so that reading or writing past it is seen. What the kernels make of them is compared with
 // the formulas in plain double arithmetic, and memory between the elements of an output must stay as it was.
 //
-//     driver CASES      FUSEDVAE_CPU_ISA chooses the kernels; prints the instruction set that it got
+//     driver CASES      FUSEDVAE_CPU_ISA chooses the kernels; prints the instruction set that it got, and exits with
+//                       77 if there are none of that name for this machine
 
 #include <sanitizer/common_interface_defs.h>
 
@@ -12,12 +13,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "broadcast.h"
 #include "cpu/kernels.h"
+#include "math/formulas.h"
 
 using namespace fusedvae;
 
@@ -73,6 +79,7 @@ T one_of(const std::vector<T>& choices) {
 double widen16(uint16_t bits, int exponent_bits) {
   const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
   const int exponent = (bits & 0x7FFF) >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
+  if (exponent == (1 << exponent_bits) - 1) return mantissa ? NAN : bits & 0x8000 ? -INFINITY : INFINITY;
   const double magnitude = exponent ? std::ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits)
                                     : std::ldexp(mantissa, 1 - bias - mantissa_bits);
   return bits & 0x8000 ? -magnitude : magnitude;
@@ -167,8 +174,13 @@ class Array {
         return put(at, static_cast<uint8_t>(std::fabs(value)));
     }
   }
+  // With multiples of 1/4 at times: what differs from another array's elements is then 0 for some.
   void fill(double low, double high) {
-    for (int64_t k = 0; k < size_; ++k) set(k, uniform(low, high));
+    const bool coarse = below(4) == 0;
+    for (int64_t k = 0; k < size_; ++k) {
+      const double value = uniform(low, high);
+      set(k, coarse ? std::nearbyint(4 * value) / 4 : value);
+    }
   }
   // Whether everything but the elements is as it was.
   bool gaps_untouched() const {
@@ -214,7 +226,8 @@ struct Input {
   bool given = false;
 
   double at(int64_t b, int64_t o, int64_t i) const { return array ? (*array)[array->offset(b, o, i)] : number; }
-  bool is_double() const { return array && array->dtype() == DType::f64; }
+  // Whether it has the kernels compute in double. A uniform operand does not, as a number does not.
+  bool makes_double() const { return array && array->dtype() == DType::f64 && !array->operand().is_uniform(); }
   Operand operand() const {
     if (array) return array->operand();
     Operand op;
@@ -237,26 +250,32 @@ int64_t at_least_one(int64_t n) {
 }
 
 // As tensors have them: no stride is 0 because the extent is.
+Strides contiguous(const Extent& e) {
+  return {at_least_one(e.outer) * at_least_one(e.inner), at_least_one(e.inner), 1};
+}
 Strides full(const Extent& e) {
-  const int64_t inner = at_least_one(e.inner), sample = at_least_one(e.outer) * inner;
+  const auto [sample, inner, one] = contiguous(e);
   switch (below(3)) {
     case 0:
-      return {sample, inner, 1};
+      return {sample, inner, one};
     case 1:
-      return {2 * sample, inner, 1};  // half of a packed tensor
+      return {2 * sample, inner, one};  // half of a packed tensor
     default:
-      return {at_least_one(e.outer) * (inner + 3) + 1, inner + 3, 1};  // a slice
+      return {at_least_one(e.outer) * (inner + 3) + 1, inner + 3, one};  // a slice
   }
 }
-// What a gradient may be summed over: along inner, or along batch and outer both.
-Strides summable(const Extent& e) {
-  const std::vector<Strides> choices = {{0, 0, 0}, {1, 0, 0}, {at_least_one(e.outer), 1, 0}, {0, 1, 0}, {0, 0, 1}};
-  return one_of(choices);
-}
 Strides any_strides(const Extent& e) {
-  const std::vector<Strides> broadcast = {
-      {0, at_least_one(e.inner), 1}, {at_least_one(e.inner), 0, 1}, summable(e), summable(e)};
+  const int64_t outer = at_least_one(e.outer), inner = at_least_one(e.inner);
+  const std::vector<Strides> broadcast = {{0, 0, 0}, {1, 0, 0}, {2, 0, 0},     {outer, 1, 0}, {outer + 2, 1, 0},
+                                          {0, 1, 0}, {0, 0, 1}, {0, inner, 1}, {inner, 0, 1}};
   return coin() ? full(e) : one_of(broadcast);
+}
+
+// A gradient's. Few of those that several gradients have at random are sums that go together: see can_sum.
+Strides gradient_strides(const Extent& e, bool by_column) {
+  const std::vector<Strides> columns = {{0, 0, 0}, {0, 0, 1}};
+  const std::vector<Strides> rows = {{0, 0, 0}, {1, 0, 0}, {at_least_one(e.outer), 1, 0}, {0, 1, 0}};
+  return coin() ? any_strides(e) : one_of(by_column ? columns : rows);
 }
 
 Input input(const Extent& e, DType dtype, Strides strides, double low, double high) {
@@ -294,7 +313,11 @@ void fail(const char* what) {
 // `size` is that of the terms an expected value was added up from; `working`, the precision they were added in.
 void compare(const char* name, const Array& actual, int64_t offset, double expected, double size, double working) {
   ++comparisons;
-  const double found = actual[offset];
+  double found = actual[offset];
+  if (actual.dtype() == DType::f16) {  // which has infinity for what is larger
+    found = std::clamp(found, -65536., 65536.);
+    expected = std::clamp(expected, -65536., 65536.);
+  }
   const double tolerance = (working + precision_of(actual.dtype())) * size + 1e-7;
   if (std::fabs(found - expected) <= tolerance) return;
   char text[200];
@@ -321,82 +344,312 @@ Extent any_extent() {
   return one_of(choices);
 }
 
-// --- the likelihood -------------------------------------------------------------------------------------------------
+// --- formulas -------------------------------------------------------------------------------------------------------
 
-struct Nll {
-  Extent e = extent;
-  Input recon_x, x, spread;
-  Output value, grad_recon_x, grad_x, grad_spread;
-  bool is_variance = coin();
-  double eps = 1e-6;
+// A value, or a sum of some, with the size of the terms that it was added up from.
+struct Sum {
+  double value = 0, size = 0;
 
-  explicit Nll(bool gradients = true) {
-    const bool doubles = below(4) == 0;
-    recon_x = input(e, any_float(doubles), full(e), -2, 2);
-    x = coin() ? input(e, any_float(doubles), any_strides(e), -2, 2) : input(e, DType::u8, full(e), 0, 3);
-    const double low = is_variance ? 0.05 : -1.5;
-    const Strides strides = coin() ? any_strides(e) : summable(e);
-    spread = below(5) ? input(e, any_float(doubles), strides, low, 1.5) : number(uniform(low, 1.5));
-    if (!gradients) return;
-    grad_recon_x = output(e, below(4));
-    grad_x = output(e, coin());
-    if (below(4)) grad_spread = std::make_unique<Array>(e, any_float(true), coin() ? full(e) : summable(e));
-  }
-  bool doubles() const { return recon_x.is_double() || x.is_double() || spread.is_double(); }
-
-  NllTask task() const {
-    NllTask task;
-    task.extent = e;
-    task.recon_x = recon_x.operand();
-    task.x = x.operand();
-    task.spread = spread.operand();
-    task.value = operand(value);
-    task.grad_recon_x = operand(grad_recon_x);
-    task.grad_x = operand(grad_x);
-    task.grad_spread = operand(grad_spread);
-    task.is_variance = is_variance;
-    task.eps = eps;
-    return task;
-  }
-
-  // Compares the gradients of sum(weight * nll), and adds each sample's value to `totals`.
-  template <class Weight>
-  void check(const Weight& weight, std::vector<double>* totals) const {
-    const double working = working_precision(doubles());
-    std::vector<double> sums(grad_spread ? static_cast<size_t>(grad_spread->size()) : 0), sizes(sums);
-    for_elements(e, [&](int64_t b, int64_t o, int64_t i) {
-      const double s = spread.at(b, o, i), w = weight(b, o, i);
-      const double logvar = is_variance ? std::log(std::max(s, eps)) : s, precision = std::exp(-logvar);
-      const double error = recon_x.at(b, o, i) - x.at(b, o, i), square = error * error * precision;
-      if (totals) (*totals)[static_cast<size_t>(b)] += (logvar + square) / 2;
-      const double size = std::fabs(w) * (1 + precision) * (1 + std::fabs(error) + square);
-      if (value) compare("value", *value, value->offset(b, o, i), (logvar + square) / 2, 2 + square, working);
-      const double d_recon = w * error * precision;
-      if (grad_recon_x) compare("d recon", *grad_recon_x, grad_recon_x->offset(b, o, i), d_recon, size, working);
-      if (grad_x) compare("d x", *grad_x, grad_x->offset(b, o, i), -d_recon, size, working);
-      if (grad_spread) {
-        const size_t at = static_cast<size_t>(grad_spread->offset(b, o, i));
-        sums[at] += w * (1 - square) / 2 * (is_variance ? precision : 1);
-        sizes[at] += size;
-      }
-    });
-    if (grad_spread)
-      for_elements(grad_spread->extent(), [&](int64_t b, int64_t o, int64_t i) {
-        const size_t at = static_cast<size_t>(grad_spread->offset(b, o, i));
-        compare("d spread", *grad_spread, grad_spread->offset(b, o, i), sums[at], sizes[at], working);
-      });
-    for (const Output* array : {&value, &grad_recon_x, &grad_x, &grad_spread})
-      if (*array && !(*array)->gaps_untouched()) fail("wrote between the elements of an output");
+  void add(double more, double more_size) {
+    value += more;
+    size += more_size;
   }
 };
 
-void test_nll(int threads) {
-  Nll nll;
-  NllTask task = nll.task();
-  Input weight = below(4) ? input(nll.e, any_float(false), any_strides(nll.e), -1, 1) : number(uniform(-1, 1));
-  task.weight = weight.operand();
-  kernels().nll(task, threads);
-  nll.check([&](int64_t b, int64_t o, int64_t i) { return weight.at(b, o, i); }, nullptr);
+// A formula's value at an element, and its derivatives; `size` is that of the terms of any of these.
+struct Expected {
+  double value, size, grads[kMostInputs];
+};
+
+// A formula in plain double arithmetic, and the inputs to try it with.
+struct Reference {
+  const char* name;
+  int inputs;
+  struct {
+    double low, high;
+  } ranges[kMostInputs];
+  Expected (*at)(const double* inputs, double parameter);
+};
+
+Expected gaussian(double error, double logvar, double precision) {
+  const double square = error * error * precision, size = (2 + precision) * (1 + std::fabs(error) + square);
+  return {(logvar + square) / 2, size, {error * precision, -error * precision, (1 - square) / 2}};
+}
+
+const Reference kReferences[] = {
+    {"gaussian_nll",
+     3,
+     {{-2, 2}, {-2, 2}, {-1.5, 1.5}},
+     [](const double* in, double) { return gaussian(in[0] - in[1], in[2], std::exp(-in[2])); }},
+    {"gaussian_nll_of_variance",
+     3,
+     {{-2, 2}, {-2, 2}, {0.05, 1.5}},
+     [](const double* in, double bound) {
+       const double variance = std::max(in[2], bound);
+       Expected expected = gaussian(in[0] - in[1], std::log(variance), 1 / variance);
+       expected.grads[2] /= variance;
+       expected.size *= 1 + 1 / variance;
+       return expected;
+     }},
+    {"laplace_nll",
+     4,
+     {{-2, 2}, {-2, 2}, {-1.5, 1.5}, {0, 1}},
+     [](const double* in, double) {
+       const double error = in[0] - in[1], precision = std::exp(-in[2]);
+       const double scaled = (std::fabs(error) + in[3]) * precision;
+       const double sign = error > 0 ? 1 : error < 0 ? -1 : 0;
+       const double size = 2 + precision + scaled;
+       return Expected{scaled + in[2], size, {sign * precision, -sign * precision, 1 - scaled, precision}};
+     }},
+    {"kl_standard_normal",
+     2,
+     {{-2, 2}, {-1.5, 1.5}},
+     [](const double* in, double) {
+       const double excess = std::expm1(in[1]), square = in[0] * in[0];
+       return Expected{(square + excess - in[1]) / 2, 2 + square + std::fabs(excess), {in[0], excess / 2}};
+     }},
+    {"kl_normal",
+     4,
+     {{-2, 2}, {-1.5, 1.5}, {-2, 2}, {-1.5, 1.5}},
+     [](const double* in, double) {
+       const double error = in[0] - in[2], precision = std::exp(-in[3]), ratio = std::exp(in[1] - in[3]);
+       const double pull = error * precision, square = error * pull;
+       return Expected{((in[3] - in[1]) + ratio - 1 + square) / 2,
+                       4 + ratio + square + std::fabs(pull),
+                       {pull, (ratio - 1) / 2, -pull, (1 - ratio - square) / 2}};
+     }},
+};
+
+// What the formula of that number should give.
+const Reference& reference_of(int number) {
+  const char* const name = scalar::Formulas::kNames[number];
+  for (const Reference& reference : kReferences)
+    if (std::strcmp(reference.name, name) == 0) return reference;
+  std::fprintf(stderr, "formula %s is in math/formulas.h, but not among kReferences of %s\n", name, __FILE__);
+  std::_Exit(1);
+}
+
+// A formula and its operands.
+struct Elements {
+  Extent e = extent;
+  int number;
+  const Reference& reference = reference_of(number);
+  double parameter = uniform(0.01, 0.3);
+  Input inputs[kMostInputs], weight;
+  Output value, grads[kMostInputs];
+  bool in_double = below(8) == 0;
+
+  // `plain`: contiguous arrays of one dtype, which kernels can use as they are.
+  explicit Elements(int number, bool plain = below(4) == 0) : number(number) {
+    const bool doubles = below(4) == 0;
+    const DType dtype = doubles ? DType::f64 : DType::f32;
+    const auto operand = [&](double low, double high) {
+      if (below(8) == 0) return ::number(uniform(low, high));
+      if (plain) return input(e, dtype, contiguous(e), low, high);
+      return input(e, below(8) ? any_float(doubles) : DType::u8, any_strides(e), low, high);
+    };
+    for (int k = 0; k < reference.inputs; ++k) inputs[k] = operand(reference.ranges[k].low, reference.ranges[k].high);
+    weight.number = 1;  // if not given
+    if (coin()) weight = operand(-1, 1);
+    for (const Input& input : inputs) in_double |= input.makes_double();
+    in_double |= weight.makes_double();
+    do {
+      const bool by_column = coin();
+      for (int k = 0; k < reference.inputs; ++k)
+        grads[k] = below(3) == 0 ? nullptr
+                   : plain       ? std::make_unique<Array>(e, dtype, contiguous(e))
+                                 : std::make_unique<Array>(e, any_float(true), gradient_strides(e, by_column));
+    } while (!can_sum(e, task().grads));
+  }
+
+  ElementwiseTask task() const {
+    ElementwiseTask task;
+    task.formula = number;
+    task.in_double = in_double;
+    task.parameter = parameter;
+    task.extent = e;
+    task.weight = weight.operand();
+    task.value = operand(value);
+    for (int k = 0; k < kMostInputs; ++k) {
+      task.inputs[k] = inputs[k].operand();
+      task.grads[k] = operand(grads[k]);
+    }
+    return task;
+  }
+
+  // Compares the values, to each of which `constant` is added, and the gradients, which are times `factor`. Returns the
+  // sums of each sample's weighted values, without constants.
+  std::vector<Sum> check(double constant, double factor) const {
+    static const char* const names[kMostInputs] = {"gradient 0", "gradient 1", "gradient 2", "gradient 3"};
+    kernel = reference.name;
+    extent = e;
+    const double working = working_precision(in_double);
+    std::vector<Sum> samples(static_cast<size_t>(e.batch)), sums[kMostInputs];
+    for (int k = 0; k < kMostInputs; ++k)
+      if (grads[k]) sums[k].resize(static_cast<size_t>(grads[k]->size()));
+    for_elements(e, [&](int64_t b, int64_t o, int64_t i) {
+      double in[kMostInputs];
+      for (int k = 0; k < reference.inputs; ++k) {
+        // Rounded as the kernels do: the sign of a difference is nothing to be a little off in.
+        const double exact = inputs[k].at(b, o, i);
+        in[k] = in_double ? exact : static_cast<double>(static_cast<float>(exact));
+      }
+      const Expected expected = reference.at(in, parameter);
+      const double w = weight.at(b, o, i), size = std::fabs(w) * expected.size;
+      samples[static_cast<size_t>(b)].add(w * expected.value, size);
+      if (value)
+        compare("value", *value, value->offset(b, o, i), w * expected.value + constant, size + constant, working);
+      for (int k = 0; k < reference.inputs; ++k)
+        if (grads[k])
+          sums[k][static_cast<size_t>(grads[k]->offset(b, o, i))].add(factor * w * expected.grads[k],
+                                                                      std::fabs(factor) * size);
+    });
+    for (int k = 0; k < reference.inputs; ++k)
+      if (grads[k])
+        for_elements(grads[k]->extent(), [&](int64_t b, int64_t o, int64_t i) {
+          const int64_t at = grads[k]->offset(b, o, i);
+          const Sum& sum = sums[k][static_cast<size_t>(at)];
+          compare(names[k], *grads[k], at, sum.value, sum.size, working);
+        });
+    for (const Output* array : {&value, &grads[0], &grads[1], &grads[2], &grads[3]})
+      if (*array && !(*array)->gaps_untouched()) fail("wrote between the elements of an output");
+    return samples;
+  }
+};
+
+int any_formula() {
+  return static_cast<int>(below(scalar::Formulas::kSize));
+}
+
+// --- objectives -----------------------------------------------------------------------------------------------------
+
+// A term: of a formula, or of values that are given.
+struct AnyTerm {
+  std::unique_ptr<Elements> elements;
+  Input given;
+  int64_t given_count = 0;
+  double factor = coin() ? 1 : uniform(0.1, 1), constant = 0;
+  Input coefficient;
+  Output out;
+
+  explicit AnyTerm(std::unique_ptr<Elements> of) : elements(std::move(of)) {
+    if (coin()) constant = 0.9189385;
+    coefficient.number = 1;  // if not given
+    if (below(3)) coefficient = coin() ? ::number(uniform(0, 2)) : input({1, 1, 1}, any_float(true), {0, 0, 0}, 0, 2);
+  }
+  explicit AnyTerm(int64_t count) : AnyTerm(nullptr) {
+    constant = 0;
+    given_count = count;
+    given = input({count, 1, 1}, any_float(true), {below(3), 0, 0}, 0, 3);
+  }
+
+  Term task() const {
+    Term term;
+    if (elements) term.elements = elements->task();
+    term.given = given.operand();
+    term.given_count = given_count;
+    term.factor = factor;
+    term.constant = constant;
+    term.coefficient = coefficient.operand();
+    term.out = operand(out);
+    return term;
+  }
+  double working() const { return elements ? working_precision(elements->in_double) : 1e-14; }
+
+  // Compares what there is of each element, and returns the sums: one for each sample, or one.
+  std::vector<Sum> check(bool by_sample) const {
+    std::vector<Sum> samples;
+    if (elements) {
+      samples = elements->check(constant, factor * coefficient.at(0, 0, 0));
+      const double added = constant * static_cast<double>(elements->e.sample());
+      for (Sum& sum : samples) sum.add(added, added);
+    } else {
+      for (int64_t b = 0; b < given_count; ++b) samples.push_back({given.at(b, 0, 0), given.at(b, 0, 0)});
+    }
+    std::vector<Sum> sums(by_sample ? samples.size() : 1);
+    for (size_t b = 0; b < samples.size(); ++b)
+      sums[by_sample ? b : 0].add(factor * samples[b].value, factor * samples[b].size);
+    return sums;
+  }
+};
+
+// Has the kernel make an objective of these terms, and compares everything that it gives.
+void check_objective(std::vector<AnyTerm> terms, Values kind, int threads) {
+  const bool by_sample = kind == Values::sample;
+  const AnyTerm& first = terms.front();
+  const int64_t values = !by_sample ? 1 : first.elements ? first.elements->e.batch : first.given_count;
+  const auto result = [&](bool wanted) -> Output {
+    if (!wanted || kind == Values::element) return nullptr;
+    return std::make_unique<Array>(Extent{values, 1, 1}, any_float(true), Strides{1 + below(2), 0, 0});
+  };
+  const Output loss = result(true);
+  ObjectiveTask task;
+  for (AnyTerm& term : terms) {
+    term.out = result(coin());
+    task.terms[task.count++] = term.task();
+  }
+  task.values = kind;
+  task.loss = operand(loss);
+  kernels().objective(task, threads);
+
+  std::vector<Sum> losses(static_cast<size_t>(values));
+  double working = 0;
+  for (const AnyTerm& term : terms) {
+    const std::vector<Sum> sums = term.check(by_sample);
+    if (kind == Values::element) return;
+    const double coefficient = term.coefficient.at(0, 0, 0);
+    working = std::max(working, term.working());
+    for (size_t b = 0; b < losses.size(); ++b) {
+      losses[b].add(coefficient * sums[b].value, coefficient * sums[b].size);
+      if (term.out)
+        compare("term", *term.out, term.out->offset(static_cast<int64_t>(b), 0, 0), sums[b].value, sums[b].size,
+                term.working());
+    }
+    if (term.out && !term.out->gaps_untouched()) fail("wrote between a term's values");
+  }
+  for (size_t b = 0; b < losses.size(); ++b)
+    compare("loss", *loss, loss->offset(static_cast<int64_t>(b), 0, 0), losses[b].value, losses[b].size, working);
+  if (!loss->gaps_untouched()) fail("wrote between the values of a loss");
+}
+
+std::vector<AnyTerm> one_term(std::unique_ptr<Elements> elements) {
+  std::vector<AnyTerm> terms;
+  terms.emplace_back(std::move(elements));
+  return terms;
+}
+
+void test_elements(int threads) {
+  auto elements = std::make_unique<Elements>(any_formula());
+  if (below(4)) elements->value = output(extent, true);
+  check_objective(one_term(std::move(elements)), Values::element, threads);
+}
+
+void test_objective(int threads) {
+  const bool by_sample = coin();
+  const int64_t batch = extent.batch, count = 1 + below(ObjectiveTask::kMostTerms);
+  std::vector<AnyTerm> terms;
+  for (int64_t k = 0; k < count; ++k) {
+    if (k) extent = any_extent();
+    if (by_sample) extent.batch = batch;
+    if (extent.count() > 50000) extent.outer = 1, extent.inner = 1 + below(40);
+    if (below(6))
+      terms.emplace_back(std::make_unique<Elements>(any_formula()));
+    else
+      terms.emplace_back(by_sample ? batch : 1 + below(50));
+  }
+  check_objective(std::move(terms), by_sample ? Values::sample : Values::total, threads);
+}
+
+// Gradients so large that they are written past the caches: more than 24 MiB of them.
+void test_past_caches(int threads) {
+  for (int number = 0; number < scalar::Formulas::kSize; ++number) {
+    const int64_t count = (int64_t{26} << 18) / reference_of(number).inputs;
+    extent = number % 2 ? Extent{3, 1, count / 3} : Extent{1, 1, count};
+    auto elements = std::make_unique<Elements>(number, true);
+    for (int k = 0; k < elements->reference.inputs; ++k)
+      elements->grads[k] = std::make_unique<Array>(extent, DType::f32, full(extent));
+    check_objective(one_term(std::move(elements)), Values::total, threads);
+  }
 }
 
 // --- the latent -----------------------------------------------------------------------------------------------------
@@ -422,162 +675,67 @@ double noise_at(uint64_t seed, int64_t index) {
   return radius * (index % 2 ? std::sin(angle) : std::cos(angle));
 }
 
-struct Latent {
-  Extent e = extent;
-  Input mu, logvar;
-  Output grad_mu, grad_logvar;
-
-  Latent() {
-    const bool doubles = below(4) == 0;
-    mu = input(e, any_float(doubles), full(e), -2, 2);
-    logvar = input(e, any_float(doubles), full(e), -2, 2);
-    grad_mu = output(e, below(4));
-    grad_logvar = output(e, below(4));
-  }
-
-  LatentTask task() const {
-    LatentTask task;
-    task.extent = e;
-    task.mu = mu.operand();
-    task.logvar = logvar.operand();
-    task.grad_mu = operand(grad_mu);
-    task.grad_logvar = operand(grad_logvar);
-    return task;
-  }
-
-  // Compares z and the gradients of sum(grad_z * z) + sum(grad_kl * kl), and adds each sample's KL to `totals`.
-  template <class Noise, class GradZ, class GradKl>
-  void check(const Output& z, const Noise& noise, const GradZ& grad_z, const GradKl& grad_kl, bool doubles,
-             std::vector<double>* totals) const {
-    for_elements(e, [&](int64_t b, int64_t o, int64_t i) {
-      const double m = mu.at(b, o, i), l = logvar.at(b, o, i), n = noise(b, o, i), gz = grad_z(b, o, i),
-                   gk = grad_kl(b);
-      const double spread = std::exp(l / 2) * n, working = working_precision(doubles);
-      if (totals) (*totals)[static_cast<size_t>(b)] += (m * m + std::expm1(l) - l) / 2;
-      // The noise itself is single precision whatever the rest is.
-      const double noise_error = 1e-5 * std::exp(l / 2);
-      if (z)
-        compare("z", *z, z->offset(b, o, i), m + spread, std::fabs(m) + std::fabs(spread) + 1, working + noise_error);
-      const double size = 1 + std::fabs(gz) * (1 + std::fabs(spread)) + std::fabs(gk) * (std::fabs(m) + std::exp(l));
-      const double error = working + std::fabs(gz) * noise_error;
-      if (grad_mu) compare("d mu", *grad_mu, grad_mu->offset(b, o, i), gz + gk * m, size, error);
-      if (grad_logvar)
-        compare("d logvar", *grad_logvar, grad_logvar->offset(b, o, i), gz * spread / 2 + gk * std::expm1(l) / 2, size,
-                error);
-    });
-    for (const Output* array : {&z, &grad_mu, &grad_logvar})
-      if (*array && !(*array)->gaps_untouched()) fail("wrote between the elements of an output");
-  }
-};
-
 void test_latent(int threads) {
-  Latent latent;
-  const Extent& e = latent.e;
-  LatentTask task = latent.task();
+  const Extent e = extent, samples{e.batch, 1, 1};
+  const bool doubles = below(4) == 0;
+  const Input mu = input(e, any_float(doubles), full(e), -2, 2);
+  const Input logvar = input(e, any_float(doubles), full(e), -2, 2);
+  const auto seed = std::make_unique<int64_t>(static_cast<int64_t>(engine()));
+  const bool noisy = below(4), seeded = noisy && below(4);
+  Input noise, grad_z, grad_kl;
+  if (noisy && !seeded) noise = input(e, any_float(doubles), any_strides(e), -3, 3);
+  if (noisy && coin()) grad_z = input(e, any_float(doubles), any_strides(e), -1, 1);
+  if (coin()) grad_kl = input(samples, any_float(doubles), {below(3), 0, 0}, -1, 1);
+  const Output z = output(e, noisy && coin()), grad_mu = output(e, below(4)), grad_logvar = output(e, below(4));
+  const Output kl = coin() ? std::make_unique<Array>(samples, any_float(true), Strides{1 + below(2), 0, 0}) : nullptr;
+
+  LatentTask task;
+  task.extent = e;
   // Where an element is in logical order: row-major, the channels_last of that, or anything.
   const std::vector<IndexStrides> orders = {
       {e.sample(), e.inner, 1}, {e.sample(), e.inner, 1}, {e.sample(), 1, e.outer}, {1, 7 * e.batch, e.batch}};
   task.index = one_of(orders);
-
-  const auto seed = std::make_unique<int64_t>(static_cast<int64_t>(engine()));
-  const bool noisy = below(4), seeded = noisy && below(4);
-  Input noise, grad_z, grad_kl;
+  task.in_double = below(8) == 0;
+  for (const Input* input : std::initializer_list<const Input*>{&mu, &logvar, &noise, &grad_z, &grad_kl})
+    task.in_double |= input->makes_double();
   if (seeded) task.seed = seed.get();
-  if (noisy && !seeded) noise = input(e, any_float(false), any_strides(e), -3, 3);
-  if (noisy && coin()) grad_z = input(e, any_float(false), any_strides(e), -1, 1);
-  const Extent samples{e.batch, 1, 1};
-  if (coin()) grad_kl = input(samples, any_float(false), {below(3), 0, 0}, -1, 1);
-  const Output z = output(e, noisy && coin());
-  const Output kl = coin() ? std::make_unique<Array>(samples, any_float(true), Strides{1 + below(2), 0, 0}) : nullptr;
+  task.mu = mu.operand();
+  task.logvar = logvar.operand();
   task.noise = noise.operand();
   task.grad_z = grad_z.operand();
   task.grad_kl = grad_kl.operand();
   task.z = operand(z);
   task.kl = operand(kl);
+  task.grad_mu = operand(grad_mu);
+  task.grad_logvar = operand(grad_logvar);
   kernels().latent(task, threads);
 
+  const double working = working_precision(task.in_double);
   std::vector<double> totals(static_cast<size_t>(e.batch));
-  const auto noise_of = [&](int64_t b, int64_t o, int64_t i) {
+  for_elements(e, [&](int64_t b, int64_t o, int64_t i) {
     const int64_t index = b * task.index.batch + o * task.index.outer + i * task.index.inner;
-    return seeded ? noise_at(static_cast<uint64_t>(*seed), index) : noise.at(b, o, i);
-  };
-  const bool doubles = latent.mu.is_double() || latent.logvar.is_double();
-  latent.check(
-      z, noise_of, [&](int64_t b, int64_t o, int64_t i) { return grad_z.at(b, o, i); },
-      [&](int64_t b) { return grad_kl.at(b, 0, 0); }, doubles, &totals);
+    const double n = seeded ? noise_at(static_cast<uint64_t>(*seed), index) : noise.at(b, o, i);
+    const double m = mu.at(b, o, i), l = logvar.at(b, o, i), gz = grad_z.at(b, o, i), gk = grad_kl.at(b, 0, 0);
+    const double deviation = std::exp(l / 2) * n;
+    totals[static_cast<size_t>(b)] += (m * m + std::expm1(l) - l) / 2;
+    // The noise of a seed is single precision whatever the rest is.
+    const double noise_error = seeded ? 1e-5 * std::exp(l / 2) : 0;
+    if (z)
+      compare("z", *z, z->offset(b, o, i), m + deviation, std::fabs(m) + std::fabs(deviation) + 1,
+              working + noise_error);
+    const double size = 1 + std::fabs(gz) * (1 + std::fabs(deviation)) + std::fabs(gk) * (std::fabs(m) + std::exp(l));
+    const double error = working + std::fabs(gz) * noise_error;
+    if (grad_mu) compare("d mu", *grad_mu, grad_mu->offset(b, o, i), gz + gk * m, size, error);
+    if (grad_logvar)
+      compare("d logvar", *grad_logvar, grad_logvar->offset(b, o, i), gz * deviation / 2 + gk * std::expm1(l) / 2, size,
+              error);
+  });
   for (int64_t b = 0; kl && b < e.batch; ++b) {
     const double expected = totals[static_cast<size_t>(b)];
-    compare("kl", *kl, kl->offset(b, 0, 0), expected, 1 + expected, working_precision(doubles));
+    compare("kl", *kl, kl->offset(b, 0, 0), expected, 1 + expected, working);
   }
-}
-
-// --- the objective --------------------------------------------------------------------------------------------------
-
-void test_elbo(int threads) {
-  ElboTask task;
-  task.values = one_of<Values>({Values::total, Values::total, Values::sample, Values::element});
-  const bool by_sample = task.values == Values::sample, by_element = task.values == Values::element;
-  const bool has_nll = by_element || below(4), has_kl = !by_element && (!has_nll || coin());
-
-  const Extent likelihood = extent;
-  Nll nll(!by_element);
-  extent = by_sample ? Extent{likelihood.batch, 1, 1 + below(40)} : any_extent();
-  Latent latent;
-  const int64_t values = by_sample ? likelihood.batch : 1;
-
-  if ((task.has_nll = has_nll)) {
-    if (by_element) nll.value = output(likelihood, true);
-    task.nll = nll.task();
-  }
-  if ((task.has_kl = has_kl)) task.kl = latent.task();
-  const int64_t kl_in_count = by_sample ? likelihood.batch : 1 + below(50);
-  Input kl_in;
-  if (has_nll && !has_kl && !by_element && coin()) {
-    kl_in = input({kl_in_count, 1, 1}, any_float(false), {1 + below(2), 0, 0}, 0, 3);
-    task.kl_in_count = kl_in_count;
-  }
-  const Input beta = coin() ? number(uniform(0, 2)) : input({1, 1, 1}, any_float(true), {0, 0, 0}, 0, 2);
-  const auto result = [&](bool wanted) -> Output {
-    if (!wanted || by_element) return nullptr;
-    return std::make_unique<Array>(Extent{values, 1, 1}, coin() ? DType::f32 : DType::f64, Strides{1 + below(2), 0, 0});
-  };
-  const Output loss = result(true), nll_out = result(coin()), kl_out = result(coin());
-  task.kl_in = kl_in.operand();
-  task.beta = beta.operand();
-  task.scale = by_sample ? 1 : uniform(0.1, 1);
-  task.constant = coin() ? 0.9189385 : 0;
-  task.loss = operand(loss);
-  task.nll_out = operand(nll_out);
-  task.kl_out = operand(kl_out);
-  kernels().elbo(task, threads);
-
-  const double beta_value = beta.at(0, 0, 0);
-  std::vector<double> nlls(static_cast<size_t>(likelihood.batch)), kls(static_cast<size_t>(latent.e.batch));
-  if (has_nll) nll.check([&](int64_t, int64_t, int64_t) { return task.scale; }, &nlls);
-  const bool doubles = latent.mu.is_double() || latent.logvar.is_double();
-  const auto zero = [](int64_t, int64_t, int64_t) { return 0.0; };
-  if (has_kl) latent.check(nullptr, zero, zero, [&](int64_t) { return task.scale * beta_value; }, doubles, &kls);
-  if (by_element) return;
-
-  const auto total = [&](const std::vector<double>& terms, int64_t value) {
-    double sum = 0;
-    for (size_t b = 0; b < terms.size(); ++b)
-      if (!by_sample || static_cast<int64_t>(b) == value) sum += terms[b];
-    return sum;
-  };
-  if (kl_in.given) {
-    kls.assign(static_cast<size_t>(kl_in_count), 0);
-    for (int64_t b = 0; b < kl_in_count; ++b) kls[static_cast<size_t>(b)] = kl_in.at(b, 0, 0);
-  }
-  for (int64_t value = 0; value < values; ++value) {
-    const double elements = static_cast<double>(by_sample ? likelihood.sample() : likelihood.count());
-    const double n = has_nll ? task.scale * (total(nlls, value) + task.constant * elements) : 0;
-    const double k = has_kl || kl_in.given ? task.scale * total(kls, value) : 0;
-    const double size = 1 + (has_nll ? 20 * elements : 0) + 2 * k;
-    compare("loss", *loss, loss->offset(value, 0, 0), n + beta_value * k, size, 1e-5);
-    if (nll_out) compare("nll", *nll_out, nll_out->offset(value, 0, 0), n, size, 1e-5);
-    if (kl_out) compare("kl", *kl_out, kl_out->offset(value, 0, 0), k, size, 1e-5);
-  }
+  for (const Output* array : {&z, &kl, &grad_mu, &grad_logvar})
+    if (*array && !(*array)->gaps_untouched()) fail("wrote between the elements of an output");
 }
 
 // --- noise and scaling ----------------------------------------------------------------------------------------------
@@ -597,38 +755,27 @@ void test_normal(int threads) {
 
 void test_scale(int threads) {
   static const std::vector<int64_t> counts = {0, 1, 3, 17, 1023, 1025, 40001};
-  extent = {1, 1, one_of(counts)};
-  Array tensor(extent, any_float(true), {0, 0, 1});
-  tensor.fill(-2, 2);
-  std::vector<double> before;
-  for (int64_t i = 0; i < extent.inner; ++i) before.push_back(tensor[i]);
   const Input factor = input({1, 1, 1}, any_float(true), {0, 0, 0}, 0, 3);
   factor.array->set(0, one_of<double>({0, 1, 2.5}));
   ScaleTask task;
-  const int64_t place = below(ScaleTask::kMost);
-  task.tensors[place] = tensor.operand();
-  task.counts[place] = extent.inner;
   task.factor = factor.operand();
+  Input tensors[ScaleTask::kMost];
+  std::vector<double> before[ScaleTask::kMost];
+  for (int k = 0; k < ScaleTask::kMost; ++k) {
+    if (coin()) continue;
+    task.counts[k] = one_of(counts);
+    tensors[k] = input({1, 1, task.counts[k]}, any_float(true), {0, 0, 1}, -2, 2);
+    task.tensors[k] = tensors[k].operand();
+    for (int64_t i = 0; i < task.counts[k]; ++i) before[k].push_back(tensors[k].at(0, 0, i));
+  }
   kernels().scale(task, threads);
   const double by = factor.at(0, 0, 0);
-  for (int64_t i = 0; i < extent.inner; ++i)
-    compare("scaled", tensor, i, by * before[static_cast<size_t>(i)], by == 1 ? 0 : 6, 1e-6);
-}
-
-// Gradients so large that they are written past the caches.
-void test_streaming(int threads) {
-  for (const Extent& e : {Extent{1, 1, 2200003}, Extent{3, 1, 700001}}) {
-    extent = e;
-    Nll nll(false);
-    nll.recon_x = input(e, DType::f32, full(e), -2, 2);
-    nll.x = input(e, DType::f32, full(e), -2, 2);
-    nll.spread = input(e, DType::f32, full(e), nll.is_variance ? 0.05 : -1.5, 1.5);
-    for (Output* gradient : {&nll.grad_recon_x, &nll.grad_x, &nll.grad_spread})
-      *gradient = std::make_unique<Array>(e, DType::f32, full(e));
-    NllTask task = nll.task();
-    task.weight = number(0.5).operand();
-    kernels().nll(task, threads);
-    nll.check([](int64_t, int64_t, int64_t) { return 0.5; }, nullptr);
+  for (int k = 0; k < ScaleTask::kMost; ++k) {
+    extent = {1, 1, task.counts[k]};
+    for (int64_t i = 0; i < task.counts[k]; ++i) {
+      const double expected = by * before[k][static_cast<size_t>(i)];
+      compare("scaled", *tensors[k].array, i, expected, by == 1 ? 0 : 6, 1e-6);
+    }
   }
 }
 
@@ -636,11 +783,27 @@ void test_streaming(int threads) {
 
 int main(int argc, char** argv) {
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 1000;
+  try {
+    kernels();
+  } catch (const std::runtime_error& reason) {
+    std::fprintf(stderr, "%s\n", reason.what());
+    return 77;
+  }
+  for (int number = 0; number < scalar::Formulas::kSize; ++number) {
+    const Reference& reference = reference_of(number);
+    scalar::with_formula(number, [&](auto tag) {
+      kernel = reference.name;
+      if (decltype(tag)::type::kInputs != reference.inputs) fail("another number of inputs than the formula has");
+    });
+  }
   struct {
     const char* name;
     void (*test)(int threads);
-  } const tests[] = {
-      {"nll", test_nll}, {"latent", test_latent}, {"elbo", test_elbo}, {"normal", test_normal}, {"scale", test_scale}};
+  } const tests[] = {{"elements", test_elements},
+                     {"objective", test_objective},
+                     {"latent", test_latent},
+                     {"normal", test_normal},
+                     {"scale", test_scale}};
   __sanitizer_set_death_callback([] { fail("stopped by the sanitizer"); });
   for (case_number = 0; case_number < cases; ++case_number) {
     engine.seed(static_cast<uint64_t>(case_number));  // a case is the same whatever came before it
@@ -649,8 +812,8 @@ int main(int argc, char** argv) {
     kernel = name;
     test(1 + static_cast<int>(below(3)));
   }
-  kernel = "streaming";
-  test_streaming(2);
+  kernel = "past the caches";
+  test_past_caches(2);
   if (most_threads < 3) fail("the kernels never used three threads");
   std::printf("%s: %" PRId64 " comparisons\n", kernels().isa, comparisons);
   return 0;

@@ -1,0 +1,65 @@
+// Memory: what the kernels need for themselves, and how large outputs are best written.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/kernels.h"
+#include "operand.h"
+
+namespace fusedvae {
+namespace FUSEDVAE_NAMESPACE {
+
+// Scratch memory, zero at first; not std::vector, whose code the linker would share between instruction sets.
+class Doubles {
+ public:
+  explicit Doubles(int64_t count = 0) {
+    if (count <= kFew) return;
+    data_ = static_cast<double*>(std::calloc(static_cast<size_t>(count), sizeof(double)));
+    if (!data_) out_of_memory();
+  }
+  ~Doubles() {
+    if (data_ != few_) std::free(data_);
+  }
+  Doubles(const Doubles&) = delete;
+  Doubles& operator=(const Doubles&) = delete;
+  double& operator[](int64_t i) { return data_[i]; }
+  double* at(int64_t i) { return data_ + i; }
+
+ private:
+  static constexpr int64_t kFew = 32;
+  double few_[kFew] = {};
+  double* data_ = few_;
+};
+
+// Bytes of outputs from which on they are written past the caches: more than a cache could keep for their reader.
+constexpr int64_t kPastCachesBytes = int64_t{24} << 20;
+
+// Bytes of an output from which on its pages are worth asking for: malloc maps anything of this size anew, while it
+// serves smaller blocks from memory that has its pages already.
+constexpr int64_t kHugePageBytes = int64_t{32} << 20;
+
+static inline int64_t bytes_of(const Operand& op, const Extent& e) {
+  return op.data ? e.count() * size_of(op.dtype) : 0;
+}
+
+// Fresh memory costs a fault a page at its first touch, which for a large gradient takes longer than computing it.
+// Ask for pages of 2 MiB; a hint, so that nothing depends on the answer.
+static inline void prefer_huge_pages(const Operand& op, const Extent& e) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  if (bytes_of(op, e) < kHugePageBytes) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(op.data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(op.data) + static_cast<uintptr_t>(bytes_of(op, e))) & ~(page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)op, (void)e;
+#endif
+}
+
+}  // namespace FUSEDVAE_NAMESPACE
+}  // namespace fusedvae

@@ -1,0 +1,12 @@
+// The objective's kernels for operands of any dtypes.
+#include "cuda/objective.h"
+
+namespace fusedvae {
+namespace cuda {
+
+void launch_mixed(const ObjectiveTask& task, const Plan& plan, const Layouts& layouts, const Launch& on) {
+  with_mixed_access(layouts, [&](auto access) { launch_objective<decltype(access), false>(task, plan, on); });
+}
+
+}  // namespace cuda
+}  // namespace fusedvae

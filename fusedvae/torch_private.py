@@ -1,0 +1,74 @@
+"""All that the package uses of PyTorch's private interface: what for, and what happens on a PyTorch that lacks it.
+
+Tested with PyTorch 2.6 and the newest release. Where something is missing, the public way that costs more is taken, and
+nothing is wrong: but for what is marked "needed", whose absence stops the import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# needed: the mode in which AOTAutograd traces, for operators that it is to see into. It has no public name, and
+# torch.library.register_torch_dispatch, which is public, takes it.
+from torch._subclasses.functional_tensor import FunctionalTensorMode as FunctionalTensorMode
+from torch.autograd import forward_ad
+
+
+def record(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without what that does for torch.func: `is_watched` has ruled that out.
+
+    It takes 3 µs off a call. Without the private base class, `apply` itself.
+    """
+    base = getattr(torch._C, "_FunctionBase", None)
+    if base is None:
+        return function.apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def is_watched() -> bool:
+    """Whether something must see operators called: a compiler or tracer, a transform of torch.func, a dispatch mode.
+
+    needed: nothing public tells of these all.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def has_tangent(operand: Any) -> bool:
+    """Whether forward-mode differentiation goes through this tensor."""
+    return (
+        forward_ad._current_level >= 0
+        and isinstance(operand, Tensor)
+        and forward_ad.unpack_dual(operand).tangent is not None
+    )
+
+
+is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+"""Whether autocast is on for any device type, which is quicker to ask than for one. Without it, True: ask then."""
+
+keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+"""Whether the backward pass that is under way keeps its graph, so that what is saved may be needed again. Without it,
+True: then gradients are scaled out of place."""
+
+
+def below_autograd() -> Any:
+    """A block in which operators run their kernels, without autograd. needed: an operator's formula calls it."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def _address_of_current_stream(gpu: int) -> int:
+    return int(torch.cuda.current_stream(gpu).cuda_stream)
+
+
+current_stream_address: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", _address_of_current_stream
+)
+"""The address of a GPU's current stream, without a Stream object being made for it."""

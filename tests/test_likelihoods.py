@@ -1,0 +1,229 @@
+"""Every likelihood of the registry, over broadcasts, layouts, dtypes and reductions: values and gradients.
+
+What is right is the registry's formula in float64, differentiated by PyTorch; that the formula itself is right,
+`test_formulas.py` says.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import KERNEL_TARGETS, Target, kl_elements, reduced
+from test_operations import LAYOUTS, REDUCTIONS, check, with_gradients
+from torch import Tensor
+
+from fusedvae import functional
+from fusedvae.backend import reference
+from fusedvae.backend.reference import FORMULAS, LIKELIHOODS
+
+pytestmark = pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
+every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
+
+SHAPE = (4, 3, 5, 7)
+PATTERNS = {
+    "each": SHAPE,
+    "scalar": (),
+    "one": (1,),
+    "channel": (3, 1, 1),
+    "pixel": (1, 3, 5, 7),
+    "plane": (4, 1, 5, 7),
+    "sample": (4, 1, 1, 1),
+    "sample and channel": (4, 3, 1, 1),
+    "column": (7,),
+    "row": (5, 1),
+}
+OTHERS = {name: formula.inputs[2:] for name, formula in LIKELIHOODS.items()}
+"""The inputs of each beside recon_x and x; the first of them is its scale."""
+
+
+def loss_of(likelihood: str, inputs: list[Tensor], reduction: str, backend: str, **options: object) -> Tensor:
+    """The likelihood of inputs in the registry's order, with a divergence of nothing beside it."""
+    recon_x, x, scale, *extra = inputs
+    nothing = torch.zeros(len(x), 1, device=x.device)
+    more = {"extra": extra[0]} if extra else {}
+    loss = functional.elbo_loss(
+        recon_x,
+        x,
+        nothing,
+        nothing,
+        scale,
+        likelihood=likelihood,
+        reduction=reduction,
+        backend=backend,
+        **more,
+        **options,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def exact(likelihood: str, inputs: list[Tensor], reduction: str, full: bool = False) -> Tensor:
+    """The same by the formula in float64."""
+    formula = LIKELIHOODS[likelihood]
+    elements = formula.elements(*inputs) + (formula.constant if full else 0.0)
+    return reduced(elements.expand(inputs[0].shape), reduction)
+
+
+def compare(
+    target: Target, likelihood: str, inputs: list[Tensor], reduction: str, tolerance: float, full: bool = True
+) -> None:
+    """Value and gradients of all inputs against the formula."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in leaves]
+    found = with_gradients(
+        loss_of(likelihood, leaves, reduction, target.backend, full=full), [t for t in leaves if t.requires_grad]
+    )
+    expected = with_gradients(exact(likelihood, doubles, reduction, full), [t for t in doubles if t.requires_grad])
+    check(found, expected, tolerance)
+
+
+def inputs_of(likelihood: str, *patterns: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Random ones, those beside recon_x and x of some patterns."""
+    others = [torch.randn(PATTERNS[p]).to(dtype) for p in patterns[: len(OTHERS[likelihood])]]
+    others[1:] = [t.abs() for t in others[1:]]
+    return [torch.randn(SHAPE).to(dtype), torch.randn(SHAPE).to(dtype), *others]
+
+
+@every_likelihood
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_broadcast_scales_in_any_layout(target: Target, likelihood: str, pattern: str, reduction: str) -> None:
+    for layout in LAYOUTS.values():
+        recon_x, x, scale, *others = inputs_of(likelihood, pattern, "sample")
+        compare(target, likelihood, [layout(recon_x), layout(x), scale, *others], reduction, 2e-6)
+
+
+@every_likelihood
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_inputs_that_are_broadcast_in_different_ways(target: Target, likelihood: str, reduction: str) -> None:
+    """One launch makes all their sums, or what it cannot sum is added up afterwards."""
+    patterns = [p for p in PATTERNS if p != "one"]
+    for pattern, other in itertools.product(patterns, patterns if len(OTHERS[likelihood]) > 1 else patterns[:1]):
+        compare(target, likelihood, inputs_of(likelihood, pattern, other), reduction, 4e-6)
+
+
+@every_likelihood
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.bfloat16, 8e-3), (torch.float16, 2e-3)], ids=str
+)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_dtypes(target: Target, likelihood: str, dtype: torch.dtype, tolerance: float, reduction: str) -> None:
+    compare(target, likelihood, inputs_of(likelihood, "channel", "sample", dtype=dtype), reduction, tolerance)
+
+
+@every_likelihood
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+def test_targets_of_integers(target: Target, likelihood: str, dtype: torch.dtype) -> None:
+    for floats in (torch.float32, torch.float64):
+        recon_x, x, *others = inputs_of(likelihood, "channel", "sample", dtype=floats)
+        integers = (x.abs() * 2).to(dtype)
+        compare(
+            target, likelihood, [recon_x, integers, *others], "batchmean", 4e-6 if floats == torch.float32 else 1e-13
+        )
+
+
+@every_likelihood
+@pytest.mark.parametrize("size", [1, 17, 1025, pytest.param(4097, marks=pytest.mark.large)])
+def test_sizes_around_the_edges_of_tiles(target: Target, likelihood: str, size: int) -> None:
+    for shapes in (((3, size), (3, 1)), ((size,), ()), ((3, size), ())):
+        others = [torch.randn(shapes[0]), torch.rand(shapes[1])][: len(OTHERS[likelihood])]
+        for reduction in REDUCTIONS:
+            compare(target, likelihood, [torch.randn(3, size), torch.randn(3, size), *others], reduction, 4e-6)
+
+
+@every_likelihood
+def test_packed_pairs_are_their_halves(target: Target, likelihood: str) -> None:
+    packed, x = torch.randn(4, 6, 5, 7).requires_grad_(), torch.randn(4, 3, 5, 7)
+    others = inputs_of(likelihood, "each", "channel")[3:]
+    twice = packed.detach().double().requires_grad_()
+    for reduction in REDUCTIONS:
+        recon_x, scale = twice.chunk(2, 1)
+        loss = loss_of(likelihood, [packed, x, None, *others], reduction, target.backend)  # type: ignore[list-item]
+        expected = exact(likelihood, [recon_x, x.double(), scale, *[t.double() for t in others]], reduction)
+        check(with_gradients(loss, [packed]), with_gradients(expected, [twice]), 2e-6)
+
+
+@every_likelihood
+def test_numbers_and_numbers_in_memory(target: Target, likelihood: str) -> None:
+    recon_x, x, *others = inputs_of(likelihood, "scalar", "scalar")
+    recon_x.requires_grad_()
+    for given in ([t.item() for t in others], others, [t.double() for t in others]):
+        loss = loss_of(likelihood, [recon_x, x, *given], "sum", target.backend)
+        assert loss.dtype == torch.float32  # 0-dim tensors promote as in PyTorch's arithmetic
+        twice = recon_x.detach().double().requires_grad_()
+        expected = exact(likelihood, [twice, x.double(), *[t.double() for t in others]], "sum")
+        check(with_gradients(loss, [recon_x]), with_gradients(expected, [twice]), 2e-6)
+
+
+@every_likelihood
+def test_any_subset_of_inputs(target: Target, likelihood: str) -> None:
+    made = inputs_of(likelihood, "channel", "sample", dtype=torch.float64)
+    for wanted in itertools.product([False, True], repeat=len(made)):
+        if not any(wanted):
+            continue
+        inputs = [t.detach().requires_grad_(w) for t, w in zip(made, wanted, strict=True)]
+        some = [t for t in inputs if t.requires_grad]
+        for reduction in ("batchmean", "none"):
+            found = with_gradients(loss_of(likelihood, inputs, reduction, target.backend), some)
+            check(found, with_gradients(exact(likelihood, inputs, reduction), some), 1e-13)
+
+
+@pytest.mark.large
+@every_likelihood
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_first_and_second_derivatives_numerically(target: Target, likelihood: str, reduction: str) -> None:
+    t = [v.requires_grad_() for v in inputs_of(likelihood, "channel", "sample", dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda *t: loss_of(likelihood, list(t), reduction, target.backend), t)
+    assert torch.autograd.gradgradcheck(lambda *t: loss_of(likelihood, list(t), reduction, target.backend), t)
+
+
+@every_likelihood
+def test_not_a_number_and_infinity_go_where_they_go_in_eager(target: Target, likelihood: str) -> None:
+    special = torch.tensor([0.0, 1.0, -1.0, 88.0, -88.0, torch.inf, -torch.inf, torch.nan])
+    t = torch.cartesian_prod(*[special] * (2 + len(OTHERS[likelihood])))
+
+    def run(backend: str) -> list[Tensor]:
+        inputs = [v.clone().requires_grad_() for v in t.unbind(1)]
+        loss = loss_of(likelihood, inputs, "none", backend)
+        return [loss, *torch.autograd.grad(loss.sum(), inputs)]
+
+    for found, expected in zip(run(target.backend), run("reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+@every_likelihood
+def test_with_a_divergence_and_its_terms(target: Target, likelihood: str) -> None:
+    inputs = [t.requires_grad_() for t in inputs_of(likelihood, "channel", "sample", dtype=torch.float64)]
+    mu, logvar = (torch.randn(4, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
+    recon_x, x, scale, *extra = inputs
+    more = {"extra": extra[0]} if extra else {}
+    terms = functional.elbo_loss(
+        recon_x,
+        x,
+        mu,
+        logvar,
+        scale,
+        likelihood=likelihood,
+        beta=0.3,
+        return_terms=True,
+        backend=target.backend,
+        **more,
+    )
+    nll, kl = exact(likelihood, inputs, "batchmean"), reduced(kl_elements(mu, logvar), "batchmean")
+    for found, expected in zip(terms, (nll + 0.3 * kl, nll, kl), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    leaves = [*inputs, mu, logvar]
+    found, expected = torch.autograd.grad(terms[0], leaves), torch.autograd.grad(nll + 0.3 * kl, leaves)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-12, atol=1e-12)
+
+
+def test_every_backend_has_every_formula(target: Target) -> None:
+    if target.backend == "native":
+        from fusedvae import _C
+
+        assert set(_C.formulas()) == set(FORMULAS)
+    for name, formula in FORMULAS.items():
+        assert formula.elements is getattr(reference, name)
