@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kPassBlocks<A>)
     pass.sum = 0;
     run<A>(pass, share, chunks.team, task.extent);
     if (!task.kl.given) continue;
-    const double sum = static_cast<double>(team_sum(pass.sum, chunks.team)) * Kl::kValueUnit;
+    const double sum = static_cast<double>(team_sum(pass.sum, chunks.team));
     if (share.lane != 0 || share.length == 0) continue;
     if (finished_by_last_block)
       workspace.partials[share.chunk] = sum;

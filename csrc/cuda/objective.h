@@ -95,7 +95,7 @@ __device__ __forceinline__ void run_term(const Term& term, const TermPlan& plan,
       run_columns<A>(pass, plan, term.elements.extent, share.chunk, share.lane, partials);
     if (has_values) {
       const T sum = team_sum(pass.sum, team);
-      if (writes) partials[plan.value_partials + share.chunk] = static_cast<double>(sum) * Formula::kValueUnit;
+      if (writes) partials[plan.value_partials + share.chunk] = static_cast<double>(sum);
     }
     FUSEDVAE_UNROLL
     for (int k = 0; k < Formula::kInputs; ++k) {
@@ -174,11 +174,11 @@ __device__ __forceinline__ void finish_gradients(const ElementwiseTask& task, co
   for (int i = 0; i < kMostInputs; ++i) {
     const Gradient gradient = plan.gradients.of[i];
     if (gradient == Gradient::none || gradient == Gradient::element) continue;
-    const double* const own = partials + plan.grad_partials[i];
+    const double* const addends = partials + plan.grad_partials[i];
     if (by_column && gradient == Gradient::column)
-      finish_columns(task.grads[i], task.extent.inner, plan.columns.groups, own);
+      finish_columns(task.grads[i], task.extent.inner, plan.columns.groups, addends);
     else
-      finish_sums(task.grads[i], task.extent, plan.chunks, own);
+      finish_sums(task.grads[i], task.extent, plan.chunks, addends);
   }
 }
 

@@ -52,7 +52,7 @@ class ElementwisePass {
   struct Fetched {
     Bits inputs[kInputs];
   };
-  T sum = 0;                        // of the weighted values, in units of the formula's
+  T sum = 0;                        // of the weighted values
   T grad_sums[kInputs] = {};        // without by_column
   Lanes<A> column_sums[kInputs]{};  // with it
 
@@ -91,7 +91,7 @@ class ElementwisePass {
       const auto element = Formula::element(in, derived, weight.at[j] * factor_);
       const T weighted = weight.at[j] * element.value;
       sum += weighted;
-      value.at[j] = weighted * static_cast<T>(Formula::kValueUnit) + constant_;
+      value.at[j] = weighted + constant_;
       FUSEDVAE_UNROLL
       for (int k = 0; k < kInputs; ++k) {
         grads[k].at[j] = element.grads[k];

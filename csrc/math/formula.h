@@ -3,7 +3,6 @@
 //   kName        as the Python side calls it
 //   kInputs      how many inputs it has, at most kMostInputs; Input k of an element is inputs[k]
 //   kScale       the input beside its mean: what is derived of that alone is derived once where it is uniform
-//   kValueUnit   what its values are in: a factor that sums are multiplied by at their end, not each value
 //   kConstant    what `full` adds to each value
 //   derive       of the scale: logarithms, exponentials and divisions, as far as they depend on nothing else
 //   element      the value of an element, and its derivatives by the inputs, which are times a weight

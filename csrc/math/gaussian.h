@@ -27,7 +27,7 @@ FUSEDVAE_INLINE Element<T, 3> gaussian_element(const T* inputs, const GaussianSc
 struct GaussianNll {
   static constexpr const char* kName = "gaussian_nll";
   static constexpr int kInputs = 3, kScale = 2;
-  static constexpr double kValueUnit = 1, kConstant = 0.91893853320467274;  // log(2 pi) / 2
+  static constexpr double kConstant = 0.91893853320467274;  // log(2 pi) / 2
 
   template <class T>
   static FUSEDVAE_INLINE GaussianScale<T> derive(T logvar, T /*parameter*/) {
@@ -43,7 +43,7 @@ struct GaussianNll {
 struct GaussianNllOfVariance {
   static constexpr const char* kName = "gaussian_nll_of_variance";
   static constexpr int kInputs = 3, kScale = 2;
-  static constexpr double kValueUnit = GaussianNll::kValueUnit, kConstant = GaussianNll::kConstant;
+  static constexpr double kConstant = GaussianNll::kConstant;
 
   template <class T>
   static FUSEDVAE_INLINE GaussianScale<T> derive(T variance, T bound) {

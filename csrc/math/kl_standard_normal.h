@@ -11,7 +11,7 @@ namespace FUSEDVAE_NAMESPACE {
 struct KlStandardNormal {
   static constexpr const char* kName = "kl_standard_normal";
   static constexpr int kInputs = 2, kScale = 1;
-  static constexpr double kValueUnit = 1, kConstant = 0;
+  static constexpr double kConstant = 0;
 
   template <class T>
   struct Scale {
