@@ -113,7 +113,7 @@ def _checked_likelihood(likelihood: object) -> Formula:
         raise ValueError(f"likelihood: expected one of {expected}; got {likelihood!r}") from None
 
 
-def _check_likelihood(formula: Formula, inputs: Operands) -> None:
+def _check_likelihood(formula: Formula, inputs: Operands, names: Sequence[str]) -> None:
     """Check the inputs of a likelihood: recon_x, x, and whatever else it has, which broadcasts to x's shape."""
     recon_x, x, *others = inputs
     _check_tensor("recon_x", recon_x)
@@ -127,7 +127,7 @@ def _check_likelihood(formula: Formula, inputs: Operands) -> None:
         _check_packed("recon_x", recon_x, x.shape)
     elif recon_x.shape != x.shape:
         raise ValueError(f"x: expected the shape of recon_x {tuple(recon_x.shape)}, got {tuple(x.shape)}")
-    for name, value in zip(formula.inputs[2:], others, strict=True):
+    for name, value in zip(names[2:], others, strict=False):
         if isinstance(value, Tensor):
             _check_tensor(name, value)
             _check_same_device(name, value, "recon_x", recon_x)
@@ -318,7 +318,7 @@ def _likelihood_call(
     operands: Operands, likelihood: str, full: bool, reduction: str, backend: str | None
 ) -> autograd.RecordedObjective:
     formula = LIKELIHOODS[likelihood]
-    _check_likelihood(formula, operands[:-1])
+    _check_likelihood(formula, operands[:-1], formula.inputs)
     return _objective_call(operands, (formula.name,), _checked_reduction(reduction), backend, full=full)
 
 
@@ -420,18 +420,22 @@ def elbo_loss(
 ) -> Tensor | ELBOTerms:
     """The negative evidence lower bound, NLL(x; recon_x, recon_logvar) + beta * KL(q || N(0, I)).
 
-    Terms as in `gaussian_nll` and `kl_standard_normal`, each summed over everything but the batch.
+    Terms as in `gaussian_nll` (or the function of another likelihood) and `kl_standard_normal`, each summed over
+    everything but the batch.
 
     Args:
         recon_x: decoder mean, shape (batch, ...); or mean and log-variance packed, with ``recon_logvar=None``.
         x: data, the shape of the mean; may be of integers.
         mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
         logvar: log-variance of q, mu's shape.
-        recon_logvar: decoder log-variance: a tensor that broadcasts to x's shape, or a number.
+        recon_logvar: decoder log-variance, or what else a likelihood has for a scale: a tensor that broadcasts to x's
+            shape, or a number.
+        likelihood: a name of `fusedvae.backend.reference.LIKELIHOODS`: "gaussian".
         kl: the per-sample KL that `latent` returned, instead of ``mu`` and ``logvar`` (both None then).
         beta: weight of the KL: a number, or a 0-dim tensor, whose value may change under a captured or compiled
             program, and which may need a gradient.
-        full: add the constant log(2 pi) / 2 an element of x.
+        full: add the likelihood's constant (log(2 pi) / 2 of a Gaussian) an element of x.
+        extra: a further input of a likelihood that has one.
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
         backend: overrides the process's choice for this call.
@@ -467,7 +471,7 @@ def _elbo_call(
 ) -> autograd.RecordedObjective:
     formula = LIKELIHOODS[likelihood]
     count = len(formula.inputs)
-    _check_likelihood(formula, operands[:count])
+    _check_likelihood(formula, operands[:count], ("recon_x", "x", "recon_logvar", "extra"))
     x, latents, beta = operands[1], operands[count:-1], operands[-1]
     assert isinstance(x, Tensor)
     if has_latent:

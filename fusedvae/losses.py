@@ -10,7 +10,7 @@ from .functional import ELBOTerms
 
 
 class ELBOLoss(nn.Module):
-    """The negative evidence lower bound of a Gaussian VAE: NLL(x) + beta * KL(q || N(0, I)).
+    """The negative evidence lower bound of a VAE: NLL(x) + beta * KL(q || N(0, I)).
 
     A module over `fusedvae.functional.elbo_loss`, which has the formulas and takes the same operands.
 
@@ -18,7 +18,8 @@ class ELBOLoss(nn.Module):
         beta: weight of the KL; a float or a 0-dim tensor. Assign ``loss.beta = ...`` to anneal it; a tensor changed
             in place anneals inside compiled and captured programs too.
         reduction: "batchmean" (default), "sum", or "none" (one value a sample).
-        full: add the constant log(2 pi) / 2 an element of x.
+        likelihood: that of x: a name that `elbo_loss` takes, "gaussian" by default.
+        full: add the likelihood's constant, log(2 pi) / 2 an element of x for a Gaussian.
         return_terms: return `ELBOTerms` (loss, nll, kl) instead of the loss.
         backend: overrides the process's choice.
 
@@ -38,6 +39,7 @@ class ELBOLoss(nn.Module):
         beta: float | Tensor = 1.0,
         reduction: str = "batchmean",
         *,
+        likelihood: str = "gaussian",
         full: bool = False,
         return_terms: bool = False,
         backend: str | None = None,
@@ -45,6 +47,7 @@ class ELBOLoss(nn.Module):
         super().__init__()
         functional._check_number("beta", beta)
         functional._checked_reduction(reduction)
+        functional._checked_likelihood(likelihood)
         if backend is not None:
             checked_name(backend)
         if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
@@ -53,6 +56,7 @@ class ELBOLoss(nn.Module):
         else:
             self.beta = beta
         self.reduction = reduction
+        self.likelihood = likelihood
         self.full = full
         self.return_terms = return_terms
         self.backend = backend
@@ -66,6 +70,7 @@ class ELBOLoss(nn.Module):
         recon_logvar: Tensor | float | None = 0.0,
         *,
         kl: Tensor | None = None,
+        extra: Tensor | float | None = None,
         return_terms: bool | None = None,
     ) -> Tensor | ELBOTerms:
         """The loss of a batch; operands as in `fusedvae.functional.elbo_loss`."""
@@ -75,9 +80,11 @@ class ELBOLoss(nn.Module):
             mu,
             logvar,
             recon_logvar,
+            likelihood=self.likelihood,
             kl=kl,
             beta=self.beta,
             full=self.full,
+            extra=extra,
             reduction=self.reduction,
             return_terms=self.return_terms if return_terms is None else return_terms,
             backend=self.backend,
@@ -85,4 +92,5 @@ class ELBOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         beta = self.beta if isinstance(self.beta, (int, float)) else "tensor"
-        return f"beta={beta}, reduction={self.reduction!r}"
+        likelihood = "" if self.likelihood == "gaussian" else f", likelihood={self.likelihood!r}"
+        return f"beta={beta}, reduction={self.reduction!r}{likelihood}"
