@@ -322,6 +322,34 @@ def _likelihood_call(
     return _objective_call(operands, (formula.name,), _checked_reduction(reduction), backend, full=full)
 
 
+def laplace_nll(
+    recon_x: Tensor,
+    x: Tensor,
+    log_scale: Tensor | float | None = 0.0,
+    *,
+    extra: Tensor | float | None = None,
+    full: bool = False,
+    reduction: str = "batchmean",
+    backend: str | None = None,
+) -> Tensor:
+    """-log Laplace(x; recon_x, b) = sum((abs(recon_x - x) + extra) / b + log b [+ log 2]), b = e^log_scale.
+
+    With ``extra``, what else is divided by the scale: a perceptual loss, as in the autoencoders of latent diffusion
+    (Esser et al. 2021, arXiv:2012.09841). Source of the density: Kotz, Kozubowski & Podgórski 2001, section 2.1.
+
+    Args:
+        recon_x: decoder median, shape (batch, ...); or median and log-scale packed, with ``log_scale=None``.
+        x: data, the shape of the median; may be of integers.
+        log_scale: logarithm of the scale b: a tensor that broadcasts to x's shape, or a number.
+        extra: added to the absolute error of each element: a tensor that broadcasts to x's shape, or a number.
+        full: add the constant log 2 an element.
+        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        backend: overrides the process's choice for this call.
+    """
+    inputs = (recon_x, x, log_scale, 0.0 if extra is None else extra)
+    return _likelihood("laplace", (*inputs, None), full, reduction, backend)
+
+
 def gaussian_nll_loss(
     input: Tensor,
     target: Tensor,
@@ -430,7 +458,7 @@ def elbo_loss(
         logvar: log-variance of q, mu's shape.
         recon_logvar: decoder log-variance, or what else a likelihood has for a scale: a tensor that broadcasts to x's
             shape, or a number.
-        likelihood: a name of `fusedvae.backend.reference.LIKELIHOODS`: "gaussian".
+        likelihood: a name of `fusedvae.backend.reference.LIKELIHOODS`: "gaussian", "laplace".
         kl: the per-sample KL that `latent` returned, instead of ``mu`` and ``logvar`` (both None then).
         beta: weight of the KL: a number, or a 0-dim tensor, whose value may change under a captured or compiled
             program, and which may need a gradient.

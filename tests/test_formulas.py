@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from conftest import HALF_LOG_2PI
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Laplace, Normal, kl_divergence
 
 from fusedvae.backend import reference
 from fusedvae.backend.reference import FORMULAS, LIKELIHOODS
@@ -28,6 +28,18 @@ def test_gaussian_nll_of_a_variance_is_pytorchs_own() -> None:
     found = reference.gaussian_nll_of_variance(recon_x, x, variance, 0.5)
     expected = torch.nn.functional.gaussian_nll_loss(recon_x, x, variance, eps=0.5, reduction="none")
     torch.testing.assert_close(found, expected)
+
+
+def test_laplace_nll_is_that_of_the_laplace_distribution() -> None:
+    recon_x, x, log_scale, extra = drawn(4)
+    expected = -Laplace(recon_x, torch.exp(log_scale)).log_prob(x)
+    found = reference.laplace_nll(recon_x, x, log_scale, 0.0) + FORMULAS["laplace_nll"].constant
+    torch.testing.assert_close(found, expected)
+    # CompVis/taming-transformers, losses/contperceptual.py: the perceptual loss joins the absolute error.
+    torch.testing.assert_close(
+        reference.laplace_nll(recon_x, x, log_scale, extra),
+        (torch.abs(x - recon_x) + extra) / torch.exp(log_scale) + log_scale,
+    )
 
 
 def test_kl_standard_normal_is_that_of_normal_distributions() -> None:

@@ -5,6 +5,7 @@
 // (what all have in common above, each of them below)
 #include "math/gaussian.h"
 #include "math/kl_standard_normal.h"
+#include "math/laplace.h"
 
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
@@ -17,6 +18,7 @@ struct List {
 
 using Formulas = List<GaussianNll,            //
                       GaussianNllOfVariance,  //
+                      LaplaceNll,             //
                       KlStandardNormal>;
 
 template <class Formula>

@@ -151,6 +151,30 @@ def gaussian_nll_of_variance(recon_x: Tensor, x: Tensor, var: Tensor | float, ep
     return 0.5 * (torch.log(var) + (recon_x.to(dtype) - x.to(dtype)).square() / var)
 
 
+@formula(
+    "recon_x",
+    "x",
+    "log_scale",
+    "extra",
+    pairs=[("recon_x", "log_scale")],
+    likelihood="laplace",
+    constant=math.log(2),
+)
+def laplace_nll(recon_x: Tensor, x: Tensor, log_scale: Tensor | float, extra: Tensor | float) -> Tensor:
+    """(abs(recon_x - x) + extra) / b + log b with b = e^log_scale, an element, without the constant log 2.
+
+    Source: Kotz, Kozubowski & Podgórski 2001, "The Laplace distribution and generalizations", section 2.1; `extra`, a
+    perceptual loss that is divided by the scale with the absolute error: Esser et al. 2021 (arXiv:2012.09841).
+    """
+    dtype = working_dtype(recon_x, x, log_scale, extra)
+    distance = (recon_x.to(dtype) - x.to(dtype)).abs()
+    distance = distance + (extra.to(dtype) if isinstance(extra, Tensor) else extra)
+    if isinstance(log_scale, Tensor):
+        log_scale = log_scale.to(dtype)
+        return distance * torch.exp(-log_scale) + log_scale
+    return distance * _exp(-log_scale) + log_scale
+
+
 def _exp(value: float) -> float:
     try:
         return math.exp(value)

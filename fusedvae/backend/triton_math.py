@@ -50,6 +50,20 @@ def gaussian_nll_of_variance(recon_x, x, variance, in3, bound, weight):
 
 
 @triton.jit
+def laplace_nll(recon_x, x, log_scale, extra, parameter, weight):
+    """(abs(recon_x - x) + extra) * e^-log_scale + log_scale.
+
+    Source: Kotz, Kozubowski & Podgórski 2001, "The Laplace distribution and generalizations", section 2.1.
+    """
+    error = recon_x - x
+    inverse = exponential(-log_scale)
+    relative = (tl.where(error < 0.0, -error, error) + extra) * inverse
+    pull = weight * inverse
+    d_recon_x = tl.where(error > 0.0, pull, tl.where(error < 0.0, -pull, 0.0 * pull))
+    return relative + log_scale, d_recon_x, -d_recon_x, weight - weight * relative, pull
+
+
+@triton.jit
 def kl_standard_normal(mu, logvar, in2, in3, parameter, weight):
     """KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2.
 
@@ -67,6 +81,8 @@ def formula_element(formula: tl.constexpr, in0, in1, in2, in3, parameter, weight
         value, d0, d1, d2, d3 = gaussian_nll(in0, in1, in2, in3, parameter, weight)
     elif formula == "gaussian_nll_of_variance":
         value, d0, d1, d2, d3 = gaussian_nll_of_variance(in0, in1, in2, in3, parameter, weight)
+    elif formula == "laplace_nll":
+        value, d0, d1, d2, d3 = laplace_nll(in0, in1, in2, in3, parameter, weight)
     elif formula == "kl_standard_normal":
         value, d0, d1, d2, d3 = kl_standard_normal(in0, in1, in2, in3, parameter, weight)
     else:
