@@ -125,7 +125,7 @@ def measured_anew(case: str, args: argparse.Namespace) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-def spread(ratios: list[float]) -> str:
+def median_and_range(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
@@ -154,14 +154,16 @@ def main() -> int:
     for name in [*CASES, MEMORY]:
         if args.only not in name:
             continue
-        runs = [measured_anew(name, args) for _ in range(args.processes)]
-        fused = statistics.median(run["fused"] for run in runs)
-        record[name] = {"microseconds": runs}
+        times = [measured_anew(name, args) for _ in range(args.processes)]
+        fused = statistics.median(took["fused"] for took in times)
+        record[name] = {"microseconds": times}
         if name == MEMORY:
-            ratios = spread([run["fused"] / run["move"] for run in runs])
+            ratios = median_and_range([took["fused"] / took["move"] for took in times])
             print(f"{name} takes {ratios} as long as moving its bytes (at most {MEMORY_GOAL}x)")
             continue
-        eager, compiled = (spread([run[rival] / run["fused"] for run in runs]) for rival in ("eager", "compile"))
+        eager, compiled = (
+            median_and_range([took[rival] / took["fused"] for took in times]) for rival in ("eager", "compile")
+        )
         _, eager_goal, compile_goal = CASES[name]
         goals = f"{eager:>20}{eager_goal:>5.1f}x{compiled:>20}{compile_goal:>5.1f}x"
         print(f"{name:40}{fused:>7.0f}us{goals}", flush=True)

@@ -10,6 +10,8 @@ Each step is a process of its own with a time limit: one that fails, hangs or cr
 folder $OUT (a temporary one without it) gets, as soon as each is known: STEP.log, STEP.json, and the whole in
 gpu_check.json and gpu_check.txt. The exit status is 0 if every step that could run succeeded.
 
+Operations, contestants, checks and timers are those of `fusedvae bench`.
+
 With --device cpu the steps that need no GPU run, on small problems: a rehearsal of this script.
 """
 
@@ -24,7 +26,6 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,76 +43,15 @@ ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[], object]
 
 
-# --- the operations -----------------------------------------------------------------------------------------------
+# --- what the benchmark has -----------------------------------------------------------------------------------------
 
+# The package is imported in the processes of the steps alone: one of them builds it.
 
-def eager_sample(mu: Tensor, logvar: Tensor) -> Tensor:
-    return mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
-
-
-def eager_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    return -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum() / len(mu)
-
-
-def eager_nll(recon_x: Tensor, x: Tensor, recon_logvar: Tensor) -> Tensor:
-    return 0.5 * (recon_logvar + (recon_x - x).pow(2) * torch.exp(-recon_logvar)).sum() / len(x)
-
-
-def eager_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    kl = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).flatten(1).sum(1)
-    return eager_sample(mu, logvar), kl
-
-
-def eager_elbo(recon_x: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, recon_logvar: Tensor) -> Tensor:
-    return eager_nll(recon_x, x, recon_logvar) + eager_kl(mu, logvar)
-
-
-class Operation(NamedTuple):
-    """A function of the package, the usual idiom for the same, and what it must move."""
-
-    fused: str
-    eager: Callable
-    operands: tuple[str, ...]
-    traffic: float
-    """Elements read and written in a forward and a backward pass, for each element of the largest operand."""
-
-
-LATENT_SHARE = 64  # elements of x for each of the latent, in elbo_loss
-
-OPERATIONS = {
-    "reparameterize": Operation("reparameterize", eager_sample, ("mu", "logvar"), 7),
-    "kl": Operation("kl_standard_normal", eager_kl, ("mu", "logvar"), 4),
-    "nll": Operation("gaussian_nll", eager_nll, ("recon_x", "x", "recon_logvar"), 5),
-    "latent": Operation("latent", eager_latent, ("mu", "logvar"), 8),
-    "elbo": Operation("elbo_loss", eager_elbo, ("recon_x", "x", "mu", "logvar", "recon_logvar"), 5 + 4 / LATENT_SHARE),
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def operands_of(name: str, elements: int, dtype: torch.dtype, device: str, batch: int = 64) -> list[Tensor]:
-    """Random operands; all but x want gradients."""
-    made = []
-    for operand in OPERATIONS[name].operands:
-        small = name == "elbo" and operand in ("mu", "logvar")
-        features = max(elements // batch // (LATENT_SHARE if small else 1), 1)
-        tensor = torch.randn(batch, features, device=device).to(dtype)
-        made.append(tensor.requires_grad_(operand != "x"))
-    return made
-
-
-def forward_and_backward(function: Callable, operands: list[Tensor]) -> Step:
-    """A pass forward and one back; gradients of what is no scalar come from tensors of ones, made beforehand."""
-    wanting = [t for t in operands if t.requires_grad]
-    values = function(*operands)
-    values = values if isinstance(values, tuple) else (values,)
-    incoming = [torch.ones_like(v) for v in values]
-    del values
-
-    def step() -> tuple[Tensor, ...]:
-        out = function(*operands)
-        return torch.autograd.grad(out if isinstance(out, tuple) else (out,), wanting, incoming)
-
-    return step
+DTYPES = ("float32", "bfloat16")
+SECONDS_OF_A_CASE = 2.0
+"""What checking and timing a case takes at most, compiled code aside."""
+SECONDS_TO_COMPILE = 15.0
+"""What torch.compile takes at most for one."""
 
 
 def kernel_backends(device: str) -> list[str]:
@@ -121,10 +60,29 @@ def kernel_backends(device: str) -> list[str]:
     return [name for name in NAMES if name != "reference" and unavailable(name, device) is None]
 
 
-def fused(name: str, backend: str) -> Callable:
-    from fusedvae import functional
+def operations() -> list[str]:
+    """The benchmark's, but for whole training steps."""
+    from fusedvae.cli.bench.cases import OPERATIONS
 
-    return partial(getattr(functional, OPERATIONS[name].fused), backend=backend)
+    return [name for name in OPERATIONS if name != "step"]
+
+
+def passes(operation: str, shape: tuple[int, int], dtype: str, backend: str, device: str) -> Step:
+    """What makes a forward and a backward pass of an operation, on operands of this shape, and gives the gradients."""
+    from fusedvae.cli.bench.cases import PRESETS, Case, operands
+    from fusedvae.cli.bench.contestants import fused
+
+    name = "x".join(map(str, shape))
+    latent = (shape[0], max(shape[1] // 16, 1))
+    PRESETS[name] = PRESETS["2^8"]._replace(latent=shape, x=shape, objective_latent=latent)
+    given = operands(Case(name, operation, dtype), torch.Generator(device).manual_seed(0))
+    function = fused(backend, operation)
+    return lambda: given.gradients(function(*given.arguments))
+
+
+def batches(elements: int) -> tuple[int, int]:
+    """The shape of so many elements."""
+    return 64, elements // 64
 
 
 # --- the parts of a step that run in a process of their own -------------------------------------------------------
@@ -143,91 +101,76 @@ class Report:
         partial_file.replace(self.path)
 
 
-def timed(step: Step, repeats: int, device: str) -> Callable[[], float]:
-    """Start the repeats; what is returned waits for them and gives microseconds for each."""
-    if device == "cpu":
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        taken = (time.perf_counter() - begin) / repeats * 1e6
-        return lambda: taken
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        step()
-    end.record()
-
-    def wait() -> float:
-        end.synchronize()
-        return start.elapsed_time(end) / repeats * 1e3
-
-    return wait
-
-
-def interleaved(steps: dict[str, Step], device: str, rounds: int) -> dict[str, float]:
-    """Median microseconds of each step, taken by turns."""
-    repeats = {}
-    for name, step in steps.items():
-        for _ in range(3):
-            step()
-        once = timed(step, 3, device)()
-        repeats[name] = max(1, min(50, int(2000 / max(once, 1.0))))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(timed(step, repeats[name], device)())
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def copy_of(elements: float, dtype: torch.dtype, device: str) -> Step:
-    """Moves that many elements in all, half of them read and half written."""
-    source = torch.ones(int(elements / 2), dtype=dtype, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
 def speed(report: Report, device: str, deadline: float) -> None:
-    """Every operation, forward and backward, against eager, torch.compile and a copy of the same bytes."""
-    sizes = [2**14] if device == "cpu" else [2**24, 2**20, 2**26, 2**22]
-    rounds = 3 if device == "cpu" else 15
-    for elements, dtype, name in itertools.product(sizes, DTYPES, OPERATIONS):
-        operation, operands = OPERATIONS[name], operands_of(name, elements, DTYPES[dtype], device)
-        steps = {b: forward_and_backward(fused(name, b), operands) for b in kernel_backends(device)}
-        steps["eager"] = forward_and_backward(operation.eager, operands)
-        # The longest part by far, and the only one that can be left out.
-        if device != "cpu" and time.time() < deadline - 60:
-            torch._dynamo.reset()
-            steps["compile"] = forward_and_backward(torch.compile(operation.eager, dynamic=False), operands)
-        steps["copy"] = copy_of(operation.traffic * elements, DTYPES[dtype], device)
-        microseconds = interleaved(steps, device, rounds)
-        case = {"operation": name, "dtype": dtype, "elements": elements, "microseconds": microseconds}
-        report.add(f"{name} {dtype} 2^{elements.bit_length() - 1}", case)
+    """Every operation as `fusedvae bench` checks and times it: forward and backward, against eager PyTorch,
+    torch.compile and a copy of the same bytes."""
+    from fusedvae.cli.bench.contestants import usual_idiom
+    from fusedvae.cli.bench.suite import Settings, measure, new_result
+
+    backends, wrong = kernel_backends(device), []
+    sizes = [14] if device == "cpu" else [24, 20, 26, 22]
+    cases = list(itertools.product(sizes, DTYPES, operations()))
+    for done, (exponent, dtype, operation) in enumerate(cases):
+        # Compiling is the longest part by far, and the only one that can be left out.
+        others = SECONDS_TO_COMPILE + SECONDS_OF_A_CASE * (len(cases) - done)
+        rivals = ["eager", "compile"] if device != "cpu" and time.time() < deadline - others else ["eager"]
+        names = {f"{rival}/{usual_idiom(operation)}": rival for rival in rivals}
+        names |= {f"fusedvae/{name}": name for name in backends}
+        settings = Settings(
+            presets=[f"2^{exponent}"],
+            operations=[operation],
+            dtypes=[dtype],
+            memory_formats=["contiguous"],
+            directions=["both"],
+            contestants=list(names),
+            device=device,
+            threads=torch.get_num_threads(),
+            seconds=0.02 if device == "cpu" else 0.3,
+            seed=0,
+        )
+        result = new_result(settings, "", {})
+        if not measure(settings, result, stop=lambda: time.time() > deadline - SECONDS_OF_A_CASE):
+            sys.exit(f"no time was left from {operation} {dtype} 2^{exponent} on")
+        (entry,) = result["cases"]
+        found = {names[c["name"]]: c for c in entry["contestants"]}
+        times = {name: c["seconds"]["median"] * 1e6 for name, c in found.items() if c["status"] == "ok"}
+        problems = {name: c["reason"] for name, c in found.items() if c["status"] != "ok"}
+        if "copy_seconds" in entry:
+            times["copy"] = entry["copy_seconds"] * 1e6
+        if entry["status"] == "skipped":
+            problems["all"] = entry["reason"]
+        case = {"operation": operation, "dtype": dtype, "elements": entry["elements"], "microseconds": times}
+        report.add(f"{operation} {dtype} 2^{exponent}", {**case, "problems": problems})
+        wrong += [f"{operation} {dtype} 2^{exponent}, {name}" for name in backends if name in problems]
+    if wrong:
+        sys.exit(f"wrong or failed: {'; '.join(wrong)}")
 
 
 def exercise(report: Report, device: str, deadline: float) -> None:
     """Every operation once on small odd problems, in every dtype: what the sanitizers watch."""
     from fusedvae import functional
+    from fusedvae.backend.reference import LIKELIHOODS
 
-    for backend, dtype in itertools.product(kernel_backends(device), (torch.float64, torch.float16, *DTYPES.values())):
-        for name in OPERATIONS:
-            for batch, features in ((3, 1), (2, 1023), (5, 64 * 131)):
-                operands = operands_of(name, batch * features, dtype, device, batch)
-                forward_and_backward(fused(name, backend), operands)()
-        recon_x, x = (torch.randn(3, 5, 7, 9, device=device).to(dtype).requires_grad_() for _ in range(2))
-        for shape in ((5, 1, 1), (9,), (3, 1, 7, 9), ()):
-            spread = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    def normal(dtype: str, *shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(getattr(torch, dtype)).requires_grad_()
+
+    for backend, dtype in itertools.product(kernel_backends(device), ("float64", "float16", *DTYPES)):
+        for operation, shape in itertools.product(operations(), ((3, 1), (2, 1023), (5, 64 * 131))):
+            passes(operation, shape, dtype, backend, device)()
+        for scale, (name, formula) in itertools.product(((5, 1, 1), (9,), (3, 1, 7, 9), ()), LIKELIHOODS.items()):
+            shapes = [(3, 5, 7, 9), (3, 5, 7, 9), scale, (3, 1, 1, 1)]
+            inputs = [normal(dtype, *shape) for shape in shapes[: len(formula.inputs)]]
             for reduction in ("batchmean", "none"):
-                nll = partial(functional.gaussian_nll, reduction=reduction, backend=backend)
-                forward_and_backward(nll, [recon_x, x, spread])()
-        report.add(f"{backend} {dtype}", "done")
+                nll = functional._likelihood(name, (*inputs, None), False, reduction, backend)
+                torch.autograd.grad(nll.sum(), inputs)
+        report.add(f"{backend} torch.{dtype}", "done")
 
 
 def large(report: Report, device: str, deadline: float) -> None:
-    """Every operation a few times on a large problem: what the profiler watches."""
-    for name, dtype in itertools.product(OPERATIONS, DTYPES):
-        step = forward_and_backward(fused(name, "native"), operands_of(name, 2**25, DTYPES[dtype], device))
-        step()
-        report.add(f"{name} {dtype}", "done")
+    """Every operation once on a large problem: what the profiler watches."""
+    for operation, dtype in itertools.product(operations(), DTYPES):
+        passes(operation, batches(2**25), dtype, "native", device)()
+        report.add(f"{operation} {dtype}", "done")
 
 
 def training_step(backend: str, device: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -262,9 +205,7 @@ def launches(report: Report, device: str, deadline: float) -> None:
         return {"launches": len(kernels), "kernels": kernels, "waits": dict(+waits)}
 
     for backend in kernel_backends(device):
-        cases = {
-            n: forward_and_backward(fused(n, backend), operands_of(n, 2**20, torch.float32, device)) for n in OPERATIONS
-        }
+        cases = {name: passes(name, batches(2**20), "float32", backend, device) for name in operations()}
         loss, inputs = training_step(backend, device)
         cases["training step"] = lambda loss=loss, inputs=inputs: torch.autograd.grad(loss(), inputs)
         for name, step in cases.items():
@@ -329,10 +270,7 @@ def graphs(report: Report, device: str, deadline: float) -> None:
 def streams(report: Report, device: str, deadline: float) -> None:
     """Two streams at once give, bit for bit, what each gives alone."""
     for backend in kernel_backends(device):
-        steps = []
-        for elements in (2**20, 2**18 + 64):
-            operands = operands_of("elbo", elements, torch.float32, device)
-            steps.append(forward_and_backward(fused("elbo", backend), operands))
+        steps = [passes("elbo", batches(elements), "float32", backend, device) for elements in (2**20, 2**18 + 64)]
         alone = [step() for step in steps]
         torch.cuda.synchronize()
         side = [torch.cuda.Stream() for _ in steps]
@@ -354,7 +292,7 @@ CHILDREN = {f.__name__: f for f in (speed, exercise, large, launches, graphs, st
 
 
 class Check:
-    """A run of this script: where results go, and how much time is left."""
+    """What the steps share: where results go, and how much time is left."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device: str = args.device
@@ -387,7 +325,7 @@ class Check:
         """Run one of CHILDREN, behind a wrapper if given; with what it found."""
         log = log or name
         report = self.out / f"{log}.json"
-        report.unlink(missing_ok=True)  # of an earlier run
+        report.unlink(missing_ok=True)  # of an earlier call
         command = [*wrapper, sys.executable, __file__, "--child", name, "--report", str(report)]
         ends = min(time.time() + seconds, self.deadline)
         result = self.run(log, [*command, "--device", self.device, "--ends", str(ends)], seconds, **environment)
@@ -500,11 +438,9 @@ def speed_table(cases: dict[str, dict]) -> Iterator[str]:
             if backend in ("eager", "compile", "copy"):
                 continue
             ours = times[backend]
-            compiled = f"{times['compile'] / ours:.2f}x" if "compile" in times else "-"
-            yield (
-                f"{name:28}{backend:>9}{ours:>9.1f}us{times['eager'] / ours:>9.2f}x{compiled:>12}"
-                f"{100 * times['copy'] / ours:>8.0f}%"
-            )
+            eager, compiled = (f"{times[r] / ours:.2f}x" if r in times else "-" for r in ("eager", "compile"))
+            yield (f"{name:28}{backend:>9}{ours:>9.1f}us{eager:>10}{compiled:>12}{100 * times['copy'] / ours:>8.0f}%")
+        yield from (f"{name:28}{who:>9}  {reason}" for who, reason in case["problems"].items())
 
 
 def launch_table(cases: dict[str, dict]) -> Iterator[str]:
@@ -526,7 +462,7 @@ TABLES = {"speed": speed_table, "launches": launch_table, "throughput": throughp
 
 
 def describe(check: Check) -> str:
-    """The whole run as text."""
+    """Everything as text."""
     lines = [", ".join(f"{key} {value}" for key, value in machine(check.device).items()), ""]
     for step, result in check.results.items():
         if "skipped" in result:

@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -23,6 +24,7 @@ from conftest import threads
 from torch import Tensor
 
 import fusedvae
+from fusedvae.backend.reference import FORMULAS, LIKELIHOODS, Formula
 from fusedvae.cli import bench, main
 from fusedvae.cli.bench import cases, checking, compare, contestants, measuring, report, statistics, suite, table
 from fusedvae.cli.bench.cases import Case
@@ -47,7 +49,7 @@ def run_bench(*options: object) -> int:
 
 @pytest.fixture
 def recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """The file of a small run."""
+    """The file of a small measurement."""
     path = tmp_path / "run.json"
     assert run_bench(*FAST, "--json", path) == 0
     capsys.readouterr()
@@ -109,7 +111,7 @@ def test_contestants_take_turns() -> None:
         return measuring.Contestant(name, lambda index: calls.append((name, index)))
 
     timings = measuring.interleaved([contestant(name) for name in "ABC"], CPU, seconds=0, rounds=(4, 9))
-    # Warm-up, then turns, each of a run that is not timed and one that is.
+    # Warm-up, then turns, each of work that is not timed and work that is.
     assert [name for name, _ in calls] == [*("A" * 3), *("B" * 3), *("C" * 3), *("AABBCC" * 4)]
     assert [index for name, index in calls[9:] if name == "B"] == list(range(8))
     assert {name: len(times) for name, times in timings.seconds.items()} == {"A": 4, "B": 4, "C": 4}
@@ -251,7 +253,9 @@ def test_every_contestant_gives_the_right_answer(preset: str, dtype: str) -> Non
     ):
         if case.operation != "step":
             errors = entered(case)
-            assert {"eager/handwritten", "eager/distributions", "fusedvae/reference"} <= set(errors)
+            by_hand = contestants.usual_idiom(case.operation) == "handwritten"
+            eager = {"eager/handwritten", "eager/distributions"} if by_hand else {"eager/reference"}
+            assert {*eager, "fusedvae/reference"} <= set(errors)
             assert all(0 <= error <= checking.TOLERANCES[dtype] for error in errors.values())
 
 
@@ -350,6 +354,100 @@ def test_a_step_is_a_step() -> None:
     before = copy.deepcopy(models[0].state_dict())
     contestant.work(1)
     assert all(not torch.equal(value, before[name]) for name, value in models[0].state_dict().items())
+
+
+# --- likelihoods that the registry gets ---------------------------------------------------------------------------
+
+
+def _shifted_laplace(recon_x: Tensor, x: Tensor, log_scale: Tensor, extra: Tensor) -> Tensor:
+    return ((recon_x - x).abs() + extra) * torch.exp(-log_scale) + log_scale
+
+
+@pytest.fixture
+def another_likelihood(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The operation of a likelihood that nobody has written kernels for."""
+    inputs, pairs = ("recon_x", "x", "log_scale", "extra"), ((0, 2),)
+    formula = Formula("throwaway_nll", inputs, _shifted_laplace, pairs, "throwaway", False, math.log(2), None)
+    monkeypatch.setitem(FORMULAS, formula.name, formula)
+    monkeypatch.setitem(LIKELIHOODS, "throwaway", formula)
+    (operation,) = set(cases.operations()) - set(cases.OPERATIONS)
+    monkeypatch.setitem(cases.OPERATIONS, operation, cases.operations()[operation])
+    return operation
+
+
+def test_a_likelihood_of_the_registry_is_an_operation(
+    another_likelihood: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert another_likelihood == "nll-throwaway"
+    assert main(["bench", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "  nll-throwaway      Throwaway negative log-likelihood, mean over the batch\n" in out
+    assert "  eager/reference\n" in out
+    path = tmp_path / "run.json"
+    options = ["--presets", "2^8,video-latent", "--operations", another_likelihood, "--seconds", "0.01"]
+    assert run_bench(*options, "--contestants", "eager,fusedvae/reference", "--json", path) == 0
+    (entry,) = json.loads(path.read_text())["cases"]
+    assert (entry["preset"], entry["traffic_bytes"]) == ("2^8", 4 * 5 * 256)
+    assert [c["name"] for c in entry["contestants"]] == ["eager/reference", "fusedvae/reference"]
+    assert {c["status"] for c in entry["contestants"]} == {"ok"}
+
+
+def entered_by(method_names: str, case: Case) -> dict[str, float]:
+    """The errors of the contestants whose names begin so."""
+    work = suite._OperationWork(case, CPU, torch.Generator().manual_seed(5))
+    work.make_sets()
+    with suite._autocast(case, CPU):
+        return {m.name: work.enter(m)[1] for m in contestants.methods(case, CPU) if m.name.startswith(method_names)}
+
+
+@pytest.mark.usefixtures("small_models")
+def test_contestants_agree_on_a_likelihood_of_the_registry(
+    another_likelihood: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "_CHUNK", 30)
+    combinations = [list(cases.DTYPES), list(cases.MEMORY_FORMATS), list(cases.DIRECTIONS)]
+    found = cases.cases(list(cases.MODELS), [another_likelihood], *combinations)
+    assert {case.preset for case in found} == {name for name, preset in cases.MODELS.items() if preset.x}
+    for case in found:
+        errors = entered_by("eager", case) | entered_by("fusedvae/reference", case)
+        assert set(errors) == {"eager/reference", "fusedvae/reference"}
+        assert all(0 <= error <= checking.TOLERANCES[case.dtype] for error in errors.values())
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+@pytest.mark.parametrize("preset", ["mnist-mlp", "single-cell-2k"])
+def test_a_wrong_gradient_of_a_likelihood_of_the_registry_is_noticed(
+    another_likelihood: str, preset: str, number: int
+) -> None:
+    def operation(name: str) -> contestants.Function:
+        right = contestants.registered(name)
+
+        def wrong(mu: None, logvar: None, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return right(mu, logvar, *(_HalvedGradient.apply(t) if i == number else t for i, t in enumerate(inputs)))
+
+        return wrong
+
+    work = suite._OperationWork(Case(preset, another_likelihood), CPU, torch.Generator().manual_seed(5))
+    work.make_sets()
+    name = {0: "recon_x", 2: "recon_logvar", 3: "extra"}[number]
+    with pytest.raises(checking.WrongAnswerError, match=rf"size: the gradient of {name} \(0\.\d+\)$"):
+        work.enter(contestants.Method("wrong", "eager", operation, lambda model: lambda x: ()))
+
+
+def test_a_wrong_value_of_a_likelihood_of_the_registry_is_noticed(another_likelihood: str) -> None:
+    def operation(name: str) -> contestants.Function:
+        return lambda *arguments: (contestants.registered(name)(*arguments)[0] + 784 * math.log(2),)
+
+    work = suite._OperationWork(Case("mnist-mlp", another_likelihood), CPU, torch.Generator().manual_seed(5))
+    work.make_sets()
+    with pytest.raises(checking.WrongAnswerError, match=r"size: the value \("):
+        work.enter(contestants.Method("wrong", "eager", operation, lambda model: lambda x: ()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_likelihood_of_the_registry_can_be_compiled(another_likelihood: str) -> None:
+    assert list(entered_by("compile", Case("2^8", another_likelihood))) == ["compile/reference"]
 
 
 # --- the command ------------------------------------------------------------------------------------------------

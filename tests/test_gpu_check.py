@@ -7,9 +7,13 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+import fusedvae
+from fusedvae.cli.bench import cases, contestants, suite
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
 
@@ -34,14 +38,13 @@ def test_a_rehearsal_times_and_exercises_every_operation(tmp_path: Path) -> None
     steps = report["steps"]
     assert status == 0, text
     assert steps["build"] == {"skipped": "needs a GPU"}
-    cases = steps["speed"]["found"].values()
-    assert {(c["operation"], c["dtype"]) for c in cases} == {
-        (operation, dtype)
-        for operation in ("reparameterize", "kl", "nll", "latent", "elbo")
-        for dtype in ("float32", "bfloat16")
+    found = steps["speed"]["found"].values()
+    assert {(c["operation"], c["dtype"]) for c in found} == {
+        (operation, dtype) for operation in cases.OPERATIONS if operation != "step" for dtype in ("float32", "bfloat16")
     }
-    for case in cases:
+    for case in found:
         assert {"eager", "copy", "native"} <= set(case["microseconds"])
+        assert case["problems"] == {}
         assert all(0 < time < 1e7 for time in case["microseconds"].values())
     assert steps["exercise"]["found"]["native torch.float16"] == "done"
     assert "elbo bfloat16" in text
@@ -54,6 +57,39 @@ def test_a_step_without_time_fails_and_the_next_is_reported_too(tmp_path: Path) 
     assert report["steps"]["exercise"]["reason"] == report["steps"]["speed"]["reason"] == "no time was left"
     assert "exercise      FAILED: no time was left" in text
     assert "streams       skipped: needs a GPU" in text
+
+
+def times_of_kl(monkeypatch: pytest.MonkeyPatch, out: Path, seconds: float) -> dict:
+    """What the step "speed" reports when it must exit with an error."""
+    script = runpy.run_path(str(SCRIPT))
+    monkeypatch.setattr(cases, "OPERATIONS", {"kl": ""})
+    report = script["Report"](out / "speed.json")
+    with pytest.raises(SystemExit) as exit:
+        script["speed"](report, "cpu", time.time() + seconds)
+    return {"message": exit.value.code, **report.content}
+
+
+def test_a_backend_that_is_wrong_or_fails_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def spoilt(method: contestants.Method) -> contestants.Method:
+        def operation(name: str) -> contestants.Function:
+            return lambda *arguments: tuple(1.1 * value for value in method.operation(name)(*arguments))
+
+        return method if method.family == "eager" else method._replace(operation=operation)
+
+    if "native" not in fusedvae.backends():
+        pytest.skip("no compiled extension here")
+    original = suite.methods
+    monkeypatch.setattr(suite, "methods", lambda case, device: [spoilt(m) for m in original(case, device)])
+    found = times_of_kl(monkeypatch, tmp_path, 60)
+    assert found["message"].startswith("wrong or failed: kl float32 2^14, native")
+    for dtype in ("float32", "bfloat16"):
+        case = found[f"kl {dtype} 2^14"]
+        assert case["problems"]["native"].startswith("off by more than")
+        assert set(case["microseconds"]) == {"eager", "copy"}
+
+
+def test_times_that_time_does_not_suffice_for_are_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert times_of_kl(monkeypatch, tmp_path, 1) == {"message": "no time was left from kl float32 2^14 on"}
 
 
 def test_figures_are_read_out_of_ncus_table() -> None:

@@ -28,7 +28,7 @@ from ..trainer import Interruption
 from . import report
 from .cases import DIRECTIONS, DTYPES, MEMORY_FORMATS, MODELS, OPERATIONS, PRESETS, SWEEP, SWEEP_EXPONENTS, Case
 from .compare import verdict_lines, verdicts
-from .contestants import methods
+from .contestants import methods, usual_idiom
 from .suite import FORMAT, Result, Settings, counts, measure, new_result
 from .table import case_lines, csv_text, heading_line, json_text, list_text, summary_lines
 
@@ -42,7 +42,11 @@ _STANDARD: dict[str, Any] = {
     "dtypes": ["float32"],
     "memory_formats": ["contiguous"],
     "directions": ["both"],
-    "contestants": ["eager/*", "compile*/handwritten", "fusedvae/*"],
+    "contestants": [
+        "eager/*",
+        *dict.fromkeys(f"compile*/{usual_idiom(operation)}" for operation in OPERATIONS),
+        "fusedvae/*",
+    ],
     "seconds": 2.0,
 }
 _QUICK: dict[str, Any] = {
@@ -141,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace, previous: dict[str, Any]) -> Settings:
-    """What was asked for; else what the run to compare with was asked for; else what is usual."""
+    """What was asked for; else what that to compare with was asked for; else what is usual."""
     usual = _QUICK if arguments.quick else _FULL if arguments.full else {**_STANDARD, **previous}
     values: dict[str, Any] = {}
     for name in Settings._fields:
@@ -207,7 +211,7 @@ def _measure(arguments: argparse.Namespace, settings: Settings, old: Result | No
     def after_case(entry: Result) -> None:
         for line in case_lines(entry):
             written(line)
-        _write_json(arguments, result)  # a long run that ends in another way than by Ctrl-C leaves something, too
+        _write_json(arguments, result)  # what ends in another way than by Ctrl-C leaves something, too
         if bar is not None:
             bar.update()
 

@@ -13,14 +13,34 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-OPERATIONS = {
-    "reparameterize": "sample z = mu + exp(logvar / 2) * eps",
-    "kl": "KL of the posterior to the standard normal, mean over the batch",
-    "nll": "Gaussian negative log-likelihood, mean over the batch",
-    "latent": "sample and KL (a value a sample) together",
-    "elbo": "negative ELBO of given decoder and encoder outputs, mean over the batch",
-    "step": "a whole training step: networks, sampling, loss, backward pass, fused Adam",
-}
+from ...backend.reference import LIKELIHOODS, Formula
+
+GAUSSIAN = "gaussian"
+"""The likelihood that people write in several ways, and that is part of the ELBO here."""
+
+
+def likelihoods() -> dict[str, str]:
+    """The operations that are a likelihood alone, and which of the registry's: "nll" and, of all others, "nll-NAME"."""
+    return {"nll" if name == GAUSSIAN else f"nll-{name}": name for name in LIKELIHOODS}
+
+
+def operations() -> dict[str, str]:
+    """Every operation, and what it is."""
+    alone = {
+        operation: f"{name.capitalize()} negative log-likelihood, mean over the batch"
+        for operation, name in likelihoods().items()
+    }
+    return {
+        "reparameterize": "sample z = mu + exp(logvar / 2) * eps",
+        "kl": "KL of the posterior to the standard normal, mean over the batch",
+        **alone,
+        "latent": "sample and KL (a value a sample) together",
+        "elbo": "negative ELBO of given decoder and encoder outputs, mean over the batch",
+        "step": "a whole training step: networks, sampling, loss, backward pass, fused Adam",
+    }
+
+
+OPERATIONS = operations()
 DIRECTIONS = {
     "both": "forward and backward pass",
     "forward": "forward pass of training (where gradients are made in it, with them)",
@@ -51,9 +71,10 @@ class Preset(NamedTuple):
 
     @property
     def operations(self) -> tuple[str, ...]:
-        found = (
-            ("reparameterize", "kl", "latent") if self.x is None else ("reparameterize", "kl", "nll", "latent", "elbo")
-        )
+        of_x = likelihoods() if self.x is not None else ()
+        found = ("reparameterize", "kl", *of_x, "latent")
+        if self.x is not None:
+            found = (*found, "elbo")
         return (*found, "step") if self.steps else found
 
 
@@ -159,12 +180,22 @@ class Case:
         return self.operation in ("reparameterize", "latent")
 
     @property
+    def likelihood(self) -> str | None:
+        """The likelihood that the operation is or has in it, by the registry's name."""
+        return GAUSSIAN if self.operation == "elbo" else likelihoods().get(self.operation)
+
+    @property
+    def formula(self) -> Formula | None:
+        """That of the likelihood."""
+        return None if self.likelihood is None else LIKELIHOODS[self.likelihood]
+
+    @property
     def uses_x(self) -> bool:
-        return self.operation in ("nll", "elbo")
+        return self.likelihood is not None
 
     @property
     def uses_latent(self) -> bool:
-        return self.operation != "nll"
+        return self.operation not in likelihoods()
 
     @property
     def elements(self) -> int:
@@ -178,7 +209,7 @@ class Case:
 
         Losses make their gradients in the forward pass: they read each operand once and write each gradient once.
         Samples read mu and logvar and write z; their backward pass reads what it needs again. Values that are fewer
-        than the elements (a loss, a log-variance a feature) count as nothing.
+        than the elements (a loss, a log-variance per feature) count as nothing.
         """
         if self.operation == "step" or self.direction in ("forward", "backward"):
             return None
@@ -190,13 +221,13 @@ class Case:
             "kl": ((2, 0), (2, 2)),
             "latent": ((2, 1), (5, 3)),
             "elbo": ((2, 0), (2, 2)),
-            "nll": ((0, 0), (0, 0)),
         }
-        per_x = ((3, 0), (3, 2)) if self.shapes.recon_logvar == "each" else ((2, 0), (2, 1))
         which = 0 if self.direction == "evaluate" else 1
-        count = sum(per_latent[self.operation][which]) * m
-        if self.uses_x:
-            count += sum(per_x[which]) * n
+        count = sum(per_latent[self.operation][which]) * m if self.uses_latent else 0
+        if self.formula is not None:
+            # recon_x, x and maybe the scale; all of them but x want a gradient.
+            read = 3 if len(self.formula.inputs) > 2 and self.shapes.recon_logvar == "each" else 2
+            count += (read, read + read - 1)[which] * n
         return count * DTYPES[self.dtype].itemsize
 
     def possible(self) -> bool:
@@ -243,13 +274,17 @@ class Operands:
     recon_x: Tensor | None = None
     x: Tensor | None = None
     recon_logvar: Tensor | None = None
+    """Or the scale of another likelihood."""
+    extra: Tensor | None = None
+    """What a likelihood takes beside it: a value per sample."""
     grad_z: Tensor | None = None
     grad_kl: Tensor | None = None
 
     @property
     def leaves(self) -> dict[str, Tensor]:
         """What gradients are wanted of."""
-        found = {"mu": self.mu, "logvar": self.logvar, "recon_x": self.recon_x, "recon_logvar": self.recon_logvar}
+        names = ("mu", "logvar", "recon_x", "recon_logvar", "extra")
+        found = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @property
@@ -259,7 +294,11 @@ class Operands:
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
         """What contestants take."""
-        return self.mu, self.logvar, self.recon_x, self.x, self.recon_logvar
+        return self.mu, self.logvar, self.recon_x, self.x, self.recon_logvar, self.extra
+
+    def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Of the leaves, by a backward pass."""
+        return torch.autograd.grad(outputs, list(self.leaves.values()), self.grads_of(outputs))
 
     def grads_of(self, outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
         """The gradients that come back to some outputs of the case, in their dtypes; None for the 1 of a loss."""
@@ -283,8 +322,8 @@ class Operands:
 
 def operands(case: Case, generator: torch.Generator) -> Operands:
     """Fresh random inputs of the sizes that trained models have: data in [0, 1], variances below 1."""
-    device, shapes = generator.device, case.shapes
-    dtype = DTYPES[case.dtype]
+    device, shapes, formula = generator.device, case.shapes, case.formula
+    dtype: torch.dtype = getattr(torch, case.dtype)
 
     def arranged(tensor: Tensor) -> Tensor:
         if case.memory_format == "channels_last" and tensor.dim() in (4, 5):
@@ -307,11 +346,14 @@ def operands(case: Case, generator: torch.Generator) -> Operands:
         else:
             made.mu = normal(shapes.latent).requires_grad_()
             made.logvar = normal(shapes.latent, -1.0, 0.5).requires_grad_()
-    if case.uses_x:
+    if formula is not None:
         assert shapes.x is not None
         made.x, made.recon_x = uniform(shapes.x), uniform(shapes.x).requires_grad_()
-        spread = {"each": shapes.x, "feature": shapes.x[1:], "scalar": ()}[shapes.recon_logvar]
-        made.recon_logvar = normal(spread, -2.0, 0.5).requires_grad_()
+        if len(formula.inputs) > 2:
+            scale = {"each": shapes.x, "feature": shapes.x[1:], "scalar": ()}[shapes.recon_logvar]
+            made.recon_logvar = normal(scale, -2.0, 0.5).requires_grad_()
+        if len(formula.inputs) > 3:
+            made.extra = uniform((case.batch, *[1] * (len(shapes.x) - 1))).requires_grad_()
     if case.samples:
         made.grad_z = normal(shapes.latent)
     if case.operation == "latent":

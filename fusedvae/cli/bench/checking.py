@@ -1,8 +1,9 @@
 """Whether a contestant's answer is right: its values and gradients against the formulas in float64.
 
-The formulas are written down here once more, with their gradients, and share nothing with the contestants. Noise is
-recovered from the sample, eps = (z - mu) / exp(logvar / 2): the gradients must be those of that very noise, and it must
-look like noise.
+The formulas are written down here once more, with their gradients, and share nothing with the contestants; but those of
+likelihoods other than the Gaussian are the registry's, in float64, and their gradients autograd's. Noise is recovered
+from the sample, eps = (z - mu) / exp(logvar / 2): the gradients must be those of that very noise, and it must look like
+noise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .cases import Case, Operands
+from .cases import GAUSSIAN, Case, Operands
 from .contestants import MLP, Function
 
 TOLERANCES = {"float32": 2e-4, "bfloat16": 2.0**-5, "float16": 2.0**-8}
@@ -43,11 +44,12 @@ def check(
 
     Args:
         grads: by the names of `Operands.leaves`; None where there are none to check.
-        constant: whether the likelihood has the constant log(2 pi) / 2 an element.
+        constant: whether the likelihood has the constant log(2 pi) / 2 per element.
     """
     errors = _Errors(TOLERANCES[case.dtype])
     loss, loss_size = 0.0, 0.0
-    summed, summed_size = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    summed: dict[str, tuple[Tensor, Tensor]] = {}
+    """Gradients that all samples have a part in, so far, and the sizes of their terms."""
     z = outputs[0] if case.samples else None
     kl = outputs[1] if case.operation == "latent" else None
     noise: list[Tensor] = []
@@ -55,6 +57,7 @@ def check(
         part = operands.rows(start, end)
         expected: dict[str, Tensor] = {}
         slack: dict[str, Tensor] = {}
+        size: dict[str, Tensor] = {}
         if case.uses_latent:
             assert part.mu is not None
             mu, logvar = (t.detach().double() for t in _moments(part.mu, part.logvar))
@@ -87,34 +90,54 @@ def check(
                 expected["mu"], expected["logvar"] = d_mu, d_logvar
                 slack["logvar"] = rounding
         if case.uses_x:
-            assert part.recon_x is not None
-            assert part.x is not None
-            assert part.recon_logvar is not None
-            spread = part.recon_logvar.detach().double()
-            difference = part.recon_x.detach().double() - part.x.double()
-            precision = torch.exp(-spread)
-            elements = 0.5 * (spread + difference.square() * precision)
-            elements += constant * HALF_LOG_2PI
+            elements, gradients = _likelihood(case, part)
+            elements = elements + constant * HALF_LOG_2PI
             loss += elements.sum().item() / case.batch
             loss_size += elements.abs().sum().item() / case.batch
-            expected["recon_x"] = difference * precision / case.batch
-            d_spread = 0.5 * (1 - difference.square() * precision) / case.batch
-            if part.recon_logvar.shape == part.x.shape:
-                expected["recon_logvar"] = d_spread
-            else:
-                summed = summed.to(d_spread) + d_spread.sum_to_size(spread.shape)
-                summed_size = summed_size.to(d_spread) + d_spread.abs().sum_to_size(spread.shape)
-        for name, gradient in expected.items():
-            if grads is not None:
-                errors.compare(f"the gradient of {name}", grads[name][start:end], gradient, slack.get(name))
+            for name, per_element in gradients.items():
+                gradient, shape = per_element / case.batch, part.leaves[name].shape
+                if shape == gradient.shape:
+                    expected[name] = gradient
+                    continue
+                total, total_size = gradient.sum_to_size(shape), gradient.abs().sum_to_size(shape)
+                if name == "recon_logvar":
+                    before, size_before = summed.get(name, (0.0, 0.0))
+                    summed[name] = total + before, total_size + size_before
+                else:
+                    expected[name], size[name] = total, total_size
+        if grads is not None:
+            for name, gradient in expected.items():
+                found = grads[name][start:end]
+                errors.compare(f"the gradient of {name}", found, gradient, slack.get(name), size.get(name))
     if noise:
         _check_noise(torch.cat(noise))
-    if case.operation in ("kl", "nll", "elbo"):
-        expected_loss, size = (outputs[0].new_tensor(value, dtype=torch.float64) for value in (loss, loss_size))
-        errors.compare("the value", outputs[0], expected_loss, size=size)
-    if case.uses_x and grads is not None and case.shapes.recon_logvar != "each":
-        errors.compare("the gradient of recon_logvar", grads["recon_logvar"], summed, size=summed_size)
+    if not case.samples:
+        expected_loss, terms = (outputs[0].new_tensor(value, dtype=torch.float64) for value in (loss, loss_size))
+        errors.compare("the value", outputs[0], expected_loss, size=terms)
+    if grads is not None:
+        for name, (total, total_size) in summed.items():
+            errors.compare(f"the gradient of {name}", grads[name], total, size=total_size)
     return errors.largest()
+
+
+def _likelihood(case: Case, part: Operands) -> tuple[Tensor, dict[str, Tensor]]:
+    """A likelihood's elements and, of each leaf that it depends on, the gradient of each element."""
+    assert part.recon_x is not None
+    assert part.x is not None
+    x = part.x.double()
+    if case.likelihood == GAUSSIAN:
+        assert part.recon_logvar is not None
+        logvar = part.recon_logvar.detach().double()
+        difference = part.recon_x.detach().double() - x
+        precision = torch.exp(-logvar)
+        weighted = difference.square() * precision
+        return 0.5 * (logvar + weighted), {"recon_x": difference * precision, "recon_logvar": 0.5 * (1 - weighted)}
+    assert case.formula is not None
+    names = [name for name in part.leaves if name in ("recon_x", "recon_logvar", "extra")]
+    # Of x's shape, so that the gradients of what is broadcast come element by element.
+    leaves = [part.leaves[name].detach().double().expand(x.shape).requires_grad_() for name in names]
+    elements = case.formula((leaves[0], x, *leaves[1:]), 0.0)
+    return elements.detach(), dict(zip(names, torch.autograd.grad(elements.sum(), leaves), strict=True))
 
 
 def check_fresh_noise(first: Tensor, second: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What changed between two runs, beyond the noise."""
+"""What changed between two recorded runs, beyond the noise."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
 
 
 def verdicts(old: Result, new: Result) -> list[Verdict]:
-    """A verdict on each fused contestant of either run, in the cases of the new one.
+    """A verdict on each fused contestant of either result, in the cases of the new one.
 
     Times are corrected by those of the contestants that are not this package's, eager and compiled PyTorch: they ran in
     the same rounds, and what they changed by is the machine's or PyTorch's doing.

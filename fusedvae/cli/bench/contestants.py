@@ -1,8 +1,9 @@
 """Who competes: PyTorch as people write it, the same under torch.compile, and every backend of this package.
 
-The idioms are those of widely copied code; each class and function names its source. In half precision they compute in
-float32, as losses do under autocast, and give the sample back in the dtype of the moments; all of a case runs under
-autocast then, so that the package's losses come in float32 too.
+The idioms are those of widely copied code; each class and function names its source. A likelihood other than the
+Gaussian competes as the registry's formula. In half precision all of these compute in float32, as losses do under
+autocast, and give the sample back in the dtype of the moments; all of a case runs under autocast then, so that the
+package's losses come in float32 too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch.distributions import Normal, kl_divergence
 
 from ... import functional
 from ...backend import NAMES, unavailable
-from .cases import Case
+from ...backend.reference import LIKELIHOODS
+from .cases import GAUSSIAN, Case, likelihoods
 
 Total = Callable[[Tensor], Tensor]
 """Adds up elements: all of them, or those of each sample."""
@@ -106,7 +108,7 @@ def torch_nll(recon_x: Tensor, x: Tensor, recon_logvar: Tensor) -> Tensor:
 
 
 def distributions_nll(recon_x: Tensor, x: Tensor, recon_logvar: Tensor) -> Tensor:
-    """torch.distributions; includes the constant log(2 pi) / 2 an element."""
+    """torch.distributions; includes the constant log(2 pi) / 2 per element."""
     return -Normal(recon_x, torch.exp(0.5 * recon_logvar)).log_prob(x).sum()
 
 
@@ -141,6 +143,15 @@ def _per_sample(elements: Tensor) -> Tensor:
     return elements.flatten(1).sum(1)
 
 
+REFERENCE = "reference"
+"""Stands beside the names of idioms for the registry's formula."""
+
+
+def usual_idiom(operation: str) -> str:
+    """The name of the way to write an operation that stands for all of them where one has to."""
+    return "handwritten" if likelihoods().get(operation, GAUSSIAN) == GAUSSIAN else REFERENCE
+
+
 def idiomatic(idiom: Idiom, operation: str) -> Function:
     """The operation in eager PyTorch."""
 
@@ -148,7 +159,9 @@ def idiomatic(idiom: Idiom, operation: str) -> Function:
         mean, log_variance = mu.chunk(2, dim=1) if logvar is None else (mu, logvar)
         return idiom.posterior(*_in_working_precision(mean, log_variance))
 
-    def run(mu: Tensor, logvar: Tensor | None, recon_x: Tensor, x: Tensor, recon_logvar: Tensor) -> tuple[Tensor, ...]:
+    def run(
+        mu: Tensor, logvar: Tensor | None, recon_x: Tensor, x: Tensor, recon_logvar: Tensor, _: Tensor | None
+    ) -> tuple[Tensor, ...]:
         if operation == "reparameterize":
             return (latent(mu, logvar).sample().to(mu.dtype),)
         if operation == "kl":
@@ -164,10 +177,25 @@ def idiomatic(idiom: Idiom, operation: str) -> Function:
     return run
 
 
+def registered(operation: str) -> Function:
+    """A likelihood in eager PyTorch, by the registry's formula."""
+    formula = LIKELIHOODS[likelihoods()[operation]]
+
+    def run(mu: None, logvar: None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        elements = formula(_in_working_precision(*inputs[: len(formula.inputs)]), 0.0)
+        return (elements.sum() / elements.shape[0],)
+
+    return run
+
+
 def fused(backend: str, operation: str) -> Function:
     """The operation by this package."""
+    if usual_idiom(operation) == REFERENCE:
+        return _fused_likelihood(backend, likelihoods()[operation])
 
-    def run(mu: Tensor, logvar: Tensor | None, recon_x: Tensor, x: Tensor, recon_logvar: Tensor) -> tuple[Tensor, ...]:
+    def run(
+        mu: Tensor, logvar: Tensor | None, recon_x: Tensor, x: Tensor, recon_logvar: Tensor, _: Tensor | None
+    ) -> tuple[Tensor, ...]:
         if operation == "reparameterize":
             return (functional.reparameterize(mu, logvar, backend=backend),)
         if operation == "kl":
@@ -177,6 +205,16 @@ def fused(backend: str, operation: str) -> Function:
         if operation == "nll":
             return (functional.gaussian_nll(recon_x, x, recon_logvar, backend=backend),)
         return (cast(Tensor, functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar, backend=backend)),)
+
+    return run
+
+
+def _fused_likelihood(backend: str, likelihood: str) -> Function:
+    """Any likelihood, as `functional` has it for all of them alike."""
+    count = len(LIKELIHOODS[likelihood].inputs)
+
+    def run(mu: None, logvar: None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (functional._likelihood(likelihood, (*inputs[:count], None), False, "batchmean", backend),)
 
     return run
 
@@ -235,6 +273,10 @@ def fused_step(backend: str, model: MLP) -> Function:
 # --- all of them ------------------------------------------------------------------------------------------------
 
 
+def _no_step(model: MLP) -> Function:
+    raise AssertionError("likelihoods but the Gaussian one have no training step here")
+
+
 class Method(NamedTuple):
     """One way to do an operation."""
 
@@ -245,29 +287,25 @@ class Method(NamedTuple):
     """By the operation's name."""
     step: Callable[[MLP], Function]
     constant: bool = False
-    """Whether its likelihood has the constant log(2 pi) / 2 an element."""
+    """Whether its likelihood has the constant log(2 pi) / 2 per element."""
     captured: bool = False
     """Replayed as a CUDA graph."""
 
 
 _GRAPH_DIRECTIONS = ("both", "evaluate")
-"""A CUDA graph's results are gone with its next run: several forward passes before their backward passes cannot be."""
+"""A CUDA graph's results are gone at its next replay: several forward passes before their backward passes cannot be."""
 _COMPILE_MODES = {"compile": None, "compile-max-autotune": "max-autotune", "compile-reduce-overhead": "reduce-overhead"}
 
 
 def methods(case: Case, device: torch.device) -> list[Method]:
     """Everyone who competes in a case: eager PyTorch first, this package last."""
-    idioms = {name: idiom for name, idiom in IDIOMS.items() if case.operation in idiom.operations}
     eager = [
-        Method(
-            f"eager/{name}",
-            "eager",
-            partial(idiomatic, idiom),
-            partial(idiomatic_step, idiom),
-            idiom.constant,
-        )
-        for name, idiom in idioms.items()
+        Method(f"eager/{name}", "eager", partial(idiomatic, idiom), partial(idiomatic_step, idiom), idiom.constant)
+        for name, idiom in IDIOMS.items()
+        if case.operation in idiom.operations
     ]
+    if usual_idiom(case.operation) == REFERENCE:
+        eager.append(Method(f"eager/{REFERENCE}", "eager", registered, _no_step))
     compiled = [_compiled(method, mode) for mode in _COMPILE_MODES if _applies(mode, case, device) for method in eager]
     ours = [
         Method(

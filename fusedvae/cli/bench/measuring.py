@@ -1,7 +1,7 @@
 """Timing, memory, launches: what is measured, and how.
 
 Contestants take turns (A B C A B C ...), so that whatever else the machine does falls on all of them alike. A turn
-begins with a run that is not timed, after which caches and allocator are as the contestant itself leaves them; then it
+begins with work that is not timed, after which caches and allocator are as the contestant itself leaves them; then it
 repeats the work until that is long enough for the clock, and what it takes is divided by the repeats.
 """
 
@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 WARM_UPS = 3
-"""Runs that are not counted: they fill caches, grow the allocator's pools and find the number of repeats."""
+"""Repeats that are not counted: they fill caches, grow the allocator's pools and find the number of repeats."""
 LONG_SECONDS = 0.2
-"""Work that takes longer than this warms up twice, and its turns have no run that is not timed."""
+"""Work that takes longer than this warms up twice, and its turns have no work that is not timed."""
 MOST_REPEATS = 1000
 DEFAULT_CACHE = 32 * 2**20
 """Bytes of the last cache where the system does not say."""
@@ -40,7 +40,7 @@ class Contestant(NamedTuple):
 
 
 def seconds_of(contestant: Contestant, device: torch.device, repeats: int = 1, first: int = 0) -> float:
-    """Seconds of one run of the contestant, the mean over ``repeats`` in a row; 0 for none."""
+    """Seconds that the contestant's work takes once, the mean over ``repeats`` in a row; 0 for none."""
     if not repeats:
         return 0.0
     indices = range(first, first + repeats)
@@ -114,7 +114,7 @@ def interleaved(
 
 
 class Profile(NamedTuple):
-    """What one run of some work asks of the machine, besides time."""
+    """What some work asks of the machine, besides time."""
 
     peak_bytes: int
     """The most memory allocated at a time, beyond what was there before."""

@@ -57,9 +57,9 @@ def change(
     old_controls: Sequence[Sequence[float]],
     new_controls: Sequence[Sequence[float]],
 ) -> Estimate:
-    """How many times as long something takes in a new run, once the change of the machine itself is taken out.
+    """How many times as long something takes than it took, once the change of the machine itself is taken out.
 
-    The machine's change is the geometric mean of that of the controls: work that is the same in both runs, and was
+    The machine's change is the geometric mean of that of the controls: work that is the same now as before, and was
     timed in the same rounds. Without controls the machine counts as unchanged.
     """
     old_rounds, new_rounds = _draws(len(old)), _draws(len(new))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, Case, Operands, cases, operands
+from .cases import DTYPES, Case, cases, operands
 from .checking import WrongAnswerError, check, check_fresh_noise, check_step
 from .contestants import MLP, Function, Method, methods
 from .measuring import (
@@ -47,7 +47,7 @@ NOISY = 0.15
 SLOW = 1.5
 """Likewise where they are this many times as long as in another case."""
 NOISY_CASES = 0.25
-"""A run with more than this part of noisy cases is a noisy one."""
+"""A result with more than this part of noisy cases is a noisy one."""
 LEARNING_RATE = 1e-3
 
 Result = dict[str, Any]
@@ -138,7 +138,7 @@ def _measure_cases(
 
 
 def judge_noise(result: Result) -> None:
-    """Say of each case, and of the whole run, whether the machine was busy with something else: from the times of a
+    """Say of each case, and of the whole result, whether the machine was busy with something else: from the times of a
     loop that never changes, which vary or are longer than in the best of the cases where it was."""
     measured = [entry for entry in result["cases"] if "calibration" in entry]
     fastest = min((entry["calibration"]["median"] for entry in measured), default=0.0)
@@ -292,7 +292,7 @@ class _OperationWork:
     def __init__(self, case: Case, device: torch.device, generator: torch.Generator) -> None:
         self.case, self.device, self._generator = case, device, generator
         elements = case.elements * DTYPES[case.dtype].itemsize
-        operand_count = 2 * case.uses_latent + 3 * case.uses_x
+        operand_count = 2 * case.uses_latent + (0 if case.formula is None else min(3, len(case.formula.inputs)))
         self.set_bytes = operand_count * elements
         cache = cache_bytes(device)
         if 3 * self.set_bytes <= cache // 2:
@@ -324,19 +324,15 @@ class _OperationWork:
         """What the function gives for the first operands, and the error of it."""
         given = self._operands[0]
         with torch.set_grad_enabled(self.case.direction != "evaluate"):
-            # Copied, as the next run of a compiled CUDA graph writes to the same memory.
+            # Copied, as a compiled CUDA graph writes to the same memory when it is replayed.
             before = function(*given.arguments)[0].detach().clone()
             outputs = function(*given.arguments)
             if self.case.samples:
                 check_fresh_noise(before, outputs[0].detach())
         grads = None
         if self.case.direction != "evaluate":
-            grads = dict(zip(given.leaves, self._gradients(outputs, given), strict=True))
+            grads = dict(zip(given.leaves, given.gradients(outputs), strict=True))
         return outputs, check(self.case, given, outputs, grads, constant=constant)
-
-    @staticmethod
-    def _gradients(outputs: tuple[Tensor, ...], given: Operands) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(outputs, list(given.leaves.values()), given.grads_of(outputs))
 
     def _contestant(self, name: str, function: Function, outputs: tuple[Tensor, ...]) -> Contestant:
         """What is timed is the function and autograd, and as little Python as can be around them."""

@@ -129,7 +129,7 @@ def _about(entry: Result) -> str:
 
 
 def summary_lines(result: Result) -> list[str]:
-    """What the whole run comes to."""
+    """What the whole result comes to."""
     lines = []
     for entry in result["cases"]:
         for contestant in entry["contestants"]:
