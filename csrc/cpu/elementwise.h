@@ -26,6 +26,11 @@ struct Arrays {
   T parameter, constant;
 };
 
+// float64 is here for exactness, not speed: it has one instance of `apply`, which takes weights for all elements and a
+// scale for each, and sums and writes values.
+template <class T>
+constexpr bool kHasOneInstance = Pack<T>::lanes == 1;
+
 // Returns the sum of the weighted values if `sums`; else they are written where there is a place for them.
 template <class Formula, class T, bool has_weights, bool uniform_scale, bool sums>
 double apply(const Arrays<T> a, int64_t count) {  // by value: no store can change it
@@ -49,7 +54,7 @@ double apply(const Arrays<T> a, int64_t count) {  // by value: no store can chan
     const auto derived = uniform_scale ? uniform_derived : Formula::derive(in.inputs[Formula::kScale], parameter);
     const Element<P, n> element = Formula::element(in.inputs, derived, has_weights ? factor * in.weight : factor);
     const P value = has_weights ? element.value * in.weight : element.value;
-    if (!sums && a.value) store(a.value + i, value + a.constant);
+    if ((!sums || kHasOneInstance<T>) && a.value) store(a.value + i, value + a.constant);
 #pragma GCC unroll 4
     for (int k = 0; k < n; ++k)
       if (a.grads[k]) store(a.grads[k] + i, element.grads[k]);
@@ -65,13 +70,17 @@ double apply_for(const Arrays<T>& a, int64_t count) {
 }
 template <class Formula, class T, bool... known, class... Rest>
 double apply_for(const Arrays<T>& a, int64_t count, bool next, Rest... rest) {
-  return next ? apply_for<Formula, T, known..., true>(a, count, rest...)
-              : apply_for<Formula, T, known..., false>(a, count, rest...);
+  if constexpr (kHasOneInstance<T>)
+    return apply<Formula, T, true, false, true>(a, count);
+  else
+    return next ? apply_for<Formula, T, known..., true>(a, count, rest...)
+                : apply_for<Formula, T, known..., false>(a, count, rest...);
 }
 
 // Whether a tile of the task takes none of the buffers of `run_elementwise`.
 template <class Formula, class T>
 bool is_unbuffered(const ElementwiseTask& task, const Gradients& gradients) {
+  if (kHasOneInstance<T>) return false;
   const Extent& e = task.extent;
   for (int k = 0; k < Formula::kInputs; ++k) {
     if (!is_array<T>(task.inputs[k], e) && !(k == Formula::kScale && task.inputs[k].is_uniform())) return false;
@@ -123,6 +132,8 @@ void run_elementwise(const ElementwiseTask& given, double factor, double constan
   const auto body = [&](int64_t first, int64_t last) {
     Buffers<T> buffers;
     Columns<T> columns[n];
+    if (kHasOneInstance<T>)
+      for (T& weight : buffers.weight) weight = 1;
     Arrays<T> a;
     a.factor = static_cast<T>(factor);
     a.parameter = static_cast<T>(task.parameter);
@@ -130,14 +141,15 @@ void run_elementwise(const ElementwiseTask& given, double factor, double constan
     const auto visit = [&](int64_t k, int64_t block, bool is_last) {
       const Tile t = tiling[k];
       const Operand& scale = task.inputs[Formula::kScale];
-      const bool uniform_scale = scale.is_uniform() || (t.nb == 1 && t.no == 1 && scale.stride[2] == 0);
+      const bool uniform_scale =
+          !kHasOneInstance<T> && (scale.is_uniform() || (t.nb == 1 && t.no == 1 && scale.stride[2] == 0));
       for (int j = 0; j < n; ++j) {
         if (j == Formula::kScale && uniform_scale)
           buffers.inputs[j][0] = static_cast<T>(get(scale, scale.data ? offset_of(scale, t, 0, 0) : 0));
         a.inputs[j] =
             j == Formula::kScale && uniform_scale ? buffers.inputs[j] : read(task.inputs[j], t, buffers.inputs[j]);
       }
-      a.weight = task.weight ? read(task.weight, t, buffers.weight) : nullptr;
+      a.weight = task.weight ? read(task.weight, t, buffers.weight) : kHasOneInstance<T> ? buffers.weight : nullptr;
       const bool needs_values = values.needs_values(t);
       a.value = task.value ? array_for(task.value, t, buffers.value, false) : needs_values ? buffers.value : nullptr;
       for (int j = 0; j < n; ++j)
