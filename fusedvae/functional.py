@@ -105,6 +105,31 @@ def _check_latents(mu: object, logvar: object) -> None:
     _check_same_device("logvar", logvar, "mu", mu)
 
 
+def _check_divergence(inputs: Operands) -> None:
+    """Check the inputs of a divergence: mu, logvar, and perhaps the prior's, which broadcast to mu's shape."""
+    mu, logvar, *prior = inputs
+    _check_latents(mu, logvar)
+    assert isinstance(mu, Tensor)
+    shape = mu.shape if logvar is not None else torch.Size((mu.shape[0], mu.shape[1] // 2, *mu.shape[2:]))
+    if not prior:
+        return
+    prior_mu, prior_logvar = prior
+    if prior_logvar is None:
+        _check_tensor("prior_mu", prior_mu)
+        assert isinstance(prior_mu, Tensor)
+        _check_same_device("prior_mu", prior_mu, "mu", mu)
+        _check_packed("prior_mu", prior_mu)
+        half = torch.Size((prior_mu.shape[0], prior_mu.shape[1] // 2, *prior_mu.shape[2:]))
+        if not _broadcasts(half, shape):
+            raise ValueError(
+                f"prior_mu: packed (no log-variance given), expected a shape whose halves along dimension 1 broadcast "
+                f"to {tuple(shape)}, got {tuple(prior_mu.shape)}"
+            )
+        return
+    _check_parameter("prior_mu", prior_mu, shape, "mu", mu)
+    _check_parameter("prior_logvar", prior_logvar, shape, "mu", mu)
+
+
 def _checked_likelihood(likelihood: object) -> Formula:
     try:
         return LIKELIHOODS[likelihood]  # type: ignore[index]
@@ -128,18 +153,28 @@ def _check_likelihood(formula: Formula, inputs: Operands, names: Sequence[str]) 
     elif recon_x.shape != x.shape:
         raise ValueError(f"x: expected the shape of recon_x {tuple(recon_x.shape)}, got {tuple(x.shape)}")
     for name, value in zip(names[2:], others, strict=False):
-        if isinstance(value, Tensor):
-            _check_tensor(name, value)
-            _check_same_device(name, value, "recon_x", recon_x)
-            _check_broadcast(name, value, x.shape)
-        elif value is not None and not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}: expected a tensor, a number or None, got {type(value).__name__}")
+        if value is not None:
+            _check_parameter(name, value, x.shape, "recon_x", recon_x)
+
+
+def _check_parameter(name: str, value: object, shape: torch.Size, other_name: str, other: Tensor) -> None:
+    """Check what may be a number, or a tensor that broadcasts to a shape and lies where another does."""
+    if isinstance(value, Tensor):
+        _check_tensor(name, value)
+        _check_same_device(name, value, other_name, other)
+        _check_broadcast(name, value, shape)
+    elif not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a tensor, a number or None, got {type(value).__name__}")
 
 
 def _check_broadcast(name: str, value: Tensor, shape: torch.Size) -> None:
-    trailing = shape[len(shape) - value.dim() :] if value.dim() <= len(shape) else None
-    if trailing is None or any(s not in (1, t) for s, t in zip(value.shape, trailing, strict=True)):
+    if not _broadcasts(value.shape, shape):
         raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    lead = len(target) - len(shape)
+    return lead >= 0 and all(s in (1, t) for s, t in zip(shape, target[lead:], strict=True))
 
 
 def _checked_reduction(reduction: object) -> str:
@@ -274,13 +309,52 @@ def kl_standard_normal(
         backend: overrides the process's choice for this call.
     """
     operands = (mu, logvar, 1.0)
-    return autograd.objective(find(_kl_call, operands, reduction, backend), operands)[0]
+    return autograd.objective(find(_divergence_call, operands, "kl_standard_normal", reduction, backend), operands)[0]
 
 
-def _kl_call(operands: Operands, reduction: str, backend: str | None) -> autograd.RecordedObjective:
-    mu, logvar, _ = operands
-    _check_latents(mu, logvar)
-    return _objective_call(operands, ("kl_standard_normal",), _checked_reduction(reduction), backend)
+def _divergence_call(
+    operands: Operands, formula: str, reduction: str, backend: str | None
+) -> autograd.RecordedObjective:
+    """Of a divergence alone, of its inputs and 1, its coefficient."""
+    _check_divergence(operands[:-1])
+    return _objective_call(operands, (formula,), _checked_reduction(reduction), backend)
+
+
+def kl_normal(
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = None,
+    *,
+    reduction: str = "batchmean",
+    backend: str | None = None,
+) -> Tensor:
+    """KL(N(mu, diag e^logvar) || N(prior_mu, diag e^prior_logvar)), differentiable in all four.
+
+    sum((expm1(d) - d + (mu - prior_mu)^2 e^-prior_logvar) / 2) with d = logvar - prior_logvar. Source: Kingma &
+    Welling 2014 (arXiv:1312.6114), appendix B, for any two normal distributions.
+
+    Args:
+        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape.
+        prior_mu: mean of p: a tensor that broadcasts to mu's shape, or a number; or mean and log-variance packed, with
+            ``prior_logvar=None``. Without both, p = N(0, I).
+        prior_logvar: log-variance of p: a tensor that broadcasts to mu's shape, or a number.
+        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        backend: overrides the process's choice for this call.
+    """
+    formula, prior = _prior_of(prior_mu, prior_logvar)
+    operands = (mu, logvar, *prior, 1.0)
+    return autograd.objective(find(_divergence_call, operands, formula, reduction, backend), operands)[0]
+
+
+def _prior_of(prior_mu: Operand, prior_logvar: Operand) -> tuple[str, tuple[Operand, ...]]:
+    """The divergence to this prior, and its inputs that are the prior's."""
+    if prior_mu is None:
+        if prior_logvar is not None:
+            raise ValueError("prior_logvar: expected None without prior_mu; a prior of mean 0 has prior_mu=0.0")
+        return "kl_standard_normal", ()
+    return "kl_normal", (prior_mu, prior_logvar)
 
 
 # --- the likelihood ---------------------------------------------------------------------------------------------
@@ -438,6 +512,8 @@ def elbo_loss(
     recon_logvar: Tensor | float | None = 0.0,
     *,
     likelihood: str = "gaussian",
+    prior_mu: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = None,
     kl: Tensor | None = None,
     beta: float | Tensor = 1.0,
     full: bool = False,
@@ -446,10 +522,10 @@ def elbo_loss(
     return_terms: bool = False,
     backend: str | None = None,
 ) -> Tensor | ELBOTerms:
-    """The negative evidence lower bound, NLL(x; recon_x, recon_logvar) + beta * KL(q || N(0, I)).
+    """The negative evidence lower bound, NLL(x; recon_x, recon_logvar) + beta * KL(q || p), p = N(0, I) unless given.
 
-    Terms as in `gaussian_nll` (or the function of another likelihood) and `kl_standard_normal`, each summed over
-    everything but the batch.
+    Terms as in `gaussian_nll` (or the function of another likelihood) and `kl_normal`, each summed over everything but
+    the batch.
 
     Args:
         recon_x: decoder mean, shape (batch, ...); or mean and log-variance packed, with ``recon_logvar=None``.
@@ -459,6 +535,9 @@ def elbo_loss(
         recon_logvar: decoder log-variance, or what else a likelihood has for a scale: a tensor that broadcasts to x's
             shape, or a number.
         likelihood: a name of `fusedvae.backend.reference.LIKELIHOODS`: "gaussian", "laplace".
+        prior_mu: mean of the prior: a tensor that broadcasts to mu's shape, or a number; or mean and log-variance
+            packed, with ``prior_logvar=None``. Without both, the prior is N(0, I).
+        prior_logvar: log-variance of the prior: a tensor that broadcasts to mu's shape, or a number.
         kl: the per-sample KL that `latent` returned, instead of ``mu`` and ``logvar`` (both None then).
         beta: weight of the KL: a number, or a 0-dim tensor, whose value may change under a captured or compiled
             program, and which may need a gradient.
@@ -469,10 +548,16 @@ def elbo_loss(
         backend: overrides the process's choice for this call.
     """
     inputs = _inputs_of(likelihood, recon_x, x, recon_logvar, extra)
-    operands = (*inputs, mu, logvar, beta) if kl is None else (*inputs, kl, beta)
-    if kl is not None and (mu is not None or logvar is not None):
-        raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
-    call = find(_elbo_call, operands, likelihood, kl is None, full, reduction, return_terms, backend)
+    if kl is None:
+        divergence, prior = _prior_of(prior_mu, prior_logvar)
+        operands: tuple[Operand, ...] = (*inputs, mu, logvar, *prior, beta)
+    else:
+        divergence, operands = GIVEN.name, (*inputs, kl, beta)
+        if mu is not None or logvar is not None:
+            raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
+        if prior_mu is not None or prior_logvar is not None:
+            raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
+    call = find(_elbo_call, operands, likelihood, divergence, full, reduction, return_terms, backend)
     values = autograd.objective(call, operands)
     return ELBOTerms(*values[:3]) if return_terms else values[0]
 
@@ -491,7 +576,7 @@ def _inputs_of(
 def _elbo_call(
     operands: Operands,
     likelihood: str,
-    has_latent: bool,
+    divergence: str,
     full: bool,
     reduction: str,
     return_terms: bool,
@@ -502,10 +587,9 @@ def _elbo_call(
     _check_likelihood(formula, operands[:count], ("recon_x", "x", "recon_logvar", "extra"))
     x, latents, beta = operands[1], operands[count:-1], operands[-1]
     assert isinstance(x, Tensor)
-    if has_latent:
-        mu, logvar = latents
-        _check_latents(mu, logvar)
-        name, first = "mu", mu
+    if divergence != GIVEN.name:
+        _check_divergence(latents)
+        name, first = "mu", latents[0]
     else:
         (kl,) = latents
         _check_tensor("kl", kl)
@@ -521,7 +605,7 @@ def _elbo_call(
     _check_number("beta", beta)
     return _objective_call(
         operands,
-        (formula.name, "kl_standard_normal" if has_latent else GIVEN.name),
+        (formula.name, divergence),
         _checked_reduction(reduction),
         backend,
         full=full,

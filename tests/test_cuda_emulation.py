@@ -305,7 +305,10 @@ def checked_races(tmp_path_factory: pytest.TempPathFactory) -> Extension:
 
 
 needs_kernels = pytest.mark.skipif(not KERNELS, reason="this version has no CUDA kernels")
-TESTS = [f"tests/test_{name}.py" for name in ("operations", "likelihoods", "gradient_rules", "noise", "properties")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("operations", "likelihoods", "divergences", "gradient_rules", "noise", "properties")
+]
 
 
 @pytest.mark.slow

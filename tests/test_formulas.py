@@ -48,6 +48,13 @@ def test_kl_standard_normal_is_that_of_normal_distributions() -> None:
     torch.testing.assert_close(reference.kl_standard_normal(mu, logvar), expected)
 
 
+def test_kl_normal_is_that_of_normal_distributions() -> None:
+    mu, logvar, prior_mu, prior_logvar = drawn(4)
+    expected = kl_divergence(Normal(mu, torch.exp(logvar / 2)), Normal(prior_mu, torch.exp(prior_logvar / 2)))
+    torch.testing.assert_close(reference.kl_normal(mu, logvar, prior_mu, prior_logvar), expected)
+    torch.testing.assert_close(reference.kl_normal(mu, logvar, 0.0, 0.0), reference.kl_standard_normal(mu, logvar))
+
+
 def test_likelihoods_begin_with_the_reconstruction_the_data_and_the_scale() -> None:
     for formula in LIKELIHOODS.values():
         assert formula.inputs[:2] == ("recon_x", "x")

@@ -4,6 +4,7 @@
 #include "math/formula.h"
 // (what all have in common above, each of them below)
 #include "math/gaussian.h"
+#include "math/kl_normal.h"
 #include "math/kl_standard_normal.h"
 #include "math/laplace.h"
 
@@ -19,7 +20,8 @@ struct List {
 using Formulas = List<GaussianNll,            //
                       GaussianNllOfVariance,  //
                       LaplaceNll,             //
-                      KlStandardNormal>;
+                      KlStandardNormal,       //
+                      KlNormal>;
 
 template <class Formula>
 struct Tag {

@@ -106,6 +106,32 @@ def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 @formula(
+    "mu",
+    "logvar",
+    "prior_mu",
+    "prior_logvar",
+    pairs=[("mu", "logvar"), ("prior_mu", "prior_logvar")],
+    is_divergence=True,
+)
+def kl_normal(mu: Tensor, logvar: Tensor, prior_mu: Tensor | float, prior_logvar: Tensor | float) -> Tensor:
+    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)), an element.
+
+    (expm1(d) - d + (mu - prior_mu)^2 * e^-prior_logvar) / 2 with d = logvar - prior_logvar. Source: Kingma & Welling
+    2014 (arXiv:1312.6114), appendix B, for any two normal distributions.
+    """
+    dtype = working_dtype(mu, logvar, prior_mu, prior_logvar)
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    prior_mu = prior_mu.to(dtype) if isinstance(prior_mu, Tensor) else prior_mu
+    if isinstance(prior_logvar, Tensor):
+        prior_logvar = prior_logvar.to(dtype)
+        precision: Tensor | float = torch.exp(-prior_logvar)
+    else:
+        precision = _exp(-prior_logvar)
+    difference = logvar - prior_logvar
+    return 0.5 * ((torch.expm1(difference) - difference) + (mu - prior_mu).square() * precision)
+
+
+@formula(
     "recon_x",
     "x",
     "recon_logvar",

@@ -75,6 +75,22 @@ def kl_standard_normal(mu, logvar, in2, in3, parameter, weight):
 
 
 @triton.jit
+def kl_normal(mu, logvar, prior_mu, prior_logvar, parameter, weight):
+    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)).
+
+    (expm1(d) - d + (mu - prior_mu)^2 * e^-prior_logvar) / 2 with d = logvar - prior_logvar. Source: as above, for any
+    two normal distributions.
+    """
+    error, difference = mu - prior_mu, logvar - prior_logvar
+    pull = error * exponential(-prior_logvar)
+    square = error * pull
+    _, growth = sigma_and_expm1(difference)
+    value = 0.5 * ((growth - difference) + square)
+    d_mu, half_weight = weight * pull, 0.5 * weight
+    return value, d_mu, half_weight * growth, -d_mu, -(half_weight * (growth + square))
+
+
+@triton.jit
 def formula_element(formula: tl.constexpr, in0, in1, in2, in3, parameter, weight):
     """The registry: what the formula of that name returns."""
     if formula == "gaussian_nll":
@@ -85,6 +101,8 @@ def formula_element(formula: tl.constexpr, in0, in1, in2, in3, parameter, weight
         value, d0, d1, d2, d3 = laplace_nll(in0, in1, in2, in3, parameter, weight)
     elif formula == "kl_standard_normal":
         value, d0, d1, d2, d3 = kl_standard_normal(in0, in1, in2, in3, parameter, weight)
+    elif formula == "kl_normal":
+        value, d0, d1, d2, d3 = kl_normal(in0, in1, in2, in3, parameter, weight)
     else:
         tl.static_assert(False, "there is no such formula")
     return value, d0, d1, d2, d3
