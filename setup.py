@@ -181,7 +181,18 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     # Headers that are not ours get -isystem: their warnings are not ours either.
     headers = [f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
     macros = ["-DFUSEDVAE_WITH_CUDA"] if cuda else []
-    objects = [ninja.build(folder / "bindings.o", "cxx", [BINDINGS], [*headers, *macros])]
+    objects = []
+    if cuda:
+        # The host compiler is given to nvcc by name alone: it may be a launcher's argument (CXX="ccache g++").
+        nvcc = [cuda.nvcc, "-ccbin", compiler.command[-1]]
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs]
+        targets.append(f"-gencode=arch=compute_{cuda.archs[-1]},code=compute_{cuda.archs[-1]}")
+        device = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, "-MD", "-MF", "$out.d"]
+        ninja.rule("nvcc", [*device, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
+        # Before all else, the longest first: what comes last is compiled while other processors have nothing to do.
+        for source in sorted(cuda_sources(), key=lambda path: not path.stem.startswith("objective")):
+            objects.append(ninja.build(folder / f"cuda_{source.stem}.o", "nvcc", [source]))
+    objects += [ninja.build(folder / "bindings.o", "cxx", [BINDINGS], [*headers, *macros])]
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source != KERNELS:
             objects.append(ninja.build(folder / f"cpu_{source.stem}.o", "cxx", [source]))
@@ -193,14 +204,6 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     if "darwin" in compiler.target:
         link = [*compiler.command, "-bundle", "-undefined", "dynamic_lookup"]
     if cuda:
-        # The host compiler is given to nvcc by name alone: it may be a launcher's argument (CXX="ccache g++").
-        nvcc = [cuda.nvcc, "-ccbin", compiler.command[-1]]
-        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs]
-        targets.append(f"-gencode=arch=compute_{cuda.archs[-1]},code=compute_{cuda.archs[-1]}")
-        compile_ = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, "-MD", "-MF", "$out.d"]
-        ninja.rule("nvcc", [*compile_, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
-        for source in cuda_sources():
-            objects.append(ninja.build(folder / f"cuda_{source.stem}.o", "nvcc", [source]))
         # The CUDA runtime is linked in: the extension then works beside whichever one torch came with.
         link = [*nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
     ldflags = shlex.split(os.environ.get("LDFLAGS", ""))

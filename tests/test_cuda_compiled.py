@@ -47,11 +47,9 @@ BLOCKS = {
     ("objective", "f1 mixed"): 3,
     ("objective", "f4 mixed"): 2,
     ("objective", "d1 mixed"): 2,
-    ("objective", "d2 mixed"): 2,
     ("objective by column", "f1 mixed"): 2,
     ("objective by column", "f4 mixed"): 2,
     ("objective by column", "d1 mixed"): 2,
-    ("objective by column", "d2 mixed"): 2,
 }
 
 

@@ -218,5 +218,14 @@ void launch_objective(const ObjectiveTask& task, const Plan& plan, const Launch&
          0, static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }
 
+// Of float64 one element at a time: it is there for exactness, not speed, and sums of two for each column would take
+// every register that there is.
+template <bool by_column>
+void launch_for_any_dtypes(const ObjectiveTask& task, const Plan& plan, const Layouts& layouts, const Launch& on) {
+  if (layouts.in_double()) return launch_objective<MixedDoubleScalar, by_column>(task, plan, on);
+  layouts.width() >= 4 ? launch_objective<MixedFloat, by_column>(task, plan, on)
+                       : launch_objective<MixedFloatScalar, by_column>(task, plan, on);
+}
+
 }  // namespace cuda
 }  // namespace fusedvae
