@@ -34,7 +34,7 @@ from .calls import (
     find,
     positions,
 )
-from .torch_private import has_tangent, keeps_graph, record
+from .torch_private import has_tangent, is_transformed, keeps_graph, record
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -125,7 +125,7 @@ def latent(call: RecordedLatent, operands: Operands) -> Sequence[Tensor]:
         operands = _converted(call.conversions, operands)
     if call.forward is None:
         if call.spec.backend == "reference":
-            return reference.latent(operands, call.spec.kl_dtype)
+            return reference.latent(operands, call.spec.kl_dtype, call.spec.packed_dim)
         return ops.latent(operands, call.spec)
     return _record_latent(call.forward, *operands) if call.is_recorded else call.forward.outputs(operands)
 
@@ -146,7 +146,7 @@ class _LatentFunction(torch.autograd.Function):
         grad_noise = None
         if noise is not None and noise.requires_grad and grad_z is not None:
             # z is linear in the noise, and hardly anybody asks: the formula will do.
-            _, log_variance = unpack(mu, logvar)
+            _, log_variance = unpack(mu, logvar, ctx.gradient.packed_dim)
             sigma = torch.exp(0.5 * log_variance.to(reference.working_dtype(mu, logvar, noise)))
             grad_noise = (grad_z * sigma).to(noise.dtype)
         grads = _latent_gradients(ctx.gradient, (mu, logvar, seed, noise), grad_z, grad_kl)
@@ -166,7 +166,7 @@ _record_latent = record(_Latent)
 class _DispatchedLatent(_LatentFunction):
     @staticmethod
     def forward(ctx: Any, spec: LatentSpec, *operands: Any) -> Any:
-        _LatentFunction.keep(ctx, LatentGradientSpec(spec.backend), operands)
+        _LatentFunction.keep(ctx, LatentGradientSpec(spec.packed_dim, spec.backend), operands)
         return tuple(ops.latent.below_autograd(operands, spec))
 
 
@@ -178,13 +178,13 @@ def _latent_gradients(
     assert mu is not None
     if grad_z is None and grad_kl is None:
         return None, None
-    if torch.is_grad_enabled():
-        mean, _ = unpack(mu, logvar)
+    if torch.is_grad_enabled() or is_transformed((grad_z, grad_kl)):
+        mean, _ = unpack(mu, logvar, spec.packed_dim)
         if noise is None and seed is not None:
             noise = ops.normal(list(mean.shape), seed, reference.working_dtype(mu, logvar), spec.backend)
 
         def formula(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, ...]:
-            mu, logvar = unpack(mu, logvar)
+            mu, logvar = unpack(mu, logvar, spec.packed_dim)
             z = reference.sample(mu, logvar, noise) if noise is not None else mu
             return z, reference.reduce(reference.kl_standard_normal(mu, logvar), "sample")
 
@@ -309,7 +309,7 @@ class _Objective(torch.autograd.Function):
             return tuple(grads)
         assert call.forward is not None
         made = call.forward.made
-        if is_loss_alone and made and not torch.is_grad_enabled():
+        if is_loss_alone and made and not torch.is_grad_enabled() and not is_transformed(incoming):
             assert g_loss is not None
             for k, gradient in zip(made, _scaled(ctx, g_loss)):  # noqa: B905 - a hot path
                 grads[k + 1] = gradient
@@ -408,7 +408,7 @@ def _gradients(
     """The gradients of an objective's operands, for gradients of its values, but for those that are made already."""
     grads: list[Tensor | None] = [None] * len(operands)
     g_loss, g_likelihood, g_divergence = [*map(_as_weight, incoming), None, None][:3]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_transformed(incoming):
 
         def values(*operands: Operand) -> list[Tensor]:
             return reference.objective(spec, operands)
@@ -431,9 +431,9 @@ def _gradients(
                 weight = _times(factor, factor_of(spec.reduction, kl.shape))
                 grads[span.start] = weight.to(kl.dtype).expand_as(kl)
         elif any(spec.needed[span]):
-            mean = reference.unpacked(formula, inputs)[0]
+            mean = reference.unpacked(formula, inputs, spec.packed_dim)[0]
             assert isinstance(mean, Tensor)
-            gradient = TermGradientSpec(formula.name, spec.parameter, spec.needed[span], spec.backend)
+            gradient = TermGradientSpec(formula.name, spec.parameter, spec.packed_dim, spec.needed[span], spec.backend)
             weight = _times(factor, factor_of(spec.reduction, mean.shape))
             if spec.reduction == "sample":
                 weight = weight.view(-1, *[1] * (mean.dim() - 1))

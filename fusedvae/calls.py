@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backend
 from .backend import LatentWork, ObjectiveWork, Part, TermWork
-from .backend.reference import FORMULAS, Formula, Objective, factor_of, halves, working_dtype
+from .backend.reference import FORMULAS, Formula, Objective, factor_of, unpack, working_dtype
 from .torch_private import is_any_autocast_enabled, is_watched
 
 Operand = Tensor | float | None
@@ -81,14 +81,14 @@ def parts_of(sources: Operands) -> list[Part | None]:
 
 
 def _taken_apart(
-    formula: Formula, parts: Sequence[Part | None], inputs: Sequence[Part | None]
+    formula: Formula, parts: Sequence[Part | None], inputs: Sequence[Part | None], packed_dim: int
 ) -> tuple[Part | None, ...]:
     """Parts of a formula's inputs, or of their gradients, as halves where the inputs are packed."""
     found = list(parts)
     for mean, scale in formula.pairs:
         whole = found[mean]
         if inputs[scale] is None and whole is not None:
-            found[mean], found[scale] = whole.halves()
+            found[mean], found[scale] = whole.halves(packed_dim)
     return tuple(found)
 
 
@@ -179,7 +179,7 @@ def _objective_work(spec: Objective, operands: Operands, parts: Sequence[Part | 
         grads[k] = made
     terms = []
     for formula, span in spec.terms():
-        inputs = _taken_apart(formula, parts[span], parts[span])
+        inputs = _taken_apart(formula, parts[span], parts[span], spec.packed_dim)
         shape = inputs[0].shape if inputs[0] else None
         assert shape is not None
         terms.append(
@@ -188,7 +188,7 @@ def _objective_work(spec: Objective, operands: Operands, parts: Sequence[Part | 
                 spec.parameter,
                 _is_in_double(formula, operands[span]),
                 inputs,  # type: ignore[arg-type]
-                _taken_apart(formula, grads[span], parts[span]),
+                _taken_apart(formula, grads[span], parts[span], spec.packed_dim),
                 factor=factor_of(spec.reduction, shape),
                 constant=formula.constant if spec.full else 0.0,
                 coefficient=parts[spec.beta] if formula.is_divergence else None,
@@ -210,6 +210,7 @@ class TermGradientSpec(NamedTuple):
 
     formula: str
     parameter: float
+    packed_dim: int
     needed: tuple[bool, ...]
     """The inputs that they are of."""
     backend: str
@@ -232,13 +233,13 @@ class TermGradientCall:
         grads: list[Part | None] = [None] * len(formula.inputs)
         for k, made in zip(self.needed, parts[count:], strict=True):
             grads[k] = made
-        inputs = _taken_apart(formula, parts[: count - 1], parts[: count - 1])
+        inputs = _taken_apart(formula, parts[: count - 1], parts[: count - 1], spec.packed_dim)
         term = TermWork(
             formula,
             spec.parameter,
             _is_in_double(formula, operands[:-1]),
             inputs,  # type: ignore[arg-type]
-            _taken_apart(formula, grads, parts[: count - 1]),
+            _taken_apart(formula, grads, parts[: count - 1], spec.packed_dim),
             weight=parts[count - 1],
         )
         work = ObjectiveWork((term,), "element", None)
@@ -259,6 +260,8 @@ class LatentSpec(NamedTuple):
 
     kl_dtype: torch.dtype | None
     """Of the KL per sample; None for the sample alone."""
+    packed_dim: int
+    """The dimension along which mu and logvar are packed, if they are."""
     backend: str
 
 
@@ -266,8 +269,7 @@ def latent_outputs(operands: Operands, spec: LatentSpec, **options: Any) -> list
     """The sample and its KL, uninitialised."""
     mu, logvar, _, _ = operands
     assert isinstance(mu, Tensor)
-    mean, scale = halves(mu) if logvar is None else (mu, logvar)
-    assert isinstance(scale, Tensor)
+    mean, scale = unpack(mu, logvar, spec.packed_dim)  # type: ignore[arg-type]
     z = torch.empty_like(mean, dtype=torch.promote_types(mean.dtype, scale.dtype), **options)
     return [z] if spec.kl_dtype is None else [z, mu.new_empty(mu.shape[:1], dtype=spec.kl_dtype, **options)]
 
@@ -275,6 +277,7 @@ def latent_outputs(operands: Operands, spec: LatentSpec, **options: Any) -> list
 class LatentGradientSpec(NamedTuple):
     """What the gradients of a pass over the latent are; operands: those of the pass, then grad_z and grad_kl."""
 
+    packed_dim: int
     backend: str
 
 
@@ -282,13 +285,13 @@ class LatentCall:
     """The sample of the latent and, with it, its KL per sample."""
 
     def __init__(self, operands: Operands, spec: LatentSpec) -> None:
-        self.gradient = LatentGradientSpec(spec.backend)
+        self.gradient = LatentGradientSpec(spec.packed_dim, spec.backend)
         self.device = _device_of(operands)
         outputs = latent_outputs(operands, spec, device="meta")
         self._outputs = _likes(outputs)
         sources = [*operands, *outputs]
         mu, logvar, seed, noise, z, *kl = parts_of(sources)
-        mu, logvar = _pair(mu, logvar, logvar)
+        mu, logvar = _pair(mu, logvar, logvar, spec.packed_dim)
         assert mu is not None
         assert logvar is not None
         in_double = working_dtype(operands[0], operands[1], operands[3]) == torch.float64
@@ -313,8 +316,8 @@ class LatentGradientCall:
     def __init__(self, operands: Operands, spec: LatentGradientSpec) -> None:
         sources = [*operands, *latent_gradients(operands, spec, device="meta")]
         mu, logvar, seed, noise, grad_z, grad_kl, grad_mu, *grad_logvar = parts_of(sources)
-        grad_mu, grad_of_logvar = _pair(grad_mu, grad_logvar[0] if grad_logvar else None, logvar)
-        mu, logvar = _pair(mu, logvar, logvar)
+        grad_mu, grad_of_logvar = _pair(grad_mu, grad_logvar[0] if grad_logvar else None, logvar, spec.packed_dim)
+        mu, logvar = _pair(mu, logvar, logvar, spec.packed_dim)
         assert mu is not None
         assert logvar is not None
         in_double = working_dtype(operands[0], operands[1], operands[3]) == torch.float64
@@ -330,9 +333,11 @@ class LatentGradientCall:
         return gradients
 
 
-def _pair(mean: Part | None, scale: Part | None, second: Part | None) -> tuple[Part | None, Part | None]:
+def _pair(
+    mean: Part | None, scale: Part | None, second: Part | None, packed_dim: int
+) -> tuple[Part | None, Part | None]:
     """A mean's part and its scale's, taken apart where there is no second operand."""
-    return mean.halves() if second is None and mean is not None else (mean, scale)
+    return mean.halves(packed_dim) if second is None and mean is not None else (mean, scale)
 
 
 # --- the incoming factor ----------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ Common to all:
 * dtypes float64, float32, bfloat16 and float16, mixed as in PyTorch's arithmetic (targets may also be integers).
   Work is done in float32, or float64 if an operand is; values have the promoted dtype of the operands, or float32
   under autocast, as for PyTorch's own losses. Each gradient has its operand's dtype.
-* a mean and a log-variance may come packed in one tensor, halves along dimension 1: pass it in the mean's place and
-  None in the log-variance's.
+* a mean and a log-variance may come packed in one tensor, halves along dimension 1 (or ``packed_dim``, -1 for the
+  tokens of a transformer): pass it in the mean's place and None, said out loud, in the log-variance's.
 * reductions: "batchmean" (sum over everything, divided by the batch size), "sum", "none" (one value a sample).
 
 Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), appendix B.
@@ -22,18 +22,23 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import autograd, ops
 from .backend import resolve
-from .backend.reference import GIVEN, LIKELIHOODS, Formula, Objective
+from .backend.reference import GIVEN, LIKELIHOODS, Formula, Objective, half_of
 from .calls import LatentSpec, Operand, Operands, find
+from .torch_private import is_transformed
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _REDUCTIONS = {"batchmean": "batchmean", "sum": "sum", "none": "sample"}
+
+
+_FORGOTTEN: Any = object()
+"""Stands for a log-variance that was not given: None says that it is packed in the mean."""
 
 
 class Latent(NamedTuple):
@@ -78,24 +83,30 @@ def _check_batched(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected a batch dimension, got a 0-dim tensor")
 
 
-def _check_packed(name: str, value: Tensor, expected: torch.Size | None = None) -> None:
-    if value.dim() < 2 or value.shape[1] % 2:
+def _check_packed(name: str, value: Tensor, dim: int, expected: torch.Size | None = None) -> None:
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"packed_dim: expected an integer, got {type(dim).__name__}")
+    if value.dim() >= 2 and (not -value.dim() <= dim < value.dim() or dim % value.dim() == 0):
         raise ValueError(
-            f"{name}: packed (no log-variance given), expected an even size along dimension 1, "
+            f"packed_dim: expected a dimension of {name}, of shape {tuple(value.shape)}, not the batch; got {dim}"
+        )
+    if value.dim() < 2 or value.shape[dim] % 2:
+        raise ValueError(
+            f"{name}: packed (no log-variance given), expected an even size along dimension {dim}, "
             f"got shape {tuple(value.shape)}"
         )
-    if expected is not None and (value.shape[0], value.shape[1] // 2, *value.shape[2:]) != tuple(expected):
+    if expected is not None and half_of(value.shape, dim) != expected:
         raise ValueError(
             f"{name}: packed (no log-variance given), expected the shape of x {tuple(expected)} with twice the size "
-            f"along dimension 1, got {tuple(value.shape)}"
+            f"along dimension {dim}, got {tuple(value.shape)}"
         )
 
 
-def _check_latents(mu: object, logvar: object) -> None:
+def _check_latents(mu: object, logvar: object, packed_dim: int) -> None:
     _check_tensor("mu", mu)
     _check_batched("mu", mu)  # type: ignore[arg-type]
     if logvar is None:
-        _check_packed("mu", mu)  # type: ignore[arg-type]
+        _check_packed("mu", mu, packed_dim)  # type: ignore[arg-type]
         return
     _check_tensor("logvar", logvar)
     assert isinstance(mu, Tensor)
@@ -105,12 +116,12 @@ def _check_latents(mu: object, logvar: object) -> None:
     _check_same_device("logvar", logvar, "mu", mu)
 
 
-def _check_divergence(inputs: Operands) -> None:
+def _check_divergence(inputs: Operands, packed_dim: int) -> None:
     """Check the inputs of a divergence: mu, logvar, and perhaps the prior's, which broadcast to mu's shape."""
     mu, logvar, *prior = inputs
-    _check_latents(mu, logvar)
+    _check_latents(mu, logvar, packed_dim)
     assert isinstance(mu, Tensor)
-    shape = mu.shape if logvar is not None else torch.Size((mu.shape[0], mu.shape[1] // 2, *mu.shape[2:]))
+    shape = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
     if not prior:
         return
     prior_mu, prior_logvar = prior
@@ -118,12 +129,11 @@ def _check_divergence(inputs: Operands) -> None:
         _check_tensor("prior_mu", prior_mu)
         assert isinstance(prior_mu, Tensor)
         _check_same_device("prior_mu", prior_mu, "mu", mu)
-        _check_packed("prior_mu", prior_mu)
-        half = torch.Size((prior_mu.shape[0], prior_mu.shape[1] // 2, *prior_mu.shape[2:]))
-        if not _broadcasts(half, shape):
+        _check_packed("prior_mu", prior_mu, packed_dim)
+        if not _broadcasts(half_of(prior_mu.shape, packed_dim), shape):
             raise ValueError(
-                f"prior_mu: packed (no log-variance given), expected a shape whose halves along dimension 1 broadcast "
-                f"to {tuple(shape)}, got {tuple(prior_mu.shape)}"
+                f"prior_mu: packed (no log-variance given), expected a shape whose halves along dimension {packed_dim} "
+                f"broadcast to {tuple(shape)}, got {tuple(prior_mu.shape)}"
             )
         return
     _check_parameter("prior_mu", prior_mu, shape, "mu", mu)
@@ -138,7 +148,7 @@ def _checked_likelihood(likelihood: object) -> Formula:
         raise ValueError(f"likelihood: expected one of {expected}; got {likelihood!r}") from None
 
 
-def _check_likelihood(formula: Formula, inputs: Operands, names: Sequence[str]) -> None:
+def _check_likelihood(formula: Formula, inputs: Operands, names: Sequence[str], packed_dim: int) -> None:
     """Check the inputs of a likelihood: recon_x, x, and whatever else it has, which broadcasts to x's shape."""
     recon_x, x, *others = inputs
     _check_tensor("recon_x", recon_x)
@@ -149,7 +159,7 @@ def _check_likelihood(formula: Formula, inputs: Operands, names: Sequence[str]) 
     _check_same_device("x", x, "recon_x", recon_x)
     is_packed = any(inputs[scale] is None for _, scale in formula.pairs)
     if is_packed:
-        _check_packed("recon_x", recon_x, x.shape)
+        _check_packed("recon_x", recon_x, packed_dim, x.shape)
     elif recon_x.shape != x.shape:
         raise ValueError(f"x: expected the shape of recon_x {tuple(recon_x.shape)}, got {tuple(x.shape)}")
     for name, value in zip(names[2:], others, strict=False):
@@ -217,10 +227,11 @@ def _value_dtype(device_type: str, *operands: Tensor | float | None) -> torch.dt
 
 def reparameterize(
     mu: Tensor,
-    logvar: Tensor | None = None,
+    logvar: Tensor | None,
     *,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
+    packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """Sample z = mu + exp(logvar / 2) * eps, eps ~ N(0, 1), differentiable in mu and logvar.
@@ -230,6 +241,7 @@ def reparameterize(
         logvar: log-variance of q, mu's shape.
         generator: where the noise's seed comes from; the device's default generator without it.
         noise: eps itself, mu's shape, instead of fresh noise.
+        packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
 
     Returns:
@@ -238,7 +250,7 @@ def reparameterize(
     _check_generator(generator)
     if noise is not None and generator is not None:
         raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
-    return _sampled(mu, logvar, noise, generator, False, backend)[0]
+    return _sampled(mu, logvar, noise, generator, False, packed_dim, backend)[0]
 
 
 def _sampled(
@@ -247,26 +259,27 @@ def _sampled(
     noise: Tensor | None,
     generator: torch.Generator | None,
     has_kl: bool,
+    packed_dim: int,
     backend: str | None,
 ) -> Sequence[Tensor]:
-    call = find(_latent_call, (mu, logvar, noise), has_kl, backend)
+    call = find(_latent_call, (mu, logvar, noise), has_kl, packed_dim, backend)
     seed = ops.draw_seed(mu.device, generator) if noise is None else None
     return autograd.latent(call, (mu, logvar, seed, noise))
 
 
-def _latent_call(operands: Operands, has_kl: bool, backend: str | None) -> autograd.RecordedLatent:
+def _latent_call(operands: Operands, has_kl: bool, packed_dim: int, backend: str | None) -> autograd.RecordedLatent:
     mu, logvar, noise = operands
-    _check_latents(mu, logvar)
+    _check_latents(mu, logvar, packed_dim)
     assert isinstance(mu, Tensor)
     if noise is not None:
         _check_tensor("noise", noise)
         assert isinstance(noise, Tensor)
-        expected = mu.shape if logvar is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
+        expected = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
         if tuple(noise.shape) != tuple(expected):
             raise ValueError(f"noise: expected shape {tuple(expected)}, got {tuple(noise.shape)}")
         _check_same_device("noise", noise, "mu", mu)
     kl_dtype = _value_dtype(mu.device.type, mu, logvar) if has_kl else None
-    spec = LatentSpec(kl_dtype, resolve(mu.device.type, backend))
+    spec = LatentSpec(kl_dtype, packed_dim, _backend_for(operands, backend))
     # The seed is drawn when all is checked; what it is like is known.
     seed = torch.empty((), dtype=torch.int64, device=mu.device) if noise is None else None
     return autograd.RecordedLatent((mu, logvar, seed, noise), spec)
@@ -274,9 +287,10 @@ def _latent_call(operands: Operands, has_kl: bool, backend: str | None) -> autog
 
 def latent(
     mu: Tensor,
-    logvar: Tensor | None = None,
+    logvar: Tensor | None,
     *,
     generator: torch.Generator | None = None,
+    packed_dim: int = 1,
     backend: str | None = None,
 ) -> Latent:
     """Sample the latent and take its KL to the prior, in one pass over mu and logvar.
@@ -287,18 +301,19 @@ def latent(
         mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
         logvar: log-variance of q, mu's shape.
         generator: where the noise's seed comes from; the device's default generator without it.
+        packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
 
     Returns:
         `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,).
     """
     _check_generator(generator)
-    z, kl = _sampled(mu, logvar, None, generator, True, backend)
+    z, kl = _sampled(mu, logvar, None, generator, True, packed_dim, backend)
     return Latent(z, kl)
 
 
 def kl_standard_normal(
-    mu: Tensor, logvar: Tensor | None = None, *, reduction: str = "batchmean", backend: str | None = None
+    mu: Tensor, logvar: Tensor | None, *, reduction: str = "batchmean", packed_dim: int = 1, backend: str | None = None
 ) -> Tensor:
     """KL(N(mu, diag e^logvar) || N(0, I)) = sum((mu^2 + expm1(logvar) - logvar) / 2).
 
@@ -306,18 +321,20 @@ def kl_standard_normal(
         mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
         logvar: log-variance of q, mu's shape.
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
     operands = (mu, logvar, 1.0)
-    return autograd.objective(find(_divergence_call, operands, "kl_standard_normal", reduction, backend), operands)[0]
+    call = find(_divergence_call, operands, "kl_standard_normal", reduction, packed_dim, backend)
+    return autograd.objective(call, operands)[0]
 
 
 def _divergence_call(
-    operands: Operands, formula: str, reduction: str, backend: str | None
+    operands: Operands, formula: str, reduction: str, packed_dim: int, backend: str | None
 ) -> autograd.RecordedObjective:
     """Of a divergence alone, of its inputs and 1, its coefficient."""
-    _check_divergence(operands[:-1])
-    return _objective_call(operands, (formula,), _checked_reduction(reduction), backend)
+    _check_divergence(operands[:-1], packed_dim)
+    return _objective_call(operands, (formula,), _checked_reduction(reduction), packed_dim, backend)
 
 
 def kl_normal(
@@ -327,6 +344,7 @@ def kl_normal(
     prior_logvar: Tensor | float | None = None,
     *,
     reduction: str = "batchmean",
+    packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """KL(N(mu, diag e^logvar) || N(prior_mu, diag e^prior_logvar)), differentiable in all four.
@@ -341,11 +359,13 @@ def kl_normal(
             ``prior_logvar=None``. Without both, p = N(0, I).
         prior_logvar: log-variance of p: a tensor that broadcasts to mu's shape, or a number.
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
     formula, prior = _prior_of(prior_mu, prior_logvar)
     operands = (mu, logvar, *prior, 1.0)
-    return autograd.objective(find(_divergence_call, operands, formula, reduction, backend), operands)[0]
+    call = find(_divergence_call, operands, formula, reduction, packed_dim, backend)
+    return autograd.objective(call, operands)[0]
 
 
 def _prior_of(prior_mu: Operand, prior_logvar: Operand) -> tuple[str, tuple[Operand, ...]]:
@@ -367,6 +387,7 @@ def gaussian_nll(
     *,
     full: bool = False,
     reduction: str = "batchmean",
+    packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """-log N(x; recon_x, diag e^recon_logvar) = sum((l + (recon_x - x)^2 e^-l [+ log 2 pi]) / 2), l = recon_logvar.
@@ -377,23 +398,26 @@ def gaussian_nll(
         recon_logvar: decoder log-variance: a tensor that broadcasts to x's shape, or a number.
         full: add the constant log(2 pi) / 2 an element.
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    return _likelihood("gaussian", (recon_x, x, recon_logvar, None), full, reduction, backend)
+    return _likelihood("gaussian", (recon_x, x, recon_logvar, None), full, reduction, packed_dim, backend)
 
 
-def _likelihood(likelihood: str, operands: Operands, full: bool, reduction: str, backend: str | None) -> Tensor:
+def _likelihood(
+    likelihood: str, operands: Operands, full: bool, reduction: str, packed_dim: int, backend: str | None
+) -> Tensor:
     """A likelihood alone, of its inputs (and None, the beta of a divergence that is not there)."""
-    call = find(_likelihood_call, operands, likelihood, full, reduction, backend)
+    call = find(_likelihood_call, operands, likelihood, full, reduction, packed_dim, backend)
     return autograd.objective(call, operands)[0]
 
 
 def _likelihood_call(
-    operands: Operands, likelihood: str, full: bool, reduction: str, backend: str | None
+    operands: Operands, likelihood: str, full: bool, reduction: str, packed_dim: int, backend: str | None
 ) -> autograd.RecordedObjective:
     formula = LIKELIHOODS[likelihood]
-    _check_likelihood(formula, operands[:-1], formula.inputs)
-    return _objective_call(operands, (formula.name,), _checked_reduction(reduction), backend, full=full)
+    _check_likelihood(formula, operands[:-1], formula.inputs, packed_dim)
+    return _objective_call(operands, (formula.name,), _checked_reduction(reduction), packed_dim, backend, full=full)
 
 
 def laplace_nll(
@@ -404,6 +428,7 @@ def laplace_nll(
     extra: Tensor | float | None = None,
     full: bool = False,
     reduction: str = "batchmean",
+    packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """-log Laplace(x; recon_x, b) = sum((abs(recon_x - x) + extra) / b + log b [+ log 2]), b = e^log_scale.
@@ -418,10 +443,11 @@ def laplace_nll(
         extra: added to the absolute error of each element: a tensor that broadcasts to x's shape, or a number.
         full: add the constant log 2 an element.
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
     inputs = (recon_x, x, log_scale, 0.0 if extra is None else extra)
-    return _likelihood("laplace", (*inputs, None), full, reduction, backend)
+    return _likelihood("laplace", (*inputs, None), full, reduction, packed_dim, backend)
 
 
 def gaussian_nll_loss(
@@ -448,8 +474,8 @@ def gaussian_nll_loss(
         backend: overrides the process's choice for this call.
 
     Raises:
-        ValueError: a negative variance (not looked for in compiled code, where torch's own check would break the
-            graph), a variance or target of another shape, or an unknown reduction.
+        ValueError: a negative variance (not looked for in compiled or transformed code, where torch's own check would
+            break the graph), a variance or target of another shape, or an unknown reduction.
     """
     _check_tensor("input", input)
     _check_tensor("target", target, integers=True)
@@ -460,7 +486,7 @@ def gaussian_nll_loss(
     if isinstance(var, Tensor):
         _check_tensor("var", var)
         _check_same_device("var", var, "input", input)
-        if not torch.compiler.is_compiling() and torch.any(var < 0):
+        if not torch.compiler.is_compiling() and not is_transformed((var,)) and torch.any(var < 0):
             raise ValueError("var: has negative entries")
         spread = var
         if var.shape != input.shape:
@@ -498,7 +524,7 @@ def gaussian_nll_loss(
 def _variance_call(
     operands: Operands, full: bool, eps: float, reduction: str, backend: str | None
 ) -> autograd.RecordedObjective:
-    return _objective_call(operands, ("gaussian_nll_of_variance",), reduction, backend, full=full, parameter=eps)
+    return _objective_call(operands, ("gaussian_nll_of_variance",), reduction, 1, backend, full=full, parameter=eps)
 
 
 # --- the bound --------------------------------------------------------------------------------------------------
@@ -508,7 +534,7 @@ def elbo_loss(
     recon_x: Tensor,
     x: Tensor,
     mu: Tensor | None,
-    logvar: Tensor | None = None,
+    logvar: Tensor | None = _FORGOTTEN,
     recon_logvar: Tensor | float | None = 0.0,
     *,
     likelihood: str = "gaussian",
@@ -520,6 +546,7 @@ def elbo_loss(
     extra: Tensor | float | None = None,
     reduction: str = "batchmean",
     return_terms: bool = False,
+    packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor | ELBOTerms:
     """The negative evidence lower bound, NLL(x; recon_x, recon_logvar) + beta * KL(q || p), p = N(0, I) unless given.
@@ -545,9 +572,14 @@ def elbo_loss(
         extra: a further input of a likelihood that has one.
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
+        packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
     inputs = _inputs_of(likelihood, recon_x, x, recon_logvar, extra)
+    if logvar is _FORGOTTEN:
+        if kl is None:
+            raise TypeError("logvar: expected a tensor beside mu, or None if both are packed in mu; got nothing")
+        logvar = None
     if kl is None:
         divergence, prior = _prior_of(prior_mu, prior_logvar)
         operands: tuple[Operand, ...] = (*inputs, mu, logvar, *prior, beta)
@@ -557,7 +589,7 @@ def elbo_loss(
             raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
         if prior_mu is not None or prior_logvar is not None:
             raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
-    call = find(_elbo_call, operands, likelihood, divergence, full, reduction, return_terms, backend)
+    call = find(_elbo_call, operands, likelihood, divergence, full, reduction, return_terms, packed_dim, backend)
     values = autograd.objective(call, operands)
     return ELBOTerms(*values[:3]) if return_terms else values[0]
 
@@ -580,15 +612,16 @@ def _elbo_call(
     full: bool,
     reduction: str,
     return_terms: bool,
+    packed_dim: int,
     backend: str | None,
 ) -> autograd.RecordedObjective:
     formula = LIKELIHOODS[likelihood]
     count = len(formula.inputs)
-    _check_likelihood(formula, operands[:count], ("recon_x", "x", "recon_logvar", "extra"))
+    _check_likelihood(formula, operands[:count], ("recon_x", "x", "recon_logvar", "extra"), packed_dim)
     x, latents, beta = operands[1], operands[count:-1], operands[-1]
     assert isinstance(x, Tensor)
     if divergence != GIVEN.name:
-        _check_divergence(latents)
+        _check_divergence(latents, packed_dim)
         name, first = "mu", latents[0]
     else:
         (kl,) = latents
@@ -607,16 +640,26 @@ def _elbo_call(
         operands,
         (formula.name, divergence),
         _checked_reduction(reduction),
+        packed_dim,
         backend,
         full=full,
         returns_terms=return_terms,
     )
 
 
+def _backend_for(operands: Operands, requested: str | None) -> str:
+    """The backend that serves these operands: the reference where only operations of PyTorch can."""
+    first = operands[0]
+    assert isinstance(first, Tensor)
+    name = resolve(first.device.type, requested)
+    return "reference" if is_transformed(operands) else name
+
+
 def _objective_call(
     operands: Operands,
     formulas: tuple[str, ...],
     reduction: str,
+    packed_dim: int,
     backend: str | None,
     *,
     full: bool = False,
@@ -633,11 +676,12 @@ def _objective_call(
     spec = Objective(
         formulas,
         parameter,
+        packed_dim,
         bool(full),
         reduction,
         _value_dtype(first.device.type, *operands[:-1]),
         bool(returns_terms) or (isinstance(beta, Tensor) and beta.requires_grad),  # its gradient is the divergence
         (*needed, False),
-        resolve(first.device.type, backend),
+        _backend_for(operands, backend),
     )
     return autograd.RecordedObjective(operands, spec)

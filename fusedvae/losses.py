@@ -66,7 +66,7 @@ class ELBOLoss(nn.Module):
         recon_x: Tensor,
         x: Tensor,
         mu: Tensor | None,
-        logvar: Tensor | None = None,
+        logvar: Tensor | None = functional._FORGOTTEN,
         recon_logvar: Tensor | float | None = 0.0,
         *,
         prior_mu: Tensor | float | None = None,

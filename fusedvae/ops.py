@@ -34,7 +34,7 @@ from .calls import (
     objective_outputs,
     term_gradients,
 )
-from .torch_private import FunctionalTensorMode, below_autograd, is_watched
+from .torch_private import FunctionalTensorMode, below_autograd, is_transformed, is_watched
 
 _library = torch.library.Library("fusedvae", "DEF")
 _KERNEL_DEVICES = ("CPU", "CUDA")
@@ -142,17 +142,17 @@ objective = Operator(
     "objective",
     ObjectiveCall,
     objective_outputs,
-    "str[] formulas, float parameter, bool full, str reduction, ScalarType dtype, bool returns_terms, bool[] needed, "
-    "str backend",
+    "str[] formulas, float parameter, int packed_dim, bool full, str reduction, ScalarType dtype, bool returns_terms, "
+    "bool[] needed, str backend",
 )
 term_gradient = Operator(
     "term_gradient",
     TermGradientCall,
     term_gradients,
-    "str formula, float parameter, bool[] needed, str backend",
+    "str formula, float parameter, int packed_dim, bool[] needed, str backend",
 )
-latent = Operator("latent", LatentCall, latent_outputs, "ScalarType? kl_dtype, str backend")
-latent_gradient = Operator("latent_gradient", LatentGradientCall, latent_gradients, "str backend")
+latent = Operator("latent", LatentCall, latent_outputs, "ScalarType? kl_dtype, int packed_dim, str backend")
+latent_gradient = Operator("latent_gradient", LatentGradientCall, latent_gradients, "int packed_dim, str backend")
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
 
     An operator of its own, so that a compiled program draws the very seed that an eager one does.
     """
-    if is_watched():
+    if is_watched() and not is_transformed(()):
         return torch.ops.fusedvae.draw_seed(device, generator)
     return _draw_seed(device, generator)
 

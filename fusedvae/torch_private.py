@@ -6,7 +6,7 @@ nothing is wrong: but for what is marked "needed", whose absence stops the impor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 # torch.library.register_torch_dispatch, which is public, takes it.
 from torch._subclasses.functional_tensor import FunctionalTensorMode as FunctionalTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def record(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -36,10 +37,33 @@ def is_watched() -> bool:
     """
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def is_transformed(operands: Sequence[Any]) -> bool:
+    """Whether a call is one that kernels cannot serve, but operations of PyTorch can.
+
+    It is seen by a transform of torch.func, by forward-mode differentiation, or by torch.jit.trace, whose programs hold
+    no operators of the package; or its tensors are made of others (gradients in batches, the shards of a DTensor).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(map(has_tangent, operands))
+        or any(map(_is_made_of_others, operands))
+    )
+
+
+def _is_made_of_others(operand: Any) -> bool:
+    if type(operand) is Tensor:
+        return not torch._C._has_storage(operand)
+    return isinstance(operand, Tensor) and is_traceable_wrapper_subclass(operand)
 
 
 def has_tangent(operand: Any) -> bool:

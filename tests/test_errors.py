@@ -263,6 +263,27 @@ CASES: dict[str, tuple[Callable, dict, list]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: functional.elbo_loss(X, X, LATENT),
+        lambda: fusedvae.ELBOLoss()(X, X, LATENT),
+        lambda: functional.latent(LATENT),
+        lambda: functional.reparameterize(LATENT),
+        lambda: functional.kl_standard_normal(LATENT),
+    ],
+)
+def test_a_forgotten_log_variance_is_an_error_and_not_half_of_the_mean(call: Callable) -> None:
+    with pytest.raises(TypeError, match="logvar"):
+        call()
+
+
+@pytest.mark.parametrize(("dim", "error"), [(0, ValueError), (-2, ValueError), (2, ValueError), ("1", TypeError)])
+def test_wrong_dimensions_of_packed_tensors(dim: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="packed_dim"):
+        functional.latent(torch.zeros(4, 6), None, packed_dim=dim)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that must not start."""

@@ -175,7 +175,7 @@ def test_derivatives_of_the_latent_numerically(target: Target) -> None:
 
     def from_seed(*t: Tensor) -> tuple[Tensor, ...]:
         generator = torch.Generator(target.device).manual_seed(1)
-        return functional.latent(*t, generator=generator)
+        return functional.latent(*(*t, None)[:2], generator=generator)
 
     def given(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         return functional.reparameterize(mu, logvar, noise=noise)
@@ -183,17 +183,6 @@ def test_derivatives_of_the_latent_numerically(target: Target) -> None:
     for function, inputs in ((from_seed, (mu, logvar)), (from_seed, (packed,)), (given, (mu, logvar, noise))):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, from its forward mode
-def test_forward_mode_is_refused_rather_than_lost() -> None:
-    t = [v.detach() for v in operands()]
-    with torch.autograd.forward_ad.dual_level():
-        t[0] = torch.autograd.forward_ad.make_dual(t[0], torch.ones_like(t[0]))
-        with pytest.raises(NotImplementedError, match="forward mode"):
-            functional.elbo_loss(*t)
-        with pytest.raises(NotImplementedError, match="forward mode"):
-            functional.latent(t[0], t[0])
 
 
 def test_weights_a_sample() -> None:
@@ -259,16 +248,16 @@ def test_operators_pass_opcheck(target: Target) -> None:
     inputs = [recon_x, x, spread, mu, logvar, torch.tensor(0.7, dtype=torch.float64)]
     needed = [True, False, True, True, True, False]
     for reduction in ("batchmean", "sample"):
-        options = (formulas, 0.0, True, reduction, torch.float32, True, needed, target.backend)
+        options = (formulas, 0.0, 1, True, reduction, torch.float32, True, needed, target.backend)
         opcheck(ops.objective, (inputs, *options))
-    opcheck(ops.latent, ([mu, logvar, seed, None], torch.float32, target.backend))
-    opcheck(ops.latent, ([mu, logvar, None, torch.randn_like(mu)], None, target.backend))
+    opcheck(ops.latent, ([mu, logvar, seed, None], torch.float32, 1, target.backend))
+    opcheck(ops.latent, ([mu, logvar, None, torch.randn_like(mu)], None, 1, target.backend))
     opcheck(ops.normal, ([4, 5], seed, torch.float32, target.backend))
     opcheck(ops.draw_seed, (torch.device(target.device), None), test_utils=("test_schema", "test_faketensor"))
     recon_x, mu, logvar, spread = (t.detach() for t in (recon_x, mu, logvar, spread))
     weighted = [recon_x, x, spread, torch.tensor(2.0)]
-    opcheck(ops.term_gradient, (weighted, "gaussian_nll", 0.0, [True, False, True], target.backend))
-    opcheck(ops.latent_gradient, ([mu, logvar, seed, None, mu, mu.sum(1)], target.backend))
+    opcheck(ops.term_gradient, (weighted, "gaussian_nll", 0.0, 1, [True, False, True], target.backend))
+    opcheck(ops.latent_gradient, ([mu, logvar, seed, None, mu, mu.sum(1)], 1, target.backend))
 
 
 @pytest.mark.slow
@@ -280,7 +269,7 @@ def test_a_compiled_training_step_is_one_graph_and_agrees_with_eager() -> None:
     x = torch.randn(8, 20)
 
     def step(x: Tensor) -> Tensor:
-        z, kl = functional.latent(encoder(x))
+        z, kl = functional.latent(encoder(x), None)
         return functional.elbo_loss(decoder(z), x, None, None, None, kl=kl, beta=beta)
 
     def run(function) -> list[Tensor]:

@@ -234,11 +234,11 @@ def test_memory_layouts_get_the_same_noise(target: Target) -> None:
         plain = functional.reparameterize(zeros, zeros, backend=target.backend)
         assert torch.equal(z, plain), name
         if target.backend != "reference":
-            (direct,) = torch.ops.fusedvae.latent([layout, layout, seed, None], None, target.backend)
+            (direct,) = torch.ops.fusedvae.latent([layout, layout, seed, None], None, 1, target.backend)
             assert torch.equal(direct, expected), name
     packed = torch.zeros(3, 20, 5, 7, device=target.device).contiguous(memory_format=torch.channels_last)
     torch.manual_seed(21)
-    assert torch.equal(functional.latent(packed, backend=target.backend).z, plain)
+    assert torch.equal(functional.latent(packed, None, backend=target.backend).z, plain)
 
 
 def test_backends_agree_to_rounding(target: Target) -> None:

@@ -171,7 +171,7 @@ def test_latent(target: Target, data: st.DataObject, packed: bool, seed: int) ->
     shape = data.draw(PACKED_SHAPES if packed else SHAPES, "shape")
     if packed:
         moments = data.draw(operands((shape[0], 2 * shape[1], *shape[2:])), "moments")
-        inputs, arguments = [moments], (moments.tensor,)
+        inputs, arguments = [moments], (moments.tensor, None)
         mu, logvar = moments.exact.split(max(shape[1], 1), 1) if shape[1] else (moments.exact, moments.exact)
     else:
         inputs = [data.draw(operands(shape), "mu"), data.draw(operands(shape), "logvar")]

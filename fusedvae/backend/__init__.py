@@ -35,7 +35,9 @@ class Part(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype | None
     half: int | None = None
-    """Which half along dimension 1; None for the whole."""
+    """Which half of the source; None for the whole."""
+    dim: int = 1
+    """The dimension that the halves are along."""
 
     @property
     def is_number(self) -> bool:
@@ -53,18 +55,18 @@ class Part(NamedTuple):
             return 0
         assert self.shape is not None
         assert self.dtype is not None
-        return self.shape[1] * self.strides[1] * self.dtype.itemsize
+        return self.shape[self.dim] * self.strides[self.dim] * self.dtype.itemsize
 
     def of(self, sources: Sequence[Any]) -> Any:
         """The tensor, or a view of it, or the number."""
         source = sources[self.source]
-        return source if self.half is None else reference.halves(source)[self.half]
+        return source if self.half is None else reference.halves(source, self.dim)[self.half]
 
-    def halves(self) -> tuple[Part, Part]:
+    def halves(self, dim: int) -> tuple[Part, Part]:
         """The parts of a mean and a scale that are packed in this one."""
         assert self.shape is not None
-        half = torch.Size((self.shape[0], self.shape[1] // 2, *self.shape[2:]))
-        return self._replace(shape=half, half=0), self._replace(shape=half, half=1)
+        half = reference.half_of(self.shape, dim)
+        return self._replace(shape=half, half=0, dim=dim), self._replace(shape=half, half=1, dim=dim)
 
 
 class TermWork(NamedTuple):

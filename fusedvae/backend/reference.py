@@ -211,24 +211,31 @@ def _exp(value: float) -> float:
 # --- objectives -------------------------------------------------------------------------------------------------------
 
 
-def halves(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean half and the scale half of a packed tensor, as views."""
-    first, second = packed.chunk(2, 1)
+def halves(packed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The mean half and the scale half of a tensor that is packed along a dimension, as views."""
+    first, second = packed.chunk(2, dim)
     return first, second
 
 
-def unpack(mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def half_of(shape: torch.Size, dim: int) -> torch.Size:
+    """The shape of either half of a packed tensor."""
+    sizes = list(shape)
+    sizes[dim] //= 2
+    return torch.Size(sizes)
+
+
+def unpack(mean: Tensor, scale: Tensor | None, packed_dim: int) -> tuple[Tensor, Tensor]:
     """A mean and its scale, whether they came as two tensors or packed as one."""
-    return halves(mean) if scale is None else (mean, scale)
+    return halves(mean, packed_dim) if scale is None else (mean, scale)
 
 
-def unpacked(formula: Formula, inputs: Sequence[Tensor | float | None]) -> list[Tensor | float]:
+def unpacked(formula: Formula, inputs: Sequence[Tensor | float | None], packed_dim: int) -> list[Tensor | float]:
     """A formula's inputs, the packed ones taken apart."""
     found = list(inputs)
     for mean, scale in formula.pairs:
         whole = found[mean]
         if found[scale] is None and isinstance(whole, Tensor):
-            found[mean], found[scale] = halves(whole)
+            found[mean], found[scale] = halves(whole, packed_dim)
     return found  # type: ignore[return-value]
 
 
@@ -239,7 +246,12 @@ def reduce(elements: Tensor, reduction: str) -> Tensor:
     if reduction == "sample":
         return elements.flatten(1).sum(1) if elements.dim() > 1 else elements
     total = elements.sum()
-    return total * factor_of(reduction, elements.shape)
+    return _times(total, factor_of(reduction, elements.shape))
+
+
+def _times(value: Tensor, number: Tensor | float) -> Tensor:
+    """A product in the value's dtype; PyTorch's forward mode takes a 0-dim tensor times a number to float64."""
+    return value * (number if isinstance(number, Tensor) else value.new_full((), number))
 
 
 def factor_of(reduction: str, shape: torch.Size) -> float:
@@ -260,6 +272,8 @@ class Objective(NamedTuple):
     """The names of its terms' formulas."""
     parameter: float
     """That of the formula which has one."""
+    packed_dim: int
+    """The dimension along which means and scales are packed, of operands that are."""
     full: bool
     """Whether terms have their constants."""
     reduction: str
@@ -293,13 +307,19 @@ def objective(spec: Objective, operands: Sequence[Tensor | float | None]) -> lis
     Loss, likelihood and divergence, whatever ``spec`` says of the terms; those that are absent are 0.
     """
     likelihood = divergence = None
+    if torch.compiler.is_compiling():  # a program that knew numbers would be compiled anew for others
+        device = next(t.device for t in operands if isinstance(t, Tensor))
+        operands = [
+            t if t is None or isinstance(t, Tensor) else torch.full((), t, dtype=torch.float64, device=device)
+            for t in operands
+        ]
     for formula, inputs in spec.terms():
         if formula is GIVEN:
             (kl,) = operands[inputs]
             assert isinstance(kl, Tensor)
-            divergence = kl if spec.reduction == "sample" else kl.sum() * factor_of(spec.reduction, kl.shape)
+            divergence = kl if spec.reduction == "sample" else _times(kl.sum(), factor_of(spec.reduction, kl.shape))
             continue
-        elements = formula(unpacked(formula, operands[inputs]), spec.parameter)
+        elements = formula(unpacked(formula, operands[inputs], spec.packed_dim), spec.parameter)
         if spec.full and formula.constant:
             elements = elements + formula.constant
         value = reduce(elements, spec.reduction)
@@ -312,16 +332,16 @@ def objective(spec: Objective, operands: Sequence[Tensor | float | None]) -> lis
         return [likelihood, likelihood, torch.zeros_like(likelihood)]
     beta = operands[spec.beta]
     assert beta is not None
-    loss = beta * divergence if likelihood is None else likelihood + beta * divergence
-    assert isinstance(loss, Tensor)
+    weighted = _times(divergence, beta)
+    loss = weighted if likelihood is None else likelihood + weighted
     return [loss, torch.zeros_like(loss) if likelihood is None else likelihood, divergence]
 
 
-def latent(operands: Sequence[Tensor | float | None], kl_dtype: torch.dtype | None) -> list[Tensor]:
+def latent(operands: Sequence[Tensor | float | None], kl_dtype: torch.dtype | None, packed_dim: int) -> list[Tensor]:
     """The sample of mu, logvar and a seed or noise, in their promoted dtype; with a dtype for it, its KL per sample."""
     mu, logvar, seed, noise = operands
     assert isinstance(mu, Tensor)
-    mean, scale = unpack(mu, logvar)  # type: ignore[arg-type]
+    mean, scale = unpack(mu, logvar, packed_dim)  # type: ignore[arg-type]
     if noise is None:
         assert isinstance(seed, Tensor)
         noise = normal(tuple(mean.shape), seed, working_dtype(mean, scale))
@@ -340,17 +360,37 @@ def normal(shape: tuple[int, ...], seed: Tensor, dtype: torch.dtype) -> Tensor:
     """Standard normal noise: element i of the row-major output is lane i % 4 of Philox counter i // 4.
 
     ``seed`` is a 0-dim int64 tensor, on the device the noise is wanted on; it is never read by the host.
-    The four words of a counter become two Box-Muller pairs. Evaluated in float64 and rounded to float32.
+    The four words of a counter become two Box-Muller pairs. Evaluated in float64, where the device has it, and rounded
+    to float32.
     """
     count = math.prod(shape)
     counter = torch.arange((count + 3) // 4, dtype=torch.int64, device=seed.device)
     words = _philox4x32(counter, seed)
-    uniforms = [((word >> 1).to(torch.float32) * 2.0**-31 + 2.0**-32).double() for word in words]
+    uniforms = [_in_float64((word >> 1).to(torch.float32) * 2.0**-31 + 2.0**-32) for word in words]
     lanes = []
     for u0, u1 in (uniforms[:2], uniforms[2:]):
         radius = torch.sqrt(-2.0 * torch.log(u0))
-        lanes += [radius * torch.cos(2 * math.pi * u1), radius * torch.sin(2 * math.pi * u1)]
+        sine, cosine = _sincos_turns(u1)
+        lanes += [radius * cosine, radius * sine]
     return torch.stack(lanes, dim=1).flatten()[:count].float().to(dtype).view(shape)
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64; as it is, on devices that have none (Apple's, some of Intel's)."""
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor
+
+
+def _sincos_turns(turns: Tensor) -> tuple[Tensor, Tensor]:
+    """sin and cos of 2 pi u: the nearest quarter turn comes off exactly, so that float32 rounds no large angle."""
+    quarter = torch.floor(turns * 4.0 + 0.5)
+    angle = (turns - quarter * 0.25) * (2 * math.pi)
+    sine, cosine = torch.sin(angle), torch.cos(angle)
+    odd, upper = quarter.remainder(2) == 1, quarter.remainder(4) >= 2
+    sine, cosine = torch.where(odd, cosine, sine), torch.where(odd, -sine, cosine)
+    return torch.where(upper, -sine, sine), torch.where(upper, -cosine, cosine)
 
 
 def _philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -214,7 +214,7 @@ def _fused_likelihood(backend: str, likelihood: str) -> Function:
     count = len(LIKELIHOODS[likelihood].inputs)
 
     def run(mu: None, logvar: None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return (functional._likelihood(likelihood, (*inputs[:count], None), False, "batchmean", backend),)
+        return (functional._likelihood(likelihood, (*inputs[:count], None), False, "batchmean", 1, backend),)
 
     return run
 
