@@ -116,6 +116,15 @@ def find_ninja() -> str:
         return found
 
 
+def find_pybind11() -> str:
+    """The folder of the build requirement's headers."""
+    try:
+        import pybind11
+    except ImportError:
+        raise BuildError("pybind11 not found (pip install pybind11)") from None
+    return pybind11.get_include()
+
+
 def find_cuda() -> Cuda | str:
     """The CUDA compiler and the architectures to compile for, or the reason that there are none."""
     if os.environ.get("FUSEDVAE_CUDA") == "0":
@@ -170,8 +179,7 @@ class NinjaFile:
 
 def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda | None) -> Path:
     """Write the build.ninja in ``folder`` that makes ``library``."""
-    import pybind11
-
+    pybind11 = find_pybind11()
     ninja = NinjaFile()
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     dependencies = {"depfile": "$out.d", "deps": "gcc"}  # rebuild just what an edited header reaches
@@ -179,7 +187,7 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     ninja.rule("cxx", [*compile_, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
 
     # Headers that are not ours get -isystem: their warnings are not ours either.
-    headers = [f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
+    headers = [f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11)]
     macros = ["-DFUSEDVAE_WITH_CUDA"] if cuda else []
     objects = []
     if cuda:

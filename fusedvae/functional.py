@@ -64,6 +64,8 @@ class ELBOTerms(NamedTuple):
 def _check_tensor(name: str, value: object, *, integers: bool = False) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a strided tensor, got a nested one")
     if value.dtype not in _FLOATS and not (
         integers and not value.dtype.is_complex and not value.dtype.is_floating_point
     ):
@@ -492,7 +494,7 @@ def gaussian_nll_loss(
         if var.shape != input.shape:
             if var.shape == input.shape[:-1]:
                 spread = var.unsqueeze(-1)
-            elif var.dim() != input.dim() or sum(s for s, v in zip(input.shape, var.shape, strict=True) if s != v) == 0:
+            elif var.dim() != input.dim() or sum(v for s, v in zip(input.shape, var.shape, strict=True) if s != v) != 1:
                 raise ValueError(f"var: expected a shape that fits {tuple(input.shape)}, got {tuple(var.shape)}")
             else:
                 _check_broadcast("var", var, input.shape)

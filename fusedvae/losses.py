@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from . import functional
@@ -45,21 +47,27 @@ class ELBOLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        functional._check_number("beta", beta)
         functional._checked_reduction(reduction)
         functional._checked_likelihood(likelihood)
         if backend is not None:
             checked_name(backend)
-        if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
-            # Follows the module to its device, but is a setting, not something learned.
-            self.register_buffer("beta", beta, persistent=False)
-        else:
-            self.beta = beta
+        self.beta = beta
         self.reduction = reduction
         self.likelihood = likelihood
         self.full = full
         self.return_terms = return_terms
         self.backend = backend
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "beta":
+            return super().__setattr__(name, value)
+        functional._check_number("beta", value)
+        if "beta" in self._buffers or "beta" in self._parameters or "beta" in self.__dict__:
+            del self.beta  # it may have been a tensor, and now be a number
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            # Follows the module to its device, but is a setting, not something learned.
+            return self.register_buffer("beta", value, persistent=False)
+        return super().__setattr__("beta", value)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 from torch import Tensor, nn
 
@@ -51,17 +52,17 @@ def _checked_sizes(name: str, sizes: Sequence[int], *, at_least: int = 0) -> tup
     """``sizes`` as a tuple of positive integers, ``at_least`` so many of them."""
     if isinstance(sizes, (int, str)) or not isinstance(sizes, Sequence):
         raise TypeError(f"{name}: expected a sequence of integers, got {sizes!r}")
-    if len(sizes) < at_least or any(not isinstance(size, int) or size < 1 for size in sizes):
+    if len(sizes) < at_least or any(not isinstance(size, Integral) or size < 1 for size in sizes):
         raise ValueError(f"{name}: expected positive integers, at least {at_least} of them, got {tuple(sizes)}")
-    return tuple(sizes)
+    return tuple(map(int, sizes))
 
 
 def _checked_size(name: str, size: int) -> int:
-    if isinstance(size, bool) or not isinstance(size, int):
+    if isinstance(size, bool) or not isinstance(size, Integral):
         raise TypeError(f"{name}: expected an integer, got {size!r}")
     if size < 1:
         raise ValueError(f"{name}: expected at least 1, got {size}")
-    return size
+    return int(size)
 
 
 def _check_input(module: nn.Module, name: str, given: Tensor, sizes: tuple[int, ...]) -> None:

@@ -164,23 +164,24 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
     An operator of its own, so that a compiled program draws the very seed that an eager one does.
     """
     if is_watched() and not is_transformed(()):
-        return torch.ops.fusedvae.draw_seed(device, generator)
-    return _draw_seed(device, generator)
+        # By keyword: what moves an exported program to another device looks for arguments of this name.
+        return torch.ops.fusedvae.draw_seed(device=device, generator=generator)
+    return _draw_seed(device=device, generator=generator)
 
 
-def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+def _draw_seed(*, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
 
 
 _library.define(
-    "draw_seed(Device device, Generator? generator) -> Tensor",
+    "draw_seed(*, Device device, Generator? generator=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 for _key in (*_KERNEL_DEVICES, "BackendSelect"):  # no tensor argument tells the dispatcher which device this is for
     _library.impl("draw_seed", _draw_seed, _key)
 torch.library.register_fake(
     "fusedvae::draw_seed",
-    lambda device, generator: torch.empty((), dtype=torch.int64, device=device),
+    lambda *, device, generator=None: torch.empty((), dtype=torch.int64, device=device),
     lib=_library,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -39,9 +40,9 @@ def normal(
     device = torch.device(device)
     if not isinstance(shape, Sequence):
         shape = (shape,)
-    if not all(isinstance(size, int) for size in shape):
+    if not all(isinstance(size, Integral) for size in shape):
         raise TypeError(f"shape: expected an integer or a sequence of them, got {shape!r}")
-    shape = list(shape)
+    shape = [int(size) for size in shape]
     if any(size < 0 for size in shape):
         raise ValueError(f"shape: expected sizes of at least 0, got {tuple(shape)}")
     if isinstance(seed, Tensor):
@@ -49,7 +50,8 @@ def normal(
             raise ValueError(f"seed: expected a 0-dim int64 tensor, got shape {tuple(seed.shape)}, {seed.dtype}")
         if seed.device.type != device.type:
             raise ValueError(f"seed: expected on {device}, got it on {seed.device}")
-    elif isinstance(seed, int) and not isinstance(seed, bool):
+    elif isinstance(seed, Integral) and not isinstance(seed, bool):
+        seed = int(seed)
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
         signed = seed - 2**64 if seed >= 2**63 else seed

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree
 from torch import Tensor
 
 # needed: the mode in which AOTAutograd traces, for operators that it is to see into. It has no public name, and
@@ -81,6 +82,13 @@ is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocas
 keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 """Whether the backward pass that is under way keeps its graph, so that what is saved may be needed again. Without it,
 True: then gradients are scaled out of place."""
+
+
+def register_outputs(*types: type) -> None:
+    """Let exported programs that return these NamedTuples be saved. Without it, they can be run, and not saved."""
+    register = getattr(torch.utils._pytree, "_register_namedtuple", None)
+    for kind in types if register else ():
+        register(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")  # type: ignore[misc]
 
 
 def below_autograd() -> Any:

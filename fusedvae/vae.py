@@ -9,14 +9,17 @@ Source of the model and its bound: Kingma & Welling 2014, "Auto-Encoding Variati
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from . import functional
 from .functional import ELBOTerms
+from .torch_private import register_outputs
 
 __all__ = ["VAE", "DiagonalGaussian", "VAEOutput"]
 
@@ -50,6 +53,32 @@ class VAEOutput(NamedTuple):
     kl: Tensor
     """KL(q(z|x) ‖ N(0, I)) of each sample, ``(batch,)``."""
 
+    def loss(
+        self,
+        x: Tensor,
+        *,
+        beta: float | Tensor = 1.0,
+        reduction: str = "batchmean",
+        full: bool = False,
+        return_terms: bool = False,
+    ) -> Tensor | ELBOTerms:
+        """The negative ELBO of ``x`` that this pass is of; arguments as :meth:`VAE.loss` takes them.
+
+        Under a wrapper that synchronises gradients, this is how a loss is to be computed: ``wrapped(x).loss(x)``.
+        """
+        return functional.elbo_loss(
+            self.recon_x,
+            x,
+            None,
+            None,
+            self.recon_logvar,
+            kl=self.kl,
+            beta=beta,
+            reduction=reduction,
+            full=full,
+            return_terms=return_terms,
+        )
+
 
 # What an encoder or decoder gave, in the form the functional interface takes: a mean and a log-variance, or
 # both packed along dimension 1 and None. Packed tensors stay whole on their way to the kernels: reading
@@ -73,8 +102,8 @@ class VAE(nn.Module):
               the second of a pair (mean, logvar), which may be anything that broadcasts to the mean.
             * anything else: the decoder gives the mean only, a tensor of x's shape, and the log-variance is
               a float (fixed), a tensor (fixed, kept in the state_dict), an ``nn.Parameter`` (learned; give it
-              shape ``(channels, 1, 1)`` for one value a channel), or ``"learned"`` (one learned number, at
-              first 0).
+              shape ``(channels, 1, 1)`` for one value a channel), or ``"learned"`` (one learned number, of shape
+              ``(1,)``, at first 0).
 
     It is this argument, never the shape of a tensor, that tells a packed output from a mean: the two look
     alike where no x is at hand to compare with. :meth:`loss` and :meth:`forward` do have x, and say so when
@@ -109,12 +138,13 @@ class VAE(nn.Module):
         if isinstance(recon_logvar, str):
             if recon_logvar != "learned":
                 raise ValueError(f"recon_logvar: expected None, a number, a tensor or 'learned', got {recon_logvar!r}")
-            recon_logvar = nn.Parameter(torch.zeros(()))
+            recon_logvar = nn.Parameter(torch.zeros(1))  # FSDP takes no 0-dim parameters
+            self.register_load_state_dict_pre_hook(_with_a_dimension)
         if isinstance(recon_logvar, nn.Parameter):
             self.recon_logvar = recon_logvar
         elif isinstance(recon_logvar, Tensor):
             self.register_buffer("recon_logvar", recon_logvar)
-        elif recon_logvar is None or (isinstance(recon_logvar, (int, float)) and not isinstance(recon_logvar, bool)):
+        elif recon_logvar is None or (isinstance(recon_logvar, Real) and not isinstance(recon_logvar, bool)):
             self.recon_logvar = recon_logvar if recon_logvar is None else float(recon_logvar)
         else:
             raise TypeError(
@@ -135,13 +165,15 @@ class VAE(nn.Module):
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> VAEOutput:
         """Encode ``x``, sample the posterior, decode the sample.
 
-        To train under a wrapper that must see every call (DistributedDataParallel, FSDP), call the wrapper
-        and then ``fusedvae.functional.elbo_loss(out.recon_x, x, None, None, out.recon_logvar, kl=out.kl)``;
-        elsewhere :meth:`loss` is the same in one call.
+        To train under a wrapper that must see every call (DistributedDataParallel, FSDP, accelerate's), call the
+        wrapper and its output: ``wrapped(x).loss(x)``. Elsewhere :meth:`loss` is the same in one call.
         """
         posterior = self._posterior(x)
         latent = functional.latent(*posterior, generator=generator)
         recon_x, recon_logvar = _unpacked(self._likelihood(latent.z, of=x))
+        if isinstance(recon_logvar, nn.Parameter):
+            # A function of the parameter: wrappers find out from outputs what was used, and may take it away then.
+            recon_logvar = recon_logvar.clone()
         mu, logvar = _unpacked(posterior)
         return VAEOutput(recon_x, recon_logvar, mu, logvar, latent.z, latent.kl)
 
@@ -189,7 +221,11 @@ class VAE(nn.Module):
             full: add the NLL's constant, log(2 pi) / 2 an element of x: nats of a normalised density.
             return_terms: return ``ELBOTerms(loss, nll, kl)``, reduced alike, instead of the loss.
             generator: where the noise comes from; torch's default generator if None.
+
+        Where several processes train together, it warns once: it goes past a wrapper around the module, which then
+        synchronises no gradients. Call the wrapper, ``wrapped(x).loss(x)``, instead.
         """
+        _warn_if_unsynchronised()
         latent = functional.latent(*self._posterior(x), generator=generator)
         recon_x, recon_logvar = self._likelihood(latent.z, of=x)
         return functional.elbo_loss(
@@ -221,7 +257,7 @@ class VAE(nn.Module):
         Each is the decoder's mean, as usually shown, or with ``sample`` a draw from p(x|z). The generator
         must be on the model's device.
         """
-        if isinstance(n, bool) or not isinstance(n, int):
+        if isinstance(n, bool) or not isinstance(n, Integral):
             raise TypeError(f"n: expected an integer, got {type(n).__name__}")
         if n < 1:
             raise ValueError(f"n: expected at least 1, got {n}")
@@ -305,17 +341,41 @@ class VAE(nn.Module):
         return mean, (None if packed else self.recon_logvar if logvar is None else logvar)
 
 
+_has_warned = False
+
+
+def _warn_if_unsynchronised() -> None:
+    """Say once that :meth:`VAE.loss` is no call of a wrapper."""
+    global _has_warned
+    if _has_warned or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if distributed.get_world_size() > 1:
+        _has_warned = True
+        warnings.warn(
+            "VAE.loss was called in a group of processes. It goes past DistributedDataParallel and the like, which do "
+            "not synchronise its gradients then: call the wrapped module, wrapped(x).loss(x).",
+            stacklevel=3,
+        )
+
+
+def _with_a_dimension(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    """Take the learned log-variance of an earlier version, which was 0-dim."""
+    learned = state_dict.get(f"{prefix}recon_logvar")
+    if isinstance(learned, Tensor) and learned.dim() == 0:
+        state_dict[f"{prefix}recon_logvar"] = learned.view(1)
+
+
 def _latent_shape(latent_dim: int | Sequence[int | None]) -> tuple[int | None, ...]:
     """Sizes of one sample's latent."""
-    sizes = (latent_dim,) if isinstance(latent_dim, int) else latent_dim
+    sizes = (latent_dim,) if isinstance(latent_dim, Integral) else latent_dim
     if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence) or isinstance(latent_dim, bool):
         raise TypeError(f"latent_dim: expected an integer or a sequence of them, got {type(latent_dim).__name__}")
     for size in sizes:
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, Integral)):
             raise TypeError(f"latent_dim: expected an integer or a sequence of them, got {latent_dim!r}")
     if not sizes or any(size is not None and size < 1 for size in sizes):
         raise ValueError(f"latent_dim: expected positive sizes, got {latent_dim!r}")
-    return tuple(sizes)
+    return tuple(None if size is None else int(size) for size in sizes)
 
 
 def _mean_and_logvar(name: str, output: object) -> tuple[Tensor, Tensor | None]:
@@ -345,3 +405,6 @@ def _shown(sizes: Sequence[int | None]) -> str:
     """A shape as an error shows it: sizes that may be anything are ``*``."""
     inside = ", ".join("*" if size is None else str(size) for size in sizes)
     return f"({inside},)" if len(sizes) == 1 else f"({inside})"
+
+
+register_outputs(DiagonalGaussian, VAEOutput, functional.Latent, ELBOTerms)

@@ -284,6 +284,24 @@ def test_wrong_dimensions_of_packed_tensors(dim: object, error: type[Exception])
         functional.latent(torch.zeros(4, 6), None, packed_dim=dim)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_by_name() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)])
+    with pytest.raises(TypeError, match="mu: expected a strided tensor, got a nested one"):
+        functional.kl_standard_normal(nested, nested)
+
+
+def test_an_empty_batch_may_have_a_variance_for_each_column() -> None:
+    x, var = torch.zeros(0, 3), torch.ones(1, 3)
+    for reduction in ("sum", "none", "mean"):
+        found = functional.gaussian_nll_loss(x, x, var, reduction=reduction)
+        expected = torch.nn.functional.gaussian_nll_loss(x, x, var, reduction=reduction)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    for wrong in ((1, 1), (2, 3)):
+        with pytest.raises(ValueError, match="var: "):
+            functional.gaussian_nll_loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(wrong))
+
+
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that must not start."""

@@ -253,7 +253,8 @@ def test_operators_pass_opcheck(target: Target) -> None:
     opcheck(ops.latent, ([mu, logvar, seed, None], torch.float32, 1, target.backend))
     opcheck(ops.latent, ([mu, logvar, None, torch.randn_like(mu)], None, 1, target.backend))
     opcheck(ops.normal, ([4, 5], seed, torch.float32, target.backend))
-    opcheck(ops.draw_seed, (torch.device(target.device), None), test_utils=("test_schema", "test_faketensor"))
+    drawn_on = {"device": torch.device(target.device)}
+    opcheck(ops.draw_seed, (), drawn_on, test_utils=("test_schema", "test_faketensor"))
     recon_x, mu, logvar, spread = (t.detach() for t in (recon_x, mu, logvar, spread))
     weighted = [recon_x, x, spread, torch.tensor(2.0)]
     opcheck(ops.term_gradient, (weighted, "gaussian_nll", 0.0, 1, [True, False, True], target.backend))

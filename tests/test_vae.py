@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 import fusedvae
 from fusedvae import VAE, functional, networks
@@ -203,7 +206,7 @@ def test_a_mean_only_decoder_takes_its_log_variance_from_the_vae(
     if trainable:
         expected = (1 - (out.recon_x - x) ** 2 * torch.exp(-torch.as_tensor(value))) / 2 / BATCH
         kept = vae.recon_logvar.shape
-        expected = expected.sum() if not kept else expected.sum((0, 2, 3)).view(kept)
+        expected = expected.sum().view(kept) if kept in ((), (1,)) else expected.sum((0, 2, 3)).view(kept)
         torch.testing.assert_close(vae.recon_logvar.grad, expected.detach())
 
 
@@ -517,3 +520,77 @@ def test_an_even_number_of_channels_is_told_from_a_packed_output_by_the_data() -
 def test_wrong_calls_are_named(call: Callable, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(make_vae())
+
+
+# --- under wrappers, exported, and with numbers of NumPy --------------------------------------------------------------
+
+
+def test_the_output_has_the_loss_of_its_pass(x: Tensor) -> None:
+    vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar="learned")
+    torch.manual_seed(5)
+    expected = vae.loss(x, beta=0.3, return_terms=True, full=True)
+    torch.manual_seed(5)
+    found = vae(x).loss(x, beta=0.3, return_terms=True, full=True)
+    parameters = list(vae.parameters())
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+    for f, e in zip(
+        torch.autograd.grad(found[0], parameters), torch.autograd.grad(expected[0], parameters), strict=True
+    ):
+        torch.testing.assert_close(f, e)
+
+
+def test_the_learned_log_variance_is_no_scalar_and_comes_out_as_a_function_of_itself(x: Tensor) -> None:
+    vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar="learned")
+    assert isinstance(vae.recon_logvar, nn.Parameter)
+    assert vae.recon_logvar.shape == (1,)
+    assert vae(x).recon_logvar.grad_fn is not None
+    vae.load_state_dict({**vae.state_dict(), "recon_logvar": torch.tensor(0.7)})  # as versions before had it
+    assert vae.recon_logvar.tolist() == [pytest.approx(0.7)]
+
+
+def test_a_loss_past_a_wrapper_is_said_once(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr("fusedvae.vae._has_warned", False)
+    vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=0.0)
+    vae(x).loss(x)
+    with pytest.warns(UserWarning, match=r"do not synchronise .* wrapped\(x\)\.loss\(x\)"):
+        vae.loss(x)
+    vae.loss(x)  # warnings are errors
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of its exporter
+def test_an_exported_vae_can_be_saved_and_moved(x: Tensor) -> None:
+    vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=0.0).eval()
+    program, buffer = torch.export.export(vae, (x,)), io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    assert torch.export.load(buffer).module()(x).kl.shape == (BATCH,)
+    moved = move_to_device_pass(program, "meta")
+    drawn = [node for node in moved.graph.nodes if "draw_seed" in str(node.target)]
+    assert [str(node.kwargs["device"]) for node in drawn] == ["meta"]
+
+
+def test_sizes_and_numbers_may_be_numpys() -> None:
+    six, three = np.int64(6), np.int64(3)
+    vae = VAE(*networks.mlp((six,), three, hidden=[np.int32(8)]), three)
+    assert vae.generate(np.int64(2)).shape == (2, 6)
+    assert VAE(nn.Identity(), nn.Identity(), 3, recon_logvar=np.float32(0.5)).recon_logvar == 0.5
+    seed = np.uint32(2**32 - 5)
+    assert torch.equal(fusedvae.random.normal((np.int64(2), 3), seed), fusedvae.random.normal((2, 3), 2**32 - 5))
+
+
+def test_a_tensor_beta_may_become_a_number_and_back() -> None:
+    t = torch.zeros(4, 3)
+    for beta in (torch.tensor(0.0), nn.Parameter(torch.tensor(0.0)), 0.0):
+        criterion = fusedvae.ELBOLoss(beta=beta)
+        criterion.beta = 0.5
+        assert criterion(t, t, t + 1, t).item() == 0.75
+        assert not list(criterion.parameters())
+        criterion.beta = torch.tensor(0.25)
+        assert criterion(t, t, t + 1, t).item() == 0.375
+        assert [name for name, _ in criterion.named_buffers()] == ["beta"]
+        with pytest.raises(TypeError, match="beta"):
+            criterion.beta = "one"
