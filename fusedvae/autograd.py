@@ -21,6 +21,7 @@ from . import ops
 from .backend import reference
 from .backend.reference import GIVEN, Objective, factor_of, unpack
 from .calls import (
+    KERNEL_DTYPES,
     LatentCall,
     LatentGradientCall,
     LatentGradientSpec,
@@ -70,8 +71,6 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
 
 # --- operands as kernels take them ------------------------------------------------------------------------------------
 
-_KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8))
-
 
 class Conversion(NamedTuple):
     """An operand that kernels cannot take as it comes, and how they can."""
@@ -88,7 +87,7 @@ def _conversions(operands: Operands, dtype: torch.dtype, device: torch.device) -
             continue
         if not torch.compiler.is_compiling() and operand.is_neg():  # a view that says: read me with the other sign
             found.append(Conversion(k, Tensor.resolve_neg))
-        if operand.dtype not in _KERNEL_DTYPES:
+        if operand.dtype not in KERNEL_DTYPES:
             found.append(Conversion(k, lambda t: t.to(dtype)))
         if operand.device != device:  # a number in memory
             found.append(Conversion(k, lambda t: t.to(device)))

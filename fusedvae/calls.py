@@ -92,6 +92,39 @@ def _taken_apart(
     return tuple(found)
 
 
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8))
+"""What kernels read."""
+
+
+def check_fit(names: Sequence[str], parts: Sequence[Part | None], shape: torch.Size | None) -> None:
+    """Check that operands broadcast to a shape, and are of dtypes that kernels read.
+
+    Functions have checked theirs; operators may be called by anyone, and kernels read memory as they are told to.
+    """
+    for name, part in zip(names, parts, strict=True):
+        if part is None or part.shape is None:
+            continue
+        lead = -1 if shape is None else len(shape) - len(part.shape)
+        if shape is None or lead < 0 or any(s not in (1, t) for s, t in zip(part.shape, shape[lead:], strict=True)):
+            expected = "no tensor" if shape is None else f"a shape that broadcasts to {tuple(shape)}"
+            raise ValueError(f"{name}: expected {expected}, got {tuple(part.shape)}")
+        if part.dtype not in KERNEL_DTYPES:
+            raise TypeError(f"{name}: expected a float tensor, got {part.dtype}")
+
+
+def _check_seed(seed: Operand, needed: bool) -> None:
+    if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):
+        raise ValueError(f"seed: expected a 0-dim int64 tensor, got shape {tuple(seed.shape)}, {seed.dtype}")
+    if seed is None and needed:
+        raise ValueError("seed: expected one, or noise; got neither")
+
+
+def _check_devices(operands: Operands) -> None:
+    devices = {t.device for t in operands if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"operands: expected on one device, got them on {', '.join(sorted(map(str, devices)))}")
+
+
 def positions(flags: Sequence[object]) -> list[int]:
     """Of those that are set."""
     return [k for k, flag in enumerate(flags) if flag]
@@ -153,6 +186,7 @@ class ObjectiveCall:
         self._values = _likes(outputs[:values])
         self._total = torch.empty((), dtype=spec.dtype, device=self.device) if self._values[0].shape == () else None
         sources = [*operands, *outputs]
+        _check_devices(operands)
         work = _objective_work(spec, operands, parts_of(sources), values)
         self._launch = backend.kernels(spec.backend).prepare_objective(work, len(sources), self.device)
 
@@ -177,11 +211,15 @@ def _objective_work(spec: Objective, operands: Operands, parts: Sequence[Part | 
     grads: list[Part | None] = [None] * count
     for k, made in zip(positions(spec.needed), parts[count + values :], strict=True):
         grads[k] = made
-    terms = []
+    check_fit(["beta"], [parts[spec.beta]], torch.Size())
+    terms, batches = [], set()
     for formula, span in spec.terms():
         inputs = _taken_apart(formula, parts[span], parts[span], spec.packed_dim)
         shape = inputs[0].shape if inputs[0] else None
-        assert shape is not None
+        if shape is None or None in inputs:
+            raise TypeError(f"{formula.name}: expected {', '.join(formula.inputs)}; got fewer")
+        check_fit(formula.inputs, inputs, shape)
+        batches.add(shape[0] if spec.reduction == "sample" and len(shape) else 0)
         terms.append(
             TermWork(
                 formula,
@@ -196,6 +234,8 @@ def _objective_work(spec: Objective, operands: Operands, parts: Sequence[Part | 
                 out=parts[count + 1 + formula.is_divergence] if spec.returns_terms else None,
             )
         )
+    if len(batches) > 1:
+        raise ValueError(f"operands: expected one batch size, got {', '.join(map(str, sorted(batches)))}")
     by_element = spec.reduction == "element"
     how = "element" if by_element else "sample" if spec.reduction == "sample" else "total"
     return ObjectiveWork(tuple(terms), how, None if by_element else parts[count])
@@ -234,6 +274,8 @@ class TermGradientCall:
         for k, made in zip(self.needed, parts[count:], strict=True):
             grads[k] = made
         inputs = _taken_apart(formula, parts[: count - 1], parts[: count - 1], spec.packed_dim)
+        check_fit((*formula.inputs, "weight"), (*inputs, parts[count - 1]), inputs[0].shape if inputs[0] else None)
+        _check_devices(operands)
         term = TermWork(
             formula,
             spec.parameter,
@@ -294,6 +336,9 @@ class LatentCall:
         mu, logvar = _pair(mu, logvar, logvar, spec.packed_dim)
         assert mu is not None
         assert logvar is not None
+        check_fit(("mu", "logvar", "noise"), (mu, logvar, noise), mu.shape)
+        _check_seed(operands[2], needed=noise is None)
+        _check_devices(operands)
         in_double = working_dtype(operands[0], operands[1], operands[3]) == torch.float64
         work = LatentWork(in_double, mu, logvar, noise, seed, z=z, kl=kl[0] if kl else None)
         self._launch = backend.kernels(spec.backend).prepare_latent(work, len(sources), self.device)
@@ -320,6 +365,10 @@ class LatentGradientCall:
         mu, logvar = _pair(mu, logvar, logvar, spec.packed_dim)
         assert mu is not None
         assert logvar is not None
+        check_fit(("mu", "logvar", "noise", "grad_z"), (mu, logvar, noise, grad_z), mu.shape)
+        check_fit(["grad_kl"], [grad_kl], mu.shape and mu.shape[:1])
+        _check_seed(operands[2], needed=noise is None and grad_z is not None)
+        _check_devices(operands)
         in_double = working_dtype(operands[0], operands[1], operands[3]) == torch.float64
         work = LatentWork(
             in_double, mu, logvar, noise, seed, grad_z, grad_kl, grad_mu=grad_mu, grad_logvar=grad_of_logvar

@@ -302,6 +302,35 @@ def test_an_empty_batch_may_have_a_variance_for_each_column() -> None:
             functional.gaussian_nll_loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(wrong))
 
 
+OPERATORS = {
+    "logvar of another shape": ("latent", [X, LATENT, torch.tensor(1), None], None, 1),
+    "noise of another shape": ("latent", [X, X, None, LATENT[:1, :1].expand(9, 9)], None, 1),
+    "neither seed nor noise": ("latent", [X, X, None, None], None, 1),
+    "a seed that is none": ("latent", [X, X, torch.zeros(()), None], None, 1),
+    "a gradient of another shape": ("latent_gradient", [X, X, torch.tensor(1), None, LATENT, None], 1),
+    "weights of another shape": ("term_gradient", [X, X, 0 * X, LATENT], "gaussian_nll", 0.0, 1, [True, False, False]),
+    "data of another shape": (
+        "objective", [X, LATENT, X, None], ["gaussian_nll"], 0.0, 1, False, "sum", torch.float32, False, [False] * 4,
+    ),
+    "data of integers": (
+        "objective", [X, X.long(), X, None], ["gaussian_nll"], 0.0, 1, False, "sum", torch.float32, False, [False] * 4,
+    ),
+    "an input too few": (
+        "objective", [X, X, None, None], ["gaussian_nll_of_variance"], 0.0, 1, False, "sum", torch.float32, False,
+        [False] * 4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", OPERATORS)
+def test_operators_that_anyone_may_call_read_nothing_out_of_bounds(wrong: str) -> None:
+    if backend_module.unavailable("native", "cpu"):
+        pytest.skip("needs the extension")
+    name, *arguments = OPERATORS[wrong]
+    with pytest.raises((ValueError, TypeError)):
+        getattr(torch.ops.fusedvae, name)(*arguments, "native")
+
+
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that must not start."""

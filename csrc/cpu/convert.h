@@ -175,7 +175,10 @@ static inline void put(const Operand& op, int64_t offset, double value) {
 static inline void put_array(const Operand& op, int64_t step, const double* values, int64_t count) {
   with_type(op.dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(op.data);
-    for (int64_t i = 0; i < count; ++i) narrow(values[i], data + i * step);
+    if (step == 1)
+      narrow_array(values, data, count);
+    else
+      for (int64_t i = 0; i < count; ++i) narrow(values[i], data + i * step);
   });
 }
 

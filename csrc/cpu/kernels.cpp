@@ -88,7 +88,8 @@ void finish_term(const Term& term, bool by_sample, double* totals, int64_t value
   }
   const Extent& e = term.elements.extent;
   const double constant = term.constant * static_cast<double>(by_sample ? e.sample() : e.count());
-  for (int64_t b = 0; b < values; ++b) totals[b] = term.factor * (totals[b] + constant);
+  if (term.factor != 1 || constant != 0)
+    for (int64_t b = 0; b < values; ++b) totals[b] = term.factor * (totals[b] + constant);
   if (term.out) put_array(term.out, term.out.stride[0], totals, values);
 }
 
@@ -104,6 +105,7 @@ void objective(const ObjectiveTask& task, int threads) {
   for (int k = 0; k < task.count; ++k) {
     const Operand& c = task.terms[k].coefficient;
     const double coefficient = c ? get(c, 0) : 1;
+    if (k == 0 && coefficient == 1) continue;
     for (int64_t b = 0; b < values; ++b) loss[b] = (k ? loss[b] : 0) + coefficient * totals[k][b];
   }
   put_array(task.loss, task.loss.stride[0], loss, values);

@@ -70,5 +70,15 @@ inline double sum(const T* v, int64_t count) {
       [](int64_t, P value, const auto&) FUSEDVAE_LAMBDA { return value; });
 }
 
+// Rows so short that a call for each would take longer than adding them up.
+constexpr int64_t kShort = 8;
+
+template <class T>
+inline void sum_short_rows(const T* v, int64_t rows, int64_t length, double* sums) {
+  for (int64_t r = 0; r < rows; ++r) sums[r] = static_cast<double>(v[r * length]);
+  for (int64_t i = 1; i < length; ++i)
+    for (int64_t r = 0; r < rows; ++r) sums[r] += static_cast<double>(v[r * length + i]);
+}
+
 }  // namespace FUSEDVAE_NAMESPACE
 }  // namespace fusedvae

@@ -36,6 +36,8 @@ class ValueSums {
       slots_[k] = total;
     else if (t.nb == 1)
       totals_[t.b0] = total;
+    else if (sample_ <= kShort)
+      sum_short_rows(values, t.nb, sample_, totals_ + t.b0);
     else
       for (int64_t b = 0; b < t.nb; ++b) totals_[t.b0 + b] = sum(values + b * sample_, sample_);
   }
