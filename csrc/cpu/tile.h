@@ -77,7 +77,7 @@ static inline int64_t offset_of(const Operand& op, const Tile& t, int64_t b, int
 
 // Whether the tile's elements lie side by side.
 static inline bool is_contiguous(const Operand& op, const Tile& t) {
-  return op.stride[2] == 1 && (t.no == 1 || op.stride[1] == t.ni) &&
+  return (op.stride[2] == 1 || t.ni == 1) && (t.no == 1 || op.stride[1] == t.ni) &&
          (t.nb == 1 || (t.no == 1 ? op.stride[0] == t.ni : op.stride[0] == t.no * t.ni));
 }
 
