@@ -7,6 +7,7 @@ What is right is the registry's formula in float64, differentiated by PyTorch; t
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,6 +37,12 @@ PATTERNS = {
 }
 OTHERS = {name: formula.inputs[2:] for name, formula in LIKELIHOODS.items()}
 """The inputs of each beside recon_x and x; the first of them is its scale."""
+
+
+def layouts_for(pattern: str, reduction: str) -> list[Callable[[Tensor], Tensor]]:
+    """Two of the layouts: the reductions of a pattern have them all."""
+    turn, arrange = list(PATTERNS).index(pattern) + 2 * REDUCTIONS.index(reduction), list(LAYOUTS.values())
+    return [arrange[turn % 6], arrange[(turn + 1) % 6]]
 
 
 def loss_of(likelihood: str, inputs: list[Tensor], reduction: str, backend: str, **options: object) -> Tensor:
@@ -90,7 +97,7 @@ def inputs_of(likelihood: str, *patterns: str, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_broadcast_scales_in_any_layout(target: Target, likelihood: str, pattern: str, reduction: str) -> None:
-    for layout in LAYOUTS.values():
+    for layout in layouts_for(pattern, reduction):
         recon_x, x, scale, *others = inputs_of(likelihood, pattern, "sample")
         compare(target, likelihood, [layout(recon_x), layout(x), scale, *others], reduction, 2e-6)
 
@@ -99,7 +106,7 @@ def test_broadcast_scales_in_any_layout(target: Target, likelihood: str, pattern
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_inputs_that_are_broadcast_in_different_ways(target: Target, likelihood: str, reduction: str) -> None:
     """One launch makes all their sums, or what it cannot sum is added up afterwards."""
-    patterns = ["each", "scalar", "channel", "plane", "sample", "column", "row"]
+    patterns = ["each", "scalar", "channel", "sample", "column", "row"]
     for pattern, other in itertools.product(patterns, patterns if len(OTHERS[likelihood]) > 1 else patterns[:1]):
         compare(target, likelihood, inputs_of(likelihood, pattern, other), reduction, 4e-6)
 

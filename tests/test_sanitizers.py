@@ -83,7 +83,7 @@ def threads(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_memory_and_undefined_behaviour(memory: Sanitized, isa: str):
-    memory.run(isa, cases=4000)
+    memory.run(isa, cases=2000)
 
 
 def test_threads(threads: Sanitized):
