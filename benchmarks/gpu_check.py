@@ -161,7 +161,7 @@ def exercise(report: Report, device: str, deadline: float) -> None:
             shapes = [(3, 5, 7, 9), (3, 5, 7, 9), scale, (3, 1, 1, 1)]
             inputs = [normal(dtype, *shape) for shape in shapes[: len(formula.inputs)]]
             for reduction in ("batchmean", "none"):
-                nll = functional._likelihood(name, (*inputs, None), False, reduction, backend)
+                nll = functional._likelihood(name, (*inputs, None), False, reduction, 1, backend)
                 torch.autograd.grad(nll.sum(), inputs)
         report.add(f"{backend} torch.{dtype}", "done")
 

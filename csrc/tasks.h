@@ -9,7 +9,7 @@
 
 namespace fusedvae {
 
-// How many values an objective gives: one, one a sample, or one an element.
+// How many values an objective gives: one, one per sample, or one per element.
 enum class Values : int { total = 0, sample = 1, element = 2 };
 
 // The noise of a seed, in a contiguous array.

@@ -12,7 +12,7 @@ Common to all:
   under autocast, as for PyTorch's own losses. Each gradient has its operand's dtype.
 * a mean and a log-variance may come packed in one tensor, halves along dimension 1 (or ``packed_dim``, -1 for the
   tokens of a transformer): pass it in the mean's place and None, said out loud, in the log-variance's.
-* reductions: "batchmean" (sum over everything, divided by the batch size), "sum", "none" (one value a sample).
+* reductions: "batchmean" (sum over everything, divided by the batch size), "sum", "none" (one value per sample).
 
 Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), appendix B.
 """
@@ -297,7 +297,7 @@ def latent(
 ) -> Latent:
     """Sample the latent and take its KL to the prior, in one pass over mu and logvar.
 
-    z = mu + exp(logvar / 2) * eps; kl = sum((mu^2 + expm1(logvar) - logvar) / 2), a value a sample.
+    z = mu + exp(logvar / 2) * eps; kl = sum((mu^2 + expm1(logvar) - logvar) / 2), a value per sample.
 
     Args:
         mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
@@ -443,7 +443,7 @@ def laplace_nll(
         x: data, the shape of the median; may be of integers.
         log_scale: logarithm of the scale b: a tensor that broadcasts to x's shape, or a number.
         extra: added to the absolute error of each element: a tensor that broadcasts to x's shape, or a number.
-        full: add the constant log 2 an element.
+        full: add the constant log 2 per element.
         reduction: "batchmean", "sum" or "none" (shape (batch,)).
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
@@ -472,7 +472,7 @@ def gaussian_nll_loss(
         var: variance: input's shape, or that with its last dimension missing or one dimension of size 1, or a float.
         full: add the constant log(2 pi) / 2 an element.
         eps: lower bound of the variance.
-        reduction: "mean" (over elements), "sum" or "none" (one value an element).
+        reduction: "mean" (over elements), "sum" or "none" (one value per element).
         backend: overrides the process's choice for this call.
 
     Raises:
@@ -631,7 +631,7 @@ def _elbo_call(
         name, first = "kl", kl
         assert isinstance(kl, Tensor)
         if kl.dim() != 1:
-            raise ValueError(f"kl: expected one value a sample, shape ({x.shape[0]},), got {tuple(kl.shape)}")
+            raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}")
     assert isinstance(first, Tensor)
     if first.shape[0] != x.shape[0]:
         raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {first.shape[0]}")

@@ -112,7 +112,7 @@ def _coalesce(
 def canonical(shape: tuple[int, ...], operands: tuple[Strides, ...], *, keep_batch: bool, indexed: bool) -> Layout:
     """Plan a walk over operands of strides ``operands``, all expanded to ``shape`` (stride 0 where broadcast).
 
-    ``keep_batch`` keeps dimension 0 apart (values a sample are wanted); otherwise it may merge with the others.
+    ``keep_batch`` keeps dimension 0 apart (values per sample are wanted); otherwise it may merge with the others.
     ``indexed`` keeps the logical index a linear function of the position (noise is wanted). The first operand
     sets the memory order. Operands that cannot be walked in place are named in ``copies``.
     """

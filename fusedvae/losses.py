@@ -19,9 +19,9 @@ class ELBOLoss(nn.Module):
     Args:
         beta: weight of the KL; a float or a 0-dim tensor. Assign ``loss.beta = ...`` to anneal it; a tensor changed
             in place anneals inside compiled and captured programs too.
-        reduction: "batchmean" (default), "sum", or "none" (one value a sample).
+        reduction: "batchmean" (default), "sum", or "none" (one value per sample).
         likelihood: that of x: a name that `elbo_loss` takes, "gaussian" by default.
-        full: add the likelihood's constant, log(2 pi) / 2 an element of x for a Gaussian.
+        full: add the likelihood's constant, log(2 pi) / 2 per element of x for a Gaussian.
         return_terms: return `ELBOTerms` (loss, nll, kl) instead of the loss.
         backend: overrides the process's choice.
 

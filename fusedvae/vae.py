@@ -216,9 +216,9 @@ class VAE(nn.Module):
         Args:
             x: data, ``(batch, *)``.
             beta: weight of the KL term, a float or a 0-dim tensor (Higgins et al. 2017).
-            reduction: "batchmean" (mean over the batch), "sum", or "none" (one value a sample). Within a
+            reduction: "batchmean" (mean over the batch), "sum", or "none" (one value per sample). Within a
                 sample both terms are sums.
-            full: add the NLL's constant, log(2 pi) / 2 an element of x: nats of a normalised density.
+            full: add the NLL's constant, log(2 pi) / 2 per element of x: nats of a normalised density.
             return_terms: return ``ELBOTerms(loss, nll, kl)``, reduced alike, instead of the loss.
             generator: where the noise comes from; torch's default generator if None.
 

@@ -117,14 +117,14 @@ def threads(count: int) -> Iterator[None]:
 
 
 def nll_elements(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float, full: bool = False) -> Tensor:
-    """(l + (m - x)^2 e^-l) / 2 in float64, an element."""
+    """(l + (m - x)^2 e^-l) / 2 in float64, per element."""
     logvar = torch.as_tensor(recon_logvar, dtype=torch.float64, device=recon_x.device)
     squared = (recon_x.double() - x.double()) ** 2
     return (logvar + squared * torch.exp(-logvar)) / 2 + (HALF_LOG_2PI if full else 0.0)
 
 
 def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
-    """(mu^2 + e^l - 1 - l) / 2 in float64, an element."""
+    """(mu^2 + e^l - 1 - l) / 2 in float64, per element."""
     mu, logvar = mu.double(), logvar.double()
     return (mu**2 + torch.expm1(logvar) - logvar) / 2
 

@@ -212,7 +212,7 @@ CASES: dict[str, tuple[Callable, dict, list]] = {
             (
                 {"kl": torch.zeros(()), "mu": None, "logvar": None},
                 ValueError,
-                "kl: expected one value a sample, shape (4,), got ()",
+                "kl: expected one value per sample, shape (4,), got ()",
             ),
             (
                 {"kl": torch.zeros(5), "mu": None, "logvar": None},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -263,6 +264,42 @@ def test_every_instruction_set(isa: str) -> None:
         text=True,
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("isa", ["AVX2", "avx1024", " avx512"])
+def test_an_instruction_set_that_there_is_not_is_refused(isa: str) -> None:
+    script = "import torch, fusedvae; print(fusedvae.backends()); x = torch.ones(2, 3)\n"
+    script += "fusedvae.functional.gaussian_nll(x, x, backend='native')"
+    environment = {**os.environ, "FUSEDVAE_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    message = rf"FUSEDVAE_CPU_ISA: expected one of .*'baseline' on this machine; got '{isa}'"
+    assert re.search(message, done.stdout)
+    assert re.search(f"RuntimeError: {message}", done.stderr)
+
+
+_MEMORY_SCRIPT = """
+import resource, torch
+from fusedvae import functional
+torch.set_num_threads(1)
+mean = torch.zeros(1, 1).expand(1 << 26, 1)  # one number; z and the KL take 256 MiB each, the kernel's sums 512 MiB
+functional.kl_standard_normal(mean[:8], mean[:8], backend="native")
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 28), -1))
+try:
+    functional.latent(mean, mean, backend="native")
+except MemoryError:
+    print("an exception")
+"""
+
+
+@pytest.mark.large
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_memory_that_cannot_be_had_is_an_exception() -> None:
+    if os.environ.get("LD_PRELOAD"):
+        pytest.skip("sanitizers take memory of their own")
+    done = subprocess.run([sys.executable, "-c", _MEMORY_SCRIPT], capture_output=True, text=True)
+    assert done.stdout.strip() == "an exception", done.stderr[-1000:]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

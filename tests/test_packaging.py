@@ -242,6 +242,21 @@ def test_instruction_sets_stay_apart(extension: Path):
 
 
 @pytest.mark.slow
+def test_a_missing_build_requirement_is_named_and_the_package_installs_without_it(checkout: Path):
+    hidden = (
+        "import sys; sys.modules['pybind11'] = None; sys.argv = ['setup.py', 'build']; exec(open('setup.py').read())"
+    )
+    environment = {**os.environ, "FUSEDVAE_CUDA": "0", "FUSEDVAE_REQUIRE_EXT": "0"}
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "pybind11 not found (pip install pybind11)" in done.stderr
+    required = {**environment, "FUSEDVAE_REQUIRE_EXT": "1"}
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=checkout, env=required, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_build_repeats_only_what_an_edit_reaches(checkout: Path):
     # The smallest of programs in the place of the kernels: what depends on what is the same, and it compiles at once.
     csrc = checkout / "csrc"

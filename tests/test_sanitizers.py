@@ -38,7 +38,7 @@ class Sanitized:
         except build["BuildError"] as reason:
             pytest.skip(str(reason))
         # -w: the sanitizers' own code keeps GCC from seeing what is initialised.
-        compile_ = [*compiler.command, *build["CXX_FLAGS"], "-O2", "-g", "-w", *SANITIZERS[sanitizer]]
+        compile_ = [*compiler.command, *build["CXX_FLAGS"], "-O1", "-g", "-w", *SANITIZERS[sanitizer]]
         sources = [(DRIVER, []), *((path, []) for path in CPU.glob("*.cpp") if path.name != "kernels.cpp")]
         for isa, flags in build["instruction_sets"](compiler).items():
             sources.append((CPU / "kernels.cpp", [f"-DFUSEDVAE_ISA={isa}", *flags]))

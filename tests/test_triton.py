@@ -48,7 +48,7 @@ def calls_anew() -> Iterator[None]:
 
 
 def objectives(scale: tuple[int, ...], name: str = "triton") -> list[Tensor]:
-    """Values and gradients of objectives with a total and with values a sample."""
+    """Values and gradients of objectives with a total and with values per sample."""
     generator = torch.Generator(DEVICE).manual_seed(3)
     shapes = ((5, 3, 9, 11), (5, 3, 9, 11), (5, 24), (5, 24), scale)
     t = [torch.randn(s, generator=generator, device=DEVICE).requires_grad_() for s in shapes]

@@ -62,7 +62,7 @@ def leaf(dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def step(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float | None, mu: Tensor, logvar: Tensor | None) -> None:
-    """All launches of training steps with a total and with values a sample."""
+    """All launches of training steps with a total and with values per sample."""
     functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar, backend="triton").backward()
     functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar, reduction="none", backend="triton").sum().backward()
     z, kl = functional.latent(mu, logvar, backend="triton")

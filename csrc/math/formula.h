@@ -1,7 +1,7 @@
 // What the formulas of the terms have in common. A formula is a struct of static members:
 //
 //   kName        as the Python side calls it
-//   kInputs      how many inputs it has, at most kMostInputs; Input k of an element is inputs[k]
+//   kInputs      how many inputs it has, at most kMostInputs
 //   kScale       the input beside its mean: what is derived of that alone is derived once where it is uniform
 //   kConstant    what `full` adds to each value
 //   derive       of the scale: logarithms, exponentials and divisions, as far as they depend on nothing else

@@ -132,7 +132,12 @@ class _Native:
         return _gpus_unavailable()
 
     def describe(self, device_type: str) -> str:
-        return f"C++ kernels, {_C.cpu_isa()}" if device_type == "cpu" else "CUDA kernels"
+        if device_type == "cuda":
+            return "CUDA kernels"
+        try:
+            return f"C++ kernels, {_C.cpu_isa()}"
+        except RuntimeError as error:  # a wrong FUSEDVAE_CPU_ISA: whatever runs a kernel raises this
+            return f"C++ kernels: {error}"
 
     def normal(self, out: Tensor, seed: Tensor) -> None:
         arguments = out.data_ptr(), _DTYPES[out.dtype], out.numel(), seed.data_ptr()

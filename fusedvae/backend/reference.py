@@ -96,7 +96,7 @@ def sample(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
 
 @formula("mu", "logvar", pairs=[("mu", "logvar")], is_divergence=True)
 def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2, an element.
+    """KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2, per element.
 
     Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix B.
     """
@@ -114,7 +114,7 @@ def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
     is_divergence=True,
 )
 def kl_normal(mu: Tensor, logvar: Tensor, prior_mu: Tensor | float, prior_logvar: Tensor | float) -> Tensor:
-    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)), an element.
+    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)), per element.
 
     (expm1(d) - d + (mu - prior_mu)^2 * e^-prior_logvar) / 2 with d = logvar - prior_logvar. Source: Kingma & Welling
     2014 (arXiv:1312.6114), appendix B, for any two normal distributions.
@@ -140,7 +140,7 @@ def kl_normal(mu: Tensor, logvar: Tensor, prior_mu: Tensor | float, prior_logvar
     constant=HALF_LOG_2PI,
 )
 def gaussian_nll(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float) -> Tensor:
-    """(l + (recon_x - x)^2 * e^-l) / 2 with l = recon_logvar, an element, without the constant log(2 pi) / 2.
+    """(l + (recon_x - x)^2 * e^-l) / 2 with l = recon_logvar, per element, without the constant log(2 pi) / 2.
 
     Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.2.
     """
@@ -187,7 +187,7 @@ def gaussian_nll_of_variance(recon_x: Tensor, x: Tensor, var: Tensor | float, ep
     constant=math.log(2),
 )
 def laplace_nll(recon_x: Tensor, x: Tensor, log_scale: Tensor | float, extra: Tensor | float) -> Tensor:
-    """(abs(recon_x - x) + extra) / b + log b with b = e^log_scale, an element, without the constant log 2.
+    """(abs(recon_x - x) + extra) / b + log b with b = e^log_scale, per element, without the constant log 2.
 
     Source: Kotz, Kozubowski & Podgórski 2001, "The Laplace distribution and generalizations", section 2.1; `extra`, a
     perceptual loss that is divided by the scale with the absolute error: Esser et al. 2021 (arXiv:2012.09841).

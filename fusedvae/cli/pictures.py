@@ -183,7 +183,7 @@ def _save_curve(path: Path, history: list[dict[str, float]]) -> None:
         for part, label, line in (("train", "training", "-"), ("heldout", "held-out", "--")):
             axes.plot(epochs, [row[f"{part}_{term}"] for row in history], line, marker=marker, label=label)
         axes.set_xlabel("epoch")
-        axes.set_ylabel("nats a sample")
+        axes.set_ylabel("nats per sample")
         axes.set_title(name, fontsize=10)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8)

@@ -4,7 +4,7 @@ Writes to the run's directory a checkpoint (checkpoint.pt), the metrics of each 
 pictures: held-out samples beside their reconstructions, samples of the prior, a walk along each latent
 variable, the latent space, and the training curve. Ctrl-C leaves a checkpoint, and --resume goes on from it
 as if nothing had happened; in Python, fusedvae.cli.trainer.load_model(DIR) is the trained model. All losses
-are in nats a sample: loss = NLL + beta * KL is, for beta 1, the negative evidence lower bound.
+are in nats per sample: loss = NLL + beta * KL is, for beta 1, the negative evidence lower bound.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ def _print_end(trainer: Trainer) -> None:
     last = trainer.history[-1]
     print(
         f"held-out samples after epoch {last['epoch']}: loss {last['heldout_loss']:.2f}, "
-        f"NLL {last['heldout_nll']:.2f}, KL {last['heldout_kl']:.2f} nats a sample"
+        f"NLL {last['heldout_nll']:.2f}, KL {last['heldout_kl']:.2f} nats per sample"
     )
     batch = _first_batch(trainer.train_samples, trainer)
     times = step_times(trainer.model, batch, trainer.settings)

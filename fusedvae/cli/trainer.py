@@ -33,7 +33,7 @@ COLUMNS = (
     "heldout_nll",
     "heldout_kl",
 )
-"""Of metrics.csv, values a sample. There is no wall-clock time among them: the files of two runs of the same
+"""Of metrics.csv, values per sample. There is no wall-clock time among them: the files of two runs of the same
 settings can be compared byte for byte."""
 
 CHECKPOINT_SECONDS = 10.0

@@ -34,7 +34,7 @@ def operations() -> dict[str, str]:
         "reparameterize": "sample z = mu + exp(logvar / 2) * eps",
         "kl": "KL of the posterior to the standard normal, mean over the batch",
         **alone,
-        "latent": "sample and KL (a value a sample) together",
+        "latent": "sample and KL (a value per sample) together",
         "elbo": "negative ELBO of given decoder and encoder outputs, mean over the batch",
         "step": "a whole training step: networks, sampling, loss, backward pass, fused Adam",
     }
