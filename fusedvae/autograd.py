@@ -35,7 +35,7 @@ from .calls import (
     find,
     positions,
 )
-from .torch_private import has_tangent, is_transformed, keeps_graph, record
+from .torch_private import has_hooks_on_saved_tensors, has_tangent, is_transformed, keeps_graph, record
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -133,8 +133,10 @@ class _LatentFunction(torch.autograd.Function):
     """z and the KL per sample; the noise is made again from the seed."""
 
     @staticmethod
-    def keep(ctx: Any, gradient: LatentGradientSpec, operands: Operands) -> None:
+    def keep(ctx: Any, gradient: LatentGradientSpec, operands: Operands, call: LatentCall | None = None) -> None:
         ctx.gradient = gradient
+        # The call that the operands are those of, unless they may come back as something else.
+        ctx.call = None if has_hooks_on_saved_tensors() else call
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
 
@@ -148,14 +150,14 @@ class _LatentFunction(torch.autograd.Function):
             _, log_variance = unpack(mu, logvar, ctx.gradient.packed_dim)
             sigma = torch.exp(0.5 * log_variance.to(reference.working_dtype(mu, logvar, noise)))
             grad_noise = (grad_z * sigma).to(noise.dtype)
-        grads = _latent_gradients(ctx.gradient, (mu, logvar, seed, noise), grad_z, grad_kl)
+        grads = _latent_gradients(ctx.gradient, (mu, logvar, seed, noise), grad_z, grad_kl, ctx.call)
         return (None, *grads, None, grad_noise)
 
 
 class _Latent(_LatentFunction):
     @staticmethod
     def forward(ctx: Any, call: LatentCall, *operands: Any) -> Any:
-        _LatentFunction.keep(ctx, call.gradient, operands)
+        _LatentFunction.keep(ctx, call.gradient, operands, call)
         return tuple(call.outputs(operands))
 
 
@@ -170,9 +172,13 @@ class _DispatchedLatent(_LatentFunction):
 
 
 def _latent_gradients(
-    spec: LatentGradientSpec, operands: Sequence[Tensor | None], grad_z: Tensor | None, grad_kl: Tensor | None
+    spec: LatentGradientSpec,
+    operands: Sequence[Tensor | None],
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    call: LatentCall | None,
 ) -> _Grads:
-    """Gradients of mu and logvar (None where it is packed into mu)."""
+    """Gradients of mu and logvar (None where it is packed into mu). A call says what the operands are like."""
     mu, logvar, seed, noise = operands
     assert mu is not None
     if grad_z is None and grad_kl is None:
@@ -189,7 +195,8 @@ def _latent_gradients(
 
         return _second_order(formula, [mu, logvar], [grad_z, grad_kl])
     given = (mu, logvar, seed, noise, grad_z, grad_kl)
-    grads = find(_unrecorded, given, LatentGradientCall, ops.latent_gradient, spec).outputs(given)
+    told = given if call is None else (grad_z, grad_kl)
+    grads = find(_unrecorded, told, LatentGradientCall, ops.latent_gradient, spec, call, whole=given).outputs(given)
     return grads[0], None if logvar is None else grads[1]
 
 
@@ -203,8 +210,10 @@ class _Dispatched:
         return self._operator(operands, self._spec)
 
 
-def _unrecorded(operands: Operands, make: Callable[..., Any], operator: ops.Operator, spec: Any) -> Any:
-    """A call of a backward pass, which records no derivative."""
+def _unrecorded(
+    operands: Operands, make: Callable[..., Any], operator: ops.Operator, spec: Any, forward: Any = None
+) -> Any:
+    """A call of a backward pass, which records no derivative; perhaps that of a forward pass, which says more."""
     return _Dispatched(operator, spec) if ops.needs_dispatcher(operands) else make(operands, spec)
 
 

@@ -32,13 +32,15 @@ _calls: dict[tuple[Any, ...], Any] = {}
 _MOST_CALLS = 1024
 
 
-def find(make: Callable[..., _Found], operands: Operands, *options: Any) -> _Found:
+def find(make: Callable[..., _Found], operands: Operands, *options: Any, whole: Operands | None = None) -> _Found:
     """What ``make(operands, *options)`` returned for operands of these types, sizes, strides and dtypes.
 
-    ``make`` is the class of a call, or a function that checks the operands before it makes one.
+    ``make`` is the class of a call, or a function that checks the operands before it makes one. Where the options imply
+    what some operands are like, ``whole`` has them too, for ``make`` to take.
     """
+    whole = operands if whole is None else whole
     if is_watched():  # what a tracer's stand-ins are like says nothing of tensors
-        return make(operands, *options)
+        return make(whole, *options)
     try:
         key = (
             make,
@@ -51,14 +53,14 @@ def find(make: Callable[..., _Found], operands: Operands, *options: Any) -> _Fou
             ],
             *options,
             torch.is_grad_enabled(),
-            is_any_autocast_enabled() and torch.is_autocast_enabled(_device_of(operands).type),
+            is_any_autocast_enabled() and torch.is_autocast_enabled(_device_of(whole).type),
             backend.current_choice(),
         )
         call = _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, or unhashable
-        return make(operands, *options)
+        return make(whole, *options)
     if call is None:
-        call = make(operands, *options)
+        call = make(whole, *options)
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
         _calls[key] = call
@@ -137,8 +139,10 @@ class _Like(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
 
-    def make(self, device: torch.device) -> Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+def _made(likes: Sequence[_Like], device: torch.device) -> list[Tensor]:
+    """Such outputs, with memory."""
+    return [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in likes]
 
 
 def _likes(tensors: Sequence[Tensor]) -> list[_Like]:
@@ -195,7 +199,7 @@ class ObjectiveCall:
         if self._total is not None:  # nothing allocates a number quicker than this
             values = [torch.empty_like(self._total) for _ in self._values]
         else:
-            values = [like.make(self.device) for like in self._values]
+            values = _made(self._values, self.device)
         gradients = [torch.empty_like(operands[k]) for k in self.made]  # type: ignore[arg-type]
         self._launch((*operands, *values, *gradients))
         return values, gradients
@@ -345,7 +349,7 @@ class LatentCall:
 
     def outputs(self, operands: Operands) -> list[Tensor]:
         """The sample, and the KL if the call has one."""
-        outputs = [like.make(self.device) for like in self._outputs]
+        outputs = _made(self._outputs, self.device)
         self._launch((*operands, *outputs))
         return outputs
 

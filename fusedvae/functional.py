@@ -265,7 +265,9 @@ def _sampled(
     backend: str | None,
 ) -> Sequence[Tensor]:
     call = find(_latent_call, (mu, logvar, noise), has_kl, packed_dim, backend)
-    seed = ops.draw_seed(mu.device, generator) if noise is None else None
+    seed = None
+    if noise is None:
+        seed = ops.draw_seed(mu.device, generator, by_dispatcher=call.is_dispatched)
     return autograd.latent(call, (mu, logvar, seed, noise))
 
 

@@ -158,12 +158,12 @@ latent_gradient = Operator("latent_gradient", LatentGradientCall, latent_gradien
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+def draw_seed(device: torch.device, generator: torch.Generator | None, *, by_dispatcher: bool) -> Tensor:
     """A 64-bit seed from torch's generator, kept on the device.
 
     An operator of its own, so that a compiled program draws the very seed that an eager one does.
     """
-    if is_watched() and not is_transformed(()):
+    if by_dispatcher and not is_transformed(()):
         # By keyword: what moves an exported program to another device looks for arguments of this name.
         return torch.ops.fusedvae.draw_seed(device=device, generator=generator)
     return _draw_seed(device=device, generator=generator)

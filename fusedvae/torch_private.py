@@ -31,17 +31,25 @@ def record(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+# By names of their own: every call asks these.
+_is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+_count_of_modes = torch._C._len_torch_dispatch_stack
+_has_storage = torch._C._has_storage
+
+
 def is_watched() -> bool:
     """Whether something must see operators called: a compiler or tracer, a transform of torch.func, a dispatch mode.
 
     needed: nothing public tells of these all.
     """
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        _is_compiling()
+        or _count_of_modes() != 0
+        or _transforms() is not None
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -51,19 +59,19 @@ def is_transformed(operands: Sequence[Any]) -> bool:
     It is seen by a transform of torch.func, by forward-mode differentiation, or by torch.jit.trace, whose programs hold
     no operators of the package; or its tensors are made of others (gradients in batches, the shards of a DTensor).
     """
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or any(map(has_tangent, operands))
-        or any(map(_is_made_of_others, operands))
-    )
+    if is_watched():
+        return not _is_compiling() and (
+            _transforms() is not None
+            or _tracing_state() is not None
+            or any(map(has_tangent, operands))
+            or any(map(_is_made_of_others, operands))
+        )
+    return any(map(_is_made_of_others, operands))
 
 
 def _is_made_of_others(operand: Any) -> bool:
     if type(operand) is Tensor:
-        return not torch._C._has_storage(operand)
+        return not _has_storage(operand)
     return isinstance(operand, Tensor) and is_traceable_wrapper_subclass(operand)
 
 
@@ -82,6 +90,12 @@ is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocas
 keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 """Whether the backward pass that is under way keeps its graph, so that what is saved may be needed again. Without it,
 True: then gradients are scaled out of place."""
+
+
+def has_hooks_on_saved_tensors() -> bool:
+    """Whether tensors that are saved now may come back as something else. Without it, True: they are looked at then."""
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return ask is None or ask(False) is not None
 
 
 def register_outputs(*types: type) -> None:
