@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -344,9 +344,18 @@ def latent(operands: Sequence[Tensor | float | None], kl_dtype: torch.dtype | No
     mean, scale = unpack(mu, logvar, packed_dim)  # type: ignore[arg-type]
     if noise is None:
         assert isinstance(seed, Tensor)
-        noise = normal(tuple(mean.shape), seed, working_dtype(mean, scale))
+        noise = _laid_out_as(normal(tuple(mean.shape), seed, working_dtype(mean, scale)), mean)
     z = sample(mean, scale, noise).to(torch.promote_types(mean.dtype, scale.dtype))  # type: ignore[arg-type]
     return [z] if kl_dtype is None else [z, reduce(kl_standard_normal(mean, scale), "sample").to(kl_dtype)]
+
+
+def _laid_out_as(noise: Tensor, mean: Any) -> Tensor:
+    """The noise, shared out among processes as a DTensor is: that which the first one drew."""
+    if type(mean) is Tensor or not hasattr(mean, "device_mesh"):
+        return noise
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(noise, mean.device_mesh, mean.placements)
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
