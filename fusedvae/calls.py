@@ -196,11 +196,13 @@ class ObjectiveCall:
 
     def forward(self, operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
         """The values (the loss, or loss, likelihood and divergence), and the gradients."""
+        # The large ones first: what lies above them keeps malloc from giving their pages back between two calls, and
+        # each would be a fault at the next.
+        gradients = [torch.empty_like(operands[k]) for k in self.made]  # type: ignore[arg-type]
         if self._total is not None:  # nothing allocates a number quicker than this
             values = [torch.empty_like(self._total) for _ in self._values]
         else:
             values = _made(self._values, self.device)
-        gradients = [torch.empty_like(operands[k]) for k in self.made]  # type: ignore[arg-type]
         self._launch((*operands, *values, *gradients))
         return values, gradients
 
