@@ -19,6 +19,7 @@ from torch import Tensor
 from . import backend
 from .backend import LatentWork, ObjectiveWork, Part, TermWork
 from .backend.reference import FORMULAS, Formula, Objective, factor_of, unpack, working_dtype
+from .layout import broadcasts
 from .torch_private import is_any_autocast_enabled, is_watched
 
 Operand = Tensor | float | None
@@ -106,8 +107,7 @@ def check_fit(names: Sequence[str], parts: Sequence[Part | None], shape: torch.S
     for name, part in zip(names, parts, strict=True):
         if part is None or part.shape is None:
             continue
-        lead = -1 if shape is None else len(shape) - len(part.shape)
-        if shape is None or lead < 0 or any(s not in (1, t) for s, t in zip(part.shape, shape[lead:], strict=True)):
+        if shape is None or not broadcasts(part.shape, shape):
             expected = "no tensor" if shape is None else f"a shape that broadcasts to {tuple(shape)}"
             raise ValueError(f"{name}: expected {expected}, got {tuple(part.shape)}")
         if part.dtype not in KERNEL_DTYPES:
@@ -230,7 +230,7 @@ def _objective_work(spec: Objective, operands: Operands, parts: Sequence[Part | 
             TermWork(
                 formula,
                 spec.parameter,
-                _is_in_double(formula, operands[span]),
+                _is_in_double(*operands[span]),
                 inputs,  # type: ignore[arg-type]
                 _taken_apart(formula, grads[span], parts[span], spec.packed_dim),
                 factor=factor_of(spec.reduction, shape),
@@ -247,7 +247,7 @@ def _objective_work(spec: Objective, operands: Operands, parts: Sequence[Part | 
     return ObjectiveWork(tuple(terms), how, None if by_element else parts[count])
 
 
-def _is_in_double(formula: Formula, inputs: Operands) -> bool:
+def _is_in_double(*inputs: Operand) -> bool:
     return working_dtype(*inputs) == torch.float64
 
 
@@ -285,7 +285,7 @@ class TermGradientCall:
         term = TermWork(
             formula,
             spec.parameter,
-            _is_in_double(formula, operands[:-1]),
+            _is_in_double(*operands[:-1]),
             inputs,  # type: ignore[arg-type]
             _taken_apart(formula, grads, parts[: count - 1], spec.packed_dim),
             weight=parts[count - 1],
@@ -345,7 +345,7 @@ class LatentCall:
         check_fit(("mu", "logvar", "noise"), (mu, logvar, noise), mu.shape)
         _check_seed(operands[2], needed=noise is None)
         _check_devices(operands)
-        in_double = working_dtype(operands[0], operands[1], operands[3]) == torch.float64
+        in_double = _is_in_double(operands[0], operands[1], operands[3])
         work = LatentWork(in_double, mu, logvar, noise, seed, z=z, kl=kl[0] if kl else None)
         self._launch = backend.kernels(spec.backend).prepare_latent(work, len(sources), self.device)
 
@@ -375,7 +375,7 @@ class LatentGradientCall:
         check_fit(["grad_kl"], [grad_kl], mu.shape and mu.shape[:1])
         _check_seed(operands[2], needed=noise is None and grad_z is not None)
         _check_devices(operands)
-        in_double = working_dtype(operands[0], operands[1], operands[3]) == torch.float64
+        in_double = _is_in_double(operands[0], operands[1], operands[3])
         work = LatentWork(
             in_double, mu, logvar, noise, seed, grad_z, grad_kl, grad_mu=grad_mu, grad_logvar=grad_of_logvar
         )

@@ -31,6 +31,7 @@ from . import autograd, ops
 from .backend import resolve
 from .backend.reference import GIVEN, LIKELIHOODS, Formula, Objective, half_of
 from .calls import LatentSpec, Operand, Operands, find
+from .layout import broadcasts
 from .torch_private import is_transformed
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -132,7 +133,7 @@ def _check_divergence(inputs: Operands, packed_dim: int) -> None:
         assert isinstance(prior_mu, Tensor)
         _check_same_device("prior_mu", prior_mu, "mu", mu)
         _check_packed("prior_mu", prior_mu, packed_dim)
-        if not _broadcasts(half_of(prior_mu.shape, packed_dim), shape):
+        if not broadcasts(half_of(prior_mu.shape, packed_dim), shape):
             raise ValueError(
                 f"prior_mu: packed (no log-variance given), expected a shape whose halves along dimension {packed_dim} "
                 f"broadcast to {tuple(shape)}, got {tuple(prior_mu.shape)}"
@@ -180,13 +181,8 @@ def _check_parameter(name: str, value: object, shape: torch.Size, other_name: st
 
 
 def _check_broadcast(name: str, value: Tensor, shape: torch.Size) -> None:
-    if not _broadcasts(value.shape, shape):
+    if not broadcasts(value.shape, shape):
         raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(value.shape)}")
-
-
-def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    lead = len(target) - len(shape)
-    return lead >= 0 and all(s in (1, t) for s, t in zip(shape, target[lead:], strict=True))
 
 
 def _checked_reduction(reduction: object) -> str:

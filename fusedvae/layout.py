@@ -13,19 +13,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 Strides = tuple[int, ...]
-Described = tuple[torch.Size, Strides, torch.dtype] | tuple[()] | None
-"""What matters of an operand to a plan: shape, strides and dtype of a tensor, () for a number, None for nothing."""
 
 
-def described(operand: Tensor | float | None) -> Described:
-    """The description of an operand."""
-    if isinstance(operand, Tensor):
-        return operand.shape, operand.stride(), operand.dtype
-    return None if operand is None else ()
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a tensor of one shape broadcasts to the other."""
+    lead = len(target) - len(shape)
+    return lead >= 0 and all(s in (1, t) for s, t in zip(shape, target[lead:], strict=True))
 
 
 class Layout(NamedTuple):

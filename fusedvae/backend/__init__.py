@@ -44,11 +44,6 @@ class Part(NamedTuple):
         return self.shape is None
 
     @property
-    def is_scalar(self) -> bool:
-        """Whether it is a number or a 0-dim tensor."""
-        return not self.shape
-
-    @property
     def offset(self) -> int:
         """Where the part begins in its source, in bytes."""
         if not self.half:
