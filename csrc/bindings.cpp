@@ -114,33 +114,57 @@ const int64_t* seed_at(uintptr_t address) {
   return reinterpret_cast<const int64_t*>(address);
 }
 
-int formula_number(const std::string& name) {
-  for (int k = 0; k < scalar::Formulas::kSize; ++k)
-    if (name == scalar::Formulas::kNames[k]) return k;
+// The number of the formula of that name in a list.
+template <class... Formula>
+int number_of(const std::string& name, scalar::List<Formula...>) {
+  using Names = scalar::List<Formula...>;
+  for (int k = 0; k < Names::kSize; ++k)
+    if (name == Names::kNames[k]) return k;
   throw py::value_error("no formula of the name " + name);
+}
+
+Form form_of(const py::handle& fields) {
+  const auto form = fields.cast<py::tuple>();
+  return {static_cast<Map>(form[0].cast<int>()), form[1].cast<bool>(), form[2].cast<double>(), form[3].cast<double>(),
+          form[4].cast<double>()};
+}
+
+// A formula's task, but for the formula.
+Planned<ElementwiseTask> elementwise_task(bool in_double, const py::tuple& extent, const py::tuple& inputs,
+                                          const py::tuple& forms, const py::tuple& gains, const py::object& weight,
+                                          const py::object& incoming, const py::object& value, const py::tuple& grads) {
+  if (forms.size() > kMostScales || gains.size() > kMostInputs)
+    throw py::value_error("more forms or gains than a task has room for");
+  Planned<ElementwiseTask> plan;
+  ElementwiseTask& task = plan.part;
+  task.in_double = in_double;
+  task.extent = extent_of(extent);
+  plan.add(task.inputs, inputs);
+  for (size_t k = 0; k < forms.size(); ++k) task.forms[k] = form_of(forms[k]);
+  for (size_t k = 0; k < gains.size(); ++k) task.gains[k] = gains[k].cast<double>();
+  plan.add(task.weight, weight);
+  plan.add(task.incoming, incoming);
+  plan.add(task.value, value);
+  plan.add(task.grads, grads);
+  if (!can_sum(task)) throw py::value_error("sums that the kernels cannot make");
+  return plan;
 }
 
 // A latent's task, whose seed is an operand to the caller.
 class PlannedLatent {
  public:
-  PlannedLatent(const py::tuple& extent, const py::tuple& index, bool in_double, const py::object& seed,
-                const py::object& mu, const py::object& logvar, const py::object& noise, const py::object& grad_z,
-                const py::object& grad_kl, const py::object& z, const py::object& kl, const py::object& grad_mu,
-                const py::object& grad_logvar) {
+  PlannedLatent(const std::string& divergence, const Planned<ElementwiseTask>& elements, const py::tuple& index,
+                const py::object& seed, const py::object& offset, const py::object& noise, const py::object& grad_z,
+                const py::object& z) {
     LatentTask& task = plan_.part.task;
-    task.extent = extent_of(extent);
+    plan_.add(task.divergence, elements);
+    task.divergence.formula = number_of(divergence, scalar::Divergences{});
     task.index = {index[0].cast<int64_t>(), index[1].cast<int64_t>(), index[2].cast<int64_t>()};
-    task.in_double = in_double;
     plan_.add(plan_.part.seed, seed);
-    plan_.add(task.mu, mu);
-    plan_.add(task.logvar, logvar);
+    plan_.add(task.offset, offset);
     plan_.add(task.noise, noise);
     plan_.add(task.grad_z, grad_z);
-    plan_.add(task.grad_kl, grad_kl);
     plan_.add(task.z, z);
-    plan_.add(task.kl, kl);
-    plan_.add(task.grad_mu, grad_mu);
-    plan_.add(task.grad_logvar, grad_logvar);
   }
   LatentTask on(const py::tuple& sources) const {
     Seeded filled = plan_.on(sources);
@@ -157,43 +181,33 @@ class PlannedLatent {
   Planned<Seeded> plan_;
 };
 
-Planned<ElementwiseTask> elementwise_task(const std::string& formula, double parameter, bool in_double,
-                                          const py::tuple& extent, const py::tuple& inputs, const py::object& weight,
-                                          const py::object& value, const py::tuple& grads) {
-  Planned<ElementwiseTask> plan;
-  ElementwiseTask& task = plan.part;
-  task.formula = formula_number(formula);
-  task.parameter = parameter;
-  task.in_double = in_double;
-  task.extent = extent_of(extent);
-  plan.add(task.inputs, inputs);
-  plan.add(task.weight, weight);
-  plan.add(task.value, value);
-  plan.add(task.grads, grads);
-  if (!can_sum(task.extent, task.grads)) throw py::value_error("gradients that the kernels cannot sum");
-  return plan;
-}
-
-Planned<Term> term(const Planned<ElementwiseTask>* elements, const py::object& given, int64_t given_count,
-                   double factor, double constant, const py::object& coefficient, const py::object& out) {
+Planned<Term> term(const std::string& formula, const Planned<ElementwiseTask>* elements, const py::object& given,
+                   int64_t given_count, double factor, const py::object& normalizer, double constant,
+                   const py::object& coefficient, const py::object& out) {
   Planned<Term> plan;
-  if (elements) plan.add(plan.part.elements, *elements);
+  if (elements) {
+    plan.add(plan.part.elements, *elements);
+    plan.part.elements.formula = number_of(formula, scalar::Formulas{});
+  }
   plan.add(plan.part.given, given);
   plan.part.given_count = given_count;
   plan.part.factor = factor;
+  plan.add(plan.part.normalizer, normalizer);
   plan.part.constant = constant;
   plan.add(plan.part.coefficient, coefficient);
   plan.add(plan.part.out, out);
   return plan;
 }
 
-Planned<ObjectiveTask> objective_task(const py::tuple& terms, int values, const py::object& loss) {
+Planned<ObjectiveTask> objective_task(const py::tuple& terms, int values, const py::object& loss,
+                                      const py::object& grad_scale) {
   if (terms.size() > ObjectiveTask::kMostTerms) throw py::value_error("more terms than an objective has room for");
   Planned<ObjectiveTask> plan;
   ObjectiveTask& task = plan.part;
   for (const py::handle& part : terms) plan.add(task.terms[task.count++], part.cast<const Planned<Term>&>());
   task.values = static_cast<Values>(values);
   plan.add(task.loss, loss);
+  plan.add(task.grad_scale, grad_scale);
   return plan;
 }
 
@@ -216,16 +230,18 @@ NormalTask normal_task(uintptr_t out, int dtype, int64_t count, uintptr_t seed) 
   return task;
 }
 
-// Of strides for each gradient, None for one that is not wanted: see broadcast.h.
+// Of the strides of a value and of gradients, None for what is not wanted: see broadcast.h.
 bool can_sum_strides(const py::tuple& extent, const py::tuple& strides) {
-  Operand grads[kMostInputs];
-  for (size_t k = 0; k < strides.size() && k < kMostInputs; ++k) {
+  ElementwiseTask task;
+  task.extent = extent_of(extent);
+  for (size_t k = 0; k < strides.size() && k <= kMostInputs; ++k) {
     if (strides[k].is_none()) continue;
+    Operand& operand = k == 0 ? task.value : task.grads[k - 1];
     const auto steps = strides[k].cast<py::tuple>();
-    grads[k].given = true;
-    for (size_t i = 0; i < 3; ++i) grads[k].stride[i] = steps[i].cast<int64_t>();
+    operand.given = true;
+    for (size_t i = 0; i < 3; ++i) operand.stride[i] = steps[i].cast<int64_t>();
   }
-  return can_sum(extent_of(extent), grads);
+  return can_sum(task);
 }
 
 // A run of a kernel on the CPU.
@@ -252,9 +268,10 @@ auto launch(void (*kernel)(const Task&, const cuda::Launch&)) {
 }
 #endif
 
-py::tuple formula_names() {
-  py::tuple names(scalar::Formulas::kSize);
-  for (size_t k = 0; k < names.size(); ++k) names[k] = scalar::Formulas::kNames[k];
+template <class List>
+py::tuple names_of() {
+  py::tuple names(List::kSize);
+  for (size_t k = 0; k < names.size(); ++k) names[k] = List::kNames[k];
   return names;
 }
 
@@ -263,8 +280,9 @@ py::tuple formula_names() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedvae's compiled kernels";
   m.def("cpu_isa", [] { return kernels().isa; }, "The instruction set that the CPU kernels use.");
-  m.def("formulas", &formula_names, "The names of the formulas that the kernels know.");
-  m.def("can_sum", &can_sum_strides, "Whether the kernels can sum these gradients over what they are broadcast along.");
+  m.def("formulas", &names_of<scalar::Formulas>, "The names of the formulas that the kernels know.");
+  m.def("divergences", &names_of<scalar::Divergences>, "The names of those that they take beside a sample.");
+  m.def("can_sum", &can_sum_strides, "Whether the kernels can sum a value and gradients of these strides.");
   m.def("normal", [](uintptr_t out, int dtype, int64_t count, uintptr_t seed, int threads) {
     const NormalTask task = normal_task(out, dtype, count, seed);
     py::gil_scoped_release release;
@@ -274,21 +292,23 @@ PYBIND11_MODULE(_C, m) {
   const py::none none;
   auto latent =
       py::class_<PlannedLatent>(m, "LatentTask")
-          .def(py::init<const py::tuple&, const py::tuple&, bool, const py::object&, const py::object&,
-                        const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
-                        const py::object&, const py::object&, const py::object&>(),
-               arg("extent"), arg("index"), arg("in_double"), py::kw_only(), arg("seed"), arg("mu"), arg("logvar"),
-               arg("noise"), arg("grad_z"), arg("grad_kl"), arg("z"), arg("kl"), arg("grad_mu"), arg("grad_logvar"))
+          .def(py::init<const std::string&, const Planned<ElementwiseTask>&, const py::tuple&, const py::object&,
+                        const py::object&, const py::object&, const py::object&, const py::object&>(),
+               arg("divergence"), arg("elements"), arg("index"), py::kw_only(), arg("seed"), arg("offset"),
+               arg("noise"), arg("grad_z"), arg("z"))
           .def("run", run<PlannedLatent>(&Kernels::latent));
   py::class_<Planned<ElementwiseTask>>(m, "ElementwiseTask")
-      .def(py::init(&elementwise_task), arg("formula"), arg("parameter"), arg("in_double"), arg("extent"),
-           py::kw_only(), arg("inputs"), arg("weight"), arg("value"), arg("grads"));
-  py::class_<Planned<Term>>(m, "Term").def(py::init(&term), arg("elements"), py::kw_only(), arg("given") = none,
-                                           arg("given_count") = 0, arg("factor") = 1.0, arg("constant") = 0.0,
-                                           arg("coefficient") = none, arg("out") = none);
-  auto objective = py::class_<Planned<ObjectiveTask>>(m, "ObjectiveTask")
-                       .def(py::init(&objective_task), arg("terms"), arg("values"), arg("loss"))
-                       .def("run", run<Planned<ObjectiveTask>>(&Kernels::objective));
+      .def(py::init(&elementwise_task), arg("in_double"), arg("extent"), py::kw_only(), arg("inputs"),
+           arg("forms") = py::tuple(), arg("gains") = py::tuple(), arg("weight") = none, arg("incoming") = none,
+           arg("value") = none, arg("grads"));
+  py::class_<Planned<Term>>(m, "Term").def(py::init(&term), arg("formula"), arg("elements"), py::kw_only(),
+                                           arg("given") = none, arg("given_count") = 0, arg("factor") = 1.0,
+                                           arg("normalizer") = none, arg("constant") = 0.0, arg("coefficient") = none,
+                                           arg("out") = none);
+  auto objective =
+      py::class_<Planned<ObjectiveTask>>(m, "ObjectiveTask")
+          .def(py::init(&objective_task), arg("terms"), arg("values"), arg("loss"), arg("grad_scale") = none)
+          .def("run", run<Planned<ObjectiveTask>>(&Kernels::objective));
   auto scale = py::class_<Planned<ScaleTask>>(m, "ScaleTask")
                    .def(py::init(&scale_task))
                    .def("run", run<Planned<ScaleTask>>(&Kernels::scale));

@@ -4,12 +4,13 @@
 
 #include <cstdint>
 
+#include "form.h"
 #include "math/formula.h"
 #include "operand.h"
 
 namespace fusedvae {
 
-// How many values an objective gives: one, one per sample, or one per element.
+// How many values an objective gives: one, one per sample, or those that its task has.
 enum class Values : int { total = 0, sample = 1, element = 2 };
 
 // The noise of a seed, in a contiguous array.
@@ -19,30 +20,38 @@ struct NormalTask {
   const int64_t* seed = nullptr;
 };
 
-// One pass over the latent. Noise comes from the seed (at `index`, the logical position of an element) or as an
-// operand. Fills z, the KL per sample, and the gradients of sum(grad_z * z) + sum(grad_kl * kl).
-struct LatentTask {
-  bool in_double = false;  // the arithmetic
-  Extent extent;
-  IndexStrides index;
-  Operand mu, logvar, noise, grad_z;
-  Operand grad_kl;  // one value per sample
-  const int64_t* seed = nullptr;
-  Operand z, grad_mu, grad_logvar;
-  Operand kl;  // one value per sample
-};
-
-// A formula over an extent: values, weighted, and the gradients of their weighted sum. A gradient is summed over what
-// its input is broadcast along: broadcast.h says which sums there are.
+// A formula over an extent: values, and the gradients of their sum, both weighted. A value or gradient that keeps less
+// than the extent is summed over the rest: broadcast.h says which sums there are.
 struct ElementwiseTask {
-  int formula = -1;        // its number in math/formulas.h; -1 for none
+  int formula = -1;        // its number in its list of math/formulas.h; -1 for none
   bool in_double = false;  // the arithmetic
-  double parameter = 0;    // the formula's
   Extent extent;
   Operand inputs[kMostInputs];
-  Operand weight;  // of each element; 1 if not given
-  Operand value;   // one per element
+  Form forms[kMostScales];                   // of the inputs that are scales
+  double gains[kMostInputs] = {1, 1, 1, 1};  // what each gradient is multiplied by besides
+  Operand weight;    // of each element; 1 if not given. Where it is 0, so are value and gradients, whatever the inputs
+  Operand incoming;  // a further weight of each element, in gradients alone
+  Operand value;
   Operand grads[kMostInputs];
+
+  // Whether scales are what formulas are written in, and gradients what formulas give.
+  FUSEDVAE_INLINE bool is_plain() const {
+    bool plain = true;
+    for (const Form& form : forms) plain = plain && form.is_plain();
+    for (const double gain : gains) plain = plain && gain == 1;
+    return plain;
+  }
+};
+
+// One pass over the latent: the sample z = mean + deviation * noise of a divergence's first two inputs, beside the
+// divergence. Noise comes from the seed (at `index`, the logical position of an element, past `offset`) or as an
+// operand. The gradients are those of sum(grad_z * z) + sum(incoming * divergence), each where it is given.
+struct LatentTask {
+  ElementwiseTask divergence;
+  IndexStrides index;
+  const int64_t* seed = nullptr;
+  Operand offset;  // one number; 0 if not given
+  Operand noise, grad_z, z;
 };
 
 // A term of an objective: the sum of a formula's values, or of values that are given.
@@ -51,18 +60,20 @@ struct Term {
   Operand given;  // one value per sample, where there is no formula
   int64_t given_count = 0;
   double factor = 1;    // of the sum, and so of the gradients
-  double constant = 0;  // added to each element's value
+  Operand normalizer;   // a further factor, one value; 1 if not given
+  double constant = 0;  // added to each element's value, before that is weighted
   Operand coefficient;  // what the loss has it times, and the gradients too; 1 if not given
-  Operand out;          // factor * sum
+  Operand out;          // factor * normalizer * sum
 };
 
-// loss = sum of coefficient * term, the terms, and the gradients of the loss. With a value per element there is one
-// term, whose task has the values.
+// loss = sum of coefficient * term, the terms, and the gradients of the loss times grad_scale. With values of elements
+// there is one term, whose task has them, perhaps summed over some dimensions.
 struct ObjectiveTask {
   static constexpr int kMostTerms = 2;
   Term terms[kMostTerms];
   int count = 0;
   Values values = Values::total;
+  Operand grad_scale;  // one value; 1 if not given
   Operand loss;
 };
 

@@ -19,19 +19,18 @@ from torch import Tensor
 
 from . import ops
 from .backend import reference
-from .backend.reference import GIVEN, Objective, factor_of, unpack
+from .backend.reference import GIVEN, Objective, Placed, Sampling, factor_of, form_fields
 from .calls import (
     KERNEL_DTYPES,
     LatentCall,
     LatentGradientCall,
-    LatentGradientSpec,
-    LatentSpec,
     ObjectiveCall,
     Operand,
     Operands,
+    SamplingGradient,
     ScaleCall,
+    TermGradient,
     TermGradientCall,
-    TermGradientSpec,
     find,
     positions,
 )
@@ -105,60 +104,85 @@ def _converted(conversions: Sequence[Conversion], operands: Operands) -> Operand
 
 
 class RecordedLatent:
-    """A pass over the latent with its derivative, for operands mu, logvar, seed and noise."""
+    """A pass over the latent with its derivative: the call of its forward pass, and what its backward pass is."""
 
-    def __init__(self, operands: Operands, spec: LatentSpec) -> None:
-        mu, logvar, _, noise = operands
-        assert isinstance(mu, Tensor)
+    def __init__(self, operands: Operands, spec: Sampling) -> None:
+        *inputs, _, _, noise = operands
+        first = inputs[0]
+        assert isinstance(first, Tensor)
         self.spec = spec
-        self.conversions = _conversions((mu, logvar, None, noise), torch.float32, mu.device)
+        self.conversions = _conversions((*inputs, None, None, noise), torch.float32, first.device)
         self.is_dispatched = ops.needs_dispatcher(operands)
         self.is_recorded = wants_derivative(operands)
         operands = _converted(self.conversions, operands)
+        self.gradient = _gradient_of(spec, operands)
+        self.numbers = _numbers(operands)
         self.forward = None if self.is_dispatched or spec.backend == "reference" else LatentCall(operands, spec)
 
 
+def _gradient_of(spec: Sampling, operands: Operands) -> SamplingGradient:
+    needed = tuple([isinstance(t, Tensor) and t.requires_grad for t in operands[:-3]])
+    return SamplingGradient(
+        spec.divergence,
+        spec.maps,
+        spec.squared,
+        spec.limits,
+        spec.samples,
+        spec.at_sample,
+        spec.kl_dim,
+        spec.packed_dim,
+        needed,
+        spec.backend,
+    )
+
+
+def _numbers(operands: Operands) -> list[int]:
+    """The operands that are numbers."""
+    return positions([t is not None and not isinstance(t, Tensor) for t in operands])
+
+
 def latent(call: RecordedLatent, operands: Operands) -> Sequence[Tensor]:
-    """The sample and, if the call has one, its KL."""
+    """The sample and, if the call has one, its divergence."""
     if call.conversions:
         operands = _converted(call.conversions, operands)
     if call.forward is None:
         if call.spec.backend == "reference":
-            return reference.latent(operands, call.spec.kl_dtype, call.spec.packed_dim)
+            return reference.latent(call.spec, operands)
         return ops.latent(operands, call.spec)
-    return _record_latent(call.forward, *operands) if call.is_recorded else call.forward.outputs(operands)
+    return _record_latent(call, *operands) if call.is_recorded else call.forward.outputs(operands)
 
 
 class _LatentFunction(torch.autograd.Function):
-    """z and the KL per sample; the noise is made again from the seed."""
+    """z and the divergence; the noise is made again from the seed."""
 
     @staticmethod
-    def keep(ctx: Any, gradient: LatentGradientSpec, operands: Operands, call: LatentCall | None = None) -> None:
+    def keep(
+        ctx: Any, gradient: SamplingGradient, operands: Operands, numbers: list[int], call: LatentCall | None = None
+    ) -> None:
         ctx.gradient = gradient
         # The call that the operands are those of, unless they may come back as something else.
         ctx.call = None if has_hooks_on_saved_tensors() else call
+        ctx.numbers = [(k, operands[k]) for k in numbers]
+        if numbers:
+            operands = [None if k in numbers else t for k, t in enumerate(operands)]
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        mu, logvar, seed, noise = ctx.saved_tensors
+        operands = [*ctx.saved_tensors]
+        for k, number in ctx.numbers:
+            operands[k] = number
         grad_z, grad_kl = [None if g is None else g.resolve_neg() for g in (*incoming, None)[:2]]
-        grad_noise = None
-        if noise is not None and noise.requires_grad and grad_z is not None:
-            # z is linear in the noise, and hardly anybody asks: the formula will do.
-            _, log_variance = unpack(mu, logvar, ctx.gradient.packed_dim)
-            sigma = torch.exp(0.5 * log_variance.to(reference.working_dtype(mu, logvar, noise)))
-            grad_noise = (grad_z * sigma).to(noise.dtype)
-        grads = _latent_gradients(ctx.gradient, (mu, logvar, seed, noise), grad_z, grad_kl, ctx.call)
-        return (None, *grads, None, grad_noise)
+        return (None, *_latent_gradients(ctx.gradient, operands, grad_z, grad_kl, ctx.call))
 
 
 class _Latent(_LatentFunction):
     @staticmethod
-    def forward(ctx: Any, call: LatentCall, *operands: Any) -> Any:
-        _LatentFunction.keep(ctx, call.gradient, operands, call)
-        return tuple(call.outputs(operands))
+    def forward(ctx: Any, call: RecordedLatent, *operands: Any) -> Any:
+        assert call.forward is not None
+        _LatentFunction.keep(ctx, call.gradient, operands, call.numbers, call.forward)
+        return tuple(call.forward.outputs(operands))
 
 
 _record_latent = record(_Latent)
@@ -166,38 +190,41 @@ _record_latent = record(_Latent)
 
 class _DispatchedLatent(_LatentFunction):
     @staticmethod
-    def forward(ctx: Any, spec: LatentSpec, *operands: Any) -> Any:
-        _LatentFunction.keep(ctx, LatentGradientSpec(spec.packed_dim, spec.backend), operands)
+    def forward(ctx: Any, spec: Sampling, *operands: Any) -> Any:
+        _LatentFunction.keep(ctx, _gradient_of(spec, operands), operands, [])
         return tuple(ops.latent.below_autograd(operands, spec))
 
 
 def _latent_gradients(
-    spec: LatentGradientSpec,
-    operands: Sequence[Tensor | None],
+    spec: SamplingGradient,
+    operands: Sequence[Any],
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     call: LatentCall | None,
 ) -> _Grads:
-    """Gradients of mu and logvar (None where it is packed into mu). A call says what the operands are like."""
-    mu, logvar, seed, noise = operands
-    assert mu is not None
+    """Gradients of a pass's operands. A call says what these are like."""
+    grads: list[Tensor | None] = [None] * len(operands)
     if grad_z is None and grad_kl is None:
-        return None, None
-    if torch.is_grad_enabled() or is_transformed((grad_z, grad_kl)):
-        mean, _ = unpack(mu, logvar, spec.packed_dim)
-        if noise is None and seed is not None:
-            noise = ops.normal(list(mean.shape), seed, reference.working_dtype(mu, logvar), spec.backend)
+        return tuple(grads)
+    *inputs, seed, offset, noise = operands
+    # Hardly anybody asks for the noise's gradient: the formula will do.
+    if torch.is_grad_enabled() or is_transformed((grad_z, grad_kl)) or (noise is not None and noise.requires_grad):
+        if noise is None and seed is not None and offset is None:
+            shape = list(spec.shape(reference.unpacked(spec.formula, inputs, spec.packed_dim)[0].shape))
+            noise = ops.normal(shape, seed, reference.working_dtype(*inputs), spec.backend)
+        kl_dtype = None if grad_kl is None else grad_kl.dtype
+        whole = Sampling(*spec[:6], kl_dtype, *spec[6:8], "reference")
 
-        def formula(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, ...]:
-            mu, logvar = unpack(mu, logvar, spec.packed_dim)
-            z = reference.sample(mu, logvar, noise) if noise is not None else mu
-            return z, reference.reduce(reference.kl_standard_normal(mu, logvar), "sample")
+        def formula(*inputs: Any) -> list[Tensor]:
+            return reference.latent(whole, inputs)
 
-        return _second_order(formula, [mu, logvar], [grad_z, grad_kl])
-    given = (mu, logvar, seed, noise, grad_z, grad_kl)
+        return _second_order(formula, [*inputs, seed, offset, noise], [grad_z, grad_kl][: 1 if kl_dtype is None else 2])
+    given = (*operands, grad_z, grad_kl)
     told = given if call is None else (grad_z, grad_kl)
-    grads = find(_unrecorded, told, LatentGradientCall, ops.latent_gradient, spec, call, whole=given).outputs(given)
-    return grads[0], None if logvar is None else grads[1]
+    found = find(_unrecorded, told, LatentGradientCall, ops.latent_gradient, spec, call, whole=given).outputs(given)
+    for k, gradient in zip(positions(spec.needed), found, strict=True):
+        grads[k] = gradient
+    return tuple(grads)
 
 
 class _Dispatched:
@@ -236,11 +263,14 @@ def made_in_forward(spec: Objective, operands: Operands) -> Objective:
     """The objective with those gradients made with the values that are worth it: all of those needed, or none.
 
     Values per sample and per element would move more that way (9N elements against 8N), and float16 gradients made
-    before the incoming factor (a loss scaler's 65536) would underflow.
+    before the incoming factor (a loss scaler's 65536) would underflow, unless they are scaled as they are made.
     """
-    deferred = spec.reduction in ("sample", "element") or any(
-        isinstance(t, Tensor) and need and t.dtype == torch.float16
-        for t, need in zip(operands, spec.needed, strict=True)
+    deferred = spec.values != "total" or (
+        not spec.is_grad_scaled
+        and any(
+            isinstance(t, Tensor) and need and t.dtype == torch.float16
+            for t, need in zip(operands, spec.needed, strict=True)
+        )
     )
     return spec._replace(needed=(False,) * len(spec.needed)) if deferred else spec
 
@@ -250,7 +280,7 @@ def _deferred(spec: Objective, operands: Operands) -> Deferred:
     return Deferred(
         len(operands),
         positions([isinstance(t, Tensor) for t in operands]),
-        positions([t is not None and not isinstance(t, Tensor) for t in operands]),
+        _numbers(operands),
         any(isinstance(t, Tensor) and t.requires_grad and not m for t, m in zip(operands, made, strict=True)),
     )
 
@@ -261,12 +291,13 @@ class RecordedObjective:
     def __init__(self, operands: Operands, spec: Objective) -> None:
         first = operands[0]
         assert isinstance(first, Tensor)
-        _, inputs = spec.terms()[0]
+        terms = spec.terms()
+        inputs = operands[terms[0].inputs]
         self.conversions: list[Conversion] = []
         if spec.backend != "reference":
-            self.conversions = _conversions(operands, reference.working_dtype(*operands[inputs]), first.device)
+            self.conversions = _conversions(operands, reference.working_dtype(*inputs), first.device)
         operands = _converted(self.conversions, operands)
-        self.spec = spec
+        self.spec, self.terms = spec, terms
         self.is_dispatched = ops.needs_dispatcher(operands)
         self.is_recorded = wants_derivative(operands)
         self.deferred = _deferred(spec, operands)
@@ -327,7 +358,7 @@ class _Objective(torch.autograd.Function):
         else:
             made_already = (False,) * len(call.spec.needed)
         operands, divergence = _restored(ctx, call.deferred)
-        rest = _gradients(call.spec, made_already, operands, divergence, incoming)
+        rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming)
         return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
 
 
@@ -390,7 +421,7 @@ class _DispatchedObjective(torch.autograd.Function):
             made_already = spec.needed
         else:
             made_already = (False,) * len(spec.needed)
-        rest = _gradients(spec, made_already, operands, divergence, values)
+        rest = _gradients(spec, spec.terms(), made_already, operands, divergence, values)
         return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
 
 
@@ -408,6 +439,7 @@ def _restored(ctx: Any, deferred: Deferred) -> tuple[list[Operand], Tensor | Non
 
 def _gradients(
     spec: Objective,
+    terms: Sequence[Placed],
     made_already: Sequence[bool],
     operands: Operands,
     divergence: Tensor | None,
@@ -423,7 +455,13 @@ def _gradients(
 
         return _second_order(values, operands, [g_loss, g_likelihood, g_divergence])
     beta = operands[spec.beta]
-    for formula, span in spec.terms():
+    if spec.grad_scale is not None:
+        scale = _as_weight(operands[spec.grad_scale])
+        g_loss, g_likelihood, g_divergence = [
+            None if g is None else g * scale for g in (g_loss, g_likelihood, g_divergence)
+        ]
+    for term in terms:
+        formula, span = term.formula, term.inputs
         if any(made_already[span]):
             continue
         if formula.is_divergence:
@@ -432,20 +470,28 @@ def _gradients(
             factor = _sum(g_loss, g_likelihood)
         if factor is None:
             continue
+        if term.normalizer is not None:
+            factor = factor * _as_weight(operands[term.normalizer])
         inputs = operands[span]
         if formula is GIVEN:
             (kl,) = inputs
             if isinstance(kl, Tensor) and kl.requires_grad:
-                weight = _times(factor, factor_of(spec.reduction, kl.shape))
-                grads[span.start] = weight.to(kl.dtype).expand_as(kl)
+                incoming_kl = _times(factor, factor_of(term.reduction, kl.shape))
+                grads[span.start] = incoming_kl.to(kl.dtype).expand_as(kl)
         elif any(spec.needed[span]):
             mean = reference.unpacked(formula, inputs, spec.packed_dim)[0]
             assert isinstance(mean, Tensor)
-            gradient = TermGradientSpec(formula.name, spec.parameter, spec.packed_dim, spec.needed[span], spec.backend)
-            weight = _times(factor, factor_of(spec.reduction, mean.shape))
-            if spec.reduction == "sample":
-                weight = weight.view(-1, *[1] * (mean.dim() - 1))
-            given = [*inputs, weight]
+            gradient = TermGradient(
+                formula.name,
+                *form_fields(term.forms),
+                term.gains or (),
+                spec.dim,
+                spec.packed_dim,
+                spec.needed[span],
+                spec.backend,
+            )
+            weight = None if term.weight is None else operands[term.weight]
+            given = [*inputs, weight, _times(factor, factor_of(term.reduction, mean.shape))]
             found = find(_unrecorded, given, TermGradientCall, ops.term_gradient, gradient).outputs(given)
             for k, g in zip(positions(spec.needed[span]), found, strict=True):
                 grads[span.start + k] = g

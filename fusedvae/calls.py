@@ -18,7 +18,17 @@ from torch import Tensor
 
 from . import backend
 from .backend import LatentWork, ObjectiveWork, Part, TermWork
-from .backend.reference import FORMULAS, Formula, Objective, factor_of, unpack, working_dtype
+from .backend.reference import (
+    FORMULAS,
+    Form,
+    Formula,
+    Objective,
+    Sampling,
+    factor_of,
+    forms_of,
+    unpacked,
+    working_dtype,
+)
 from .layout import broadcasts
 from .torch_private import is_any_autocast_enabled, is_watched
 
@@ -95,7 +105,7 @@ def _taken_apart(
     return tuple(found)
 
 
-KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8))
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool))
 """What kernels read."""
 
 
@@ -161,14 +171,34 @@ def _device_of(operands: Operands) -> torch.device:
 # --- objectives -------------------------------------------------------------------------------------------------------
 
 
+def _kept(shape: torch.Size, dim: Sequence[int]) -> torch.Size:
+    """What is left of a shape when it is summed over some dimensions."""
+    return torch.Size([size for d, size in enumerate(shape) if d not in dim])
+
+
+def _spread_out(name: str, part: Part | None, shape: torch.Size | None, dim: Sequence[int] | None) -> Part | None:
+    """A part that was summed over some dimensions of a shape (all but the first), as one that broadcasts to it."""
+    if part is None or not part.shape or shape is None:
+        return part
+    dim = range(1, len(shape)) if dim is None else dim
+    if len(part.shape) + len(dim) != len(shape):
+        raise ValueError(f"{name}: expected {tuple(shape)} less the dimensions {tuple(dim)}, got {tuple(part.shape)}")
+    return part.with_ones(dim)
+
+
 def objective_values(spec: Objective, operands: Operands, **options: Any) -> list[Tensor]:
     """The values of an objective, uninitialised; ``options`` as torch's."""
     first = operands[0]
     assert isinstance(first, Tensor)
-    if spec.reduction == "element":
-        loss = torch.empty_like(first, dtype=spec.dtype, **options)
-    else:
-        loss = first.new_empty(first.shape[:1] if spec.reduction == "sample" else (), dtype=spec.dtype, **options)
+    if spec.values == "element":
+        assert spec.dim is not None
+        (term,) = spec.terms()
+        mean = unpacked(term.formula, operands[term.inputs], spec.packed_dim)[0]
+        assert isinstance(mean, Tensor)
+        if not spec.dim:
+            return [torch.empty_like(mean, dtype=spec.dtype, **options)]
+        return [mean.new_empty(_kept(mean.shape, spec.dim), dtype=spec.dtype, **options)]
+    loss = first.new_empty(first.shape[:1] if spec.values == "sample" else (), dtype=spec.dtype, **options)
     return [loss, torch.empty_like(loss), torch.empty_like(loss)] if spec.returns_terms else [loss]
 
 
@@ -217,60 +247,73 @@ def _objective_work(spec: Objective, operands: Operands, parts: Sequence[Part | 
     grads: list[Part | None] = [None] * count
     for k, made in zip(positions(spec.needed), parts[count + values :], strict=True):
         grads[k] = made
-    check_fit(["beta"], [parts[spec.beta]], torch.Size())
+    grad_scale = None if spec.grad_scale is None else parts[spec.grad_scale]
+    check_fit(["beta", "grad_scale"], [parts[spec.beta], grad_scale], torch.Size())
     terms, batches = [], set()
-    for formula, span in spec.terms():
+    for term in spec.terms():
+        formula, span = term.formula, term.inputs
         inputs = _taken_apart(formula, parts[span], parts[span], spec.packed_dim)
         shape = inputs[0].shape if inputs[0] else None
         if shape is None or None in inputs:
             raise TypeError(f"{formula.name}: expected {', '.join(formula.inputs)}; got fewer")
-        check_fit(formula.inputs, inputs, shape)
-        batches.add(shape[0] if spec.reduction == "sample" and len(shape) else 0)
+        weight = None if term.weight is None else parts[term.weight]
+        normalizer = None if term.normalizer is None else parts[term.normalizer]
+        check_fit((*formula.inputs, "weight"), (*inputs, weight), shape)
+        check_fit(["normalizer"], [normalizer], torch.Size())
+        batches.add(shape[0] if spec.values == "sample" and len(shape) else 0)
         terms.append(
             TermWork(
                 formula,
-                spec.parameter,
                 _is_in_double(*operands[span]),
                 inputs,  # type: ignore[arg-type]
                 _taken_apart(formula, grads[span], parts[span], spec.packed_dim),
-                factor=factor_of(spec.reduction, shape),
+                term.forms,
+                term.gains,
+                factor=factor_of(term.reduction, shape),
+                normalizer=normalizer,
                 constant=formula.constant if spec.full else 0.0,
                 coefficient=parts[spec.beta] if formula.is_divergence else None,
-                value=parts[count] if spec.reduction == "element" else None,
+                weight=weight,
+                value=_spread_out("value", parts[count], shape, spec.dim) if spec.values == "element" else None,
                 out=parts[count + 1 + formula.is_divergence] if spec.returns_terms else None,
             )
         )
     if len(batches) > 1:
         raise ValueError(f"operands: expected one batch size, got {', '.join(map(str, sorted(batches)))}")
-    by_element = spec.reduction == "element"
-    how = "element" if by_element else "sample" if spec.reduction == "sample" else "total"
-    return ObjectiveWork(tuple(terms), how, None if by_element else parts[count])
+    return ObjectiveWork(tuple(terms), spec.values, None if spec.values == "element" else parts[count], grad_scale)
 
 
 def _is_in_double(*inputs: Operand) -> bool:
     return working_dtype(*inputs) == torch.float64
 
 
-class TermGradientSpec(NamedTuple):
-    """What the gradients of a term's weighted sum are, but for its operands: its inputs, and the weight."""
+class TermGradient(NamedTuple):
+    """What the gradients of a term's weighted sum are, but for its operands: its inputs, weight and incoming."""
 
     formula: str
-    parameter: float
+    maps: tuple[str, ...]
+    squared: tuple[bool, ...]
+    limits: tuple[float, ...]
+    """The forms of its scales: see `Objective`."""
+    gains: tuple[float, ...]
+    """What each gradient is multiplied by; none for 1."""
+    dim: tuple[int, ...] | None
+    """What the values were summed over, so that incoming, unless it is 0-dim, has not: by default all but the batch."""
     packed_dim: int
     needed: tuple[bool, ...]
     """The inputs that they are of."""
     backend: str
 
 
-def term_gradients(operands: Operands, spec: TermGradientSpec, **options: Any) -> list[Tensor]:
+def term_gradients(operands: Operands, spec: TermGradient, **options: Any) -> list[Tensor]:
     """The gradients, uninitialised."""
     return _gradients(operands, spec.needed, **options)
 
 
 class TermGradientCall:
-    """The gradients of sum(weight * value) of a formula; the weight broadcasts to its mean's shape."""
+    """The gradients of sum(incoming * weight * value) of a formula; both factors broadcast to its mean's shape."""
 
-    def __init__(self, operands: Operands, spec: TermGradientSpec) -> None:
+    def __init__(self, operands: Operands, spec: TermGradient) -> None:
         self.needed = positions(spec.needed)
         formula = FORMULAS[spec.formula]
         count = len(operands)
@@ -279,16 +322,22 @@ class TermGradientCall:
         grads: list[Part | None] = [None] * len(formula.inputs)
         for k, made in zip(self.needed, parts[count:], strict=True):
             grads[k] = made
-        inputs = _taken_apart(formula, parts[: count - 1], parts[: count - 1], spec.packed_dim)
-        check_fit((*formula.inputs, "weight"), (*inputs, parts[count - 1]), inputs[0].shape if inputs[0] else None)
+        given = parts[: count - 2]
+        inputs = _taken_apart(formula, given, given, spec.packed_dim)
+        weight, incoming = parts[count - 2 : count]
+        shape = inputs[0].shape if inputs[0] else None
+        incoming = _spread_out("incoming", incoming, shape, spec.dim)
+        check_fit((*formula.inputs, "weight", "incoming"), (*inputs, weight, incoming), shape)
         _check_devices(operands)
         term = TermWork(
             formula,
-            spec.parameter,
-            _is_in_double(*operands[:-1]),
+            _is_in_double(*operands[:-2]),
             inputs,  # type: ignore[arg-type]
-            _taken_apart(formula, grads, parts[: count - 1], spec.packed_dim),
-            weight=parts[count - 1],
+            _taken_apart(formula, grads, given, spec.packed_dim),
+            forms_of(spec.maps, spec.squared, spec.limits),
+            spec.gains or None,
+            weight=weight,
+            incoming=incoming,
         )
         work = ObjectiveWork((term,), "element", None)
         self._launch = backend.kernels(spec.backend).prepare_objective(work, len(sources), _device_of(operands))
@@ -303,96 +352,138 @@ class TermGradientCall:
 # --- the latent -------------------------------------------------------------------------------------------------------
 
 
-class LatentSpec(NamedTuple):
-    """What a pass over the latent is, but for its operands: mu, logvar, seed, noise (either of the two)."""
+def latent_outputs(operands: Operands, spec: Sampling, **options: Any) -> list[Tensor]:
+    """The sample and its divergence, uninitialised."""
+    mean, scale = unpacked(spec.formula, operands[:-3], spec.packed_dim)[:2]
+    assert isinstance(mean, Tensor)
+    assert isinstance(scale, Tensor)
+    dtype = torch.promote_types(mean.dtype, scale.dtype)
+    shape = spec.shape(mean.shape)
+    if spec.samples is None:
+        z = torch.empty_like(mean, dtype=dtype, **options)
+    else:
+        z = mean.new_empty(shape, dtype=dtype, **options)
+    if spec.kl_dtype is None:
+        return [z]
+    return [z, mean.new_empty(_kept(shape, spec.kl_dim), dtype=spec.kl_dtype, **options)]
 
-    kl_dtype: torch.dtype | None
-    """Of the KL per sample; None for the sample alone."""
+
+class SamplingGradient(NamedTuple):
+    """What the gradients of a pass over the latent are.
+
+    Operands: those of the pass, then grad_z and the gradient of the divergence. Fields as `Sampling` has them.
+    """
+
+    divergence: str
+    maps: tuple[str, ...]
+    squared: tuple[bool, ...]
+    limits: tuple[float, ...]
+    samples: int | None
+    at_sample: bool
+    kl_dim: tuple[int, ...]
     packed_dim: int
-    """The dimension along which mu and logvar are packed, if they are."""
+    needed: tuple[bool, ...]
+    """The inputs of the divergence that they are of."""
     backend: str
 
+    @property
+    def formula(self) -> Formula:
+        return FORMULAS[self.divergence]
 
-def latent_outputs(operands: Operands, spec: LatentSpec, **options: Any) -> list[Tensor]:
-    """The sample and its KL, uninitialised."""
-    mu, logvar, _, _ = operands
-    assert isinstance(mu, Tensor)
-    mean, scale = unpack(mu, logvar, spec.packed_dim)  # type: ignore[arg-type]
-    z = torch.empty_like(mean, dtype=torch.promote_types(mean.dtype, scale.dtype), **options)
-    return [z] if spec.kl_dtype is None else [z, mu.new_empty(mu.shape[:1], dtype=spec.kl_dtype, **options)]
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        return forms_of(self.maps, self.squared, self.limits)
+
+    def shape(self, mean: torch.Size) -> torch.Size:
+        """Of z."""
+        return mean if self.samples is None else torch.Size((self.samples, *mean))
 
 
-class LatentGradientSpec(NamedTuple):
-    """What the gradients of a pass over the latent are; operands: those of the pass, then grad_z and grad_kl."""
-
-    packed_dim: int
-    backend: str
+def _latent_work(
+    spec: Sampling | SamplingGradient,
+    operands: Operands,
+    parts: Sequence[Part | None],
+    *,
+    grads: Sequence[Part | None] = (),
+    incoming: Part | None = None,
+    grad_z: Part | None = None,
+    z: Part | None = None,
+    value: Part | None = None,
+) -> LatentWork:
+    """The work of a pass, of all operands' parts, and those of what comes in and goes out."""
+    formula = spec.formula
+    count = len(formula.inputs)
+    given, (seed, offset, noise) = parts[:count], parts[count : count + 3]
+    inputs = _taken_apart(formula, given, given, spec.packed_dim)
+    mean = inputs[0].shape if inputs[0] else None
+    if mean is None or None in inputs:
+        raise TypeError(f"{formula.name}: expected {', '.join(formula.inputs)}; got fewer")
+    shape = spec.shape(mean)
+    incoming = _spread_out("grad_kl", incoming, shape, spec.kl_dim)
+    value = _spread_out("kl", value, shape, spec.kl_dim)
+    check_fit(formula.inputs, inputs, mean)
+    check_fit(("noise", "grad_z", "grad_kl"), (noise, grad_z, incoming), shape)
+    check_fit(["offset"], [offset], torch.Size())
+    needs_noise = noise is None and (z is not None or grad_z is not None or spec.at_sample)
+    _check_seed(operands[count], needed=needs_noise)
+    _check_devices(operands)
+    term = TermWork(
+        formula,
+        _is_in_double(*operands[:count], operands[count + 2]),
+        inputs,  # type: ignore[arg-type]
+        _taken_apart(formula, grads, given, spec.packed_dim) if grads else (None,) * count,
+        spec.forms,
+        incoming=incoming,
+        value=value,
+    )
+    return LatentWork(term, shape, spec.at_sample, seed, offset, noise, grad_z, z)
 
 
 class LatentCall:
-    """The sample of the latent and, with it, its KL per sample."""
+    """The sample of the latent and, with it, its divergence."""
 
-    def __init__(self, operands: Operands, spec: LatentSpec) -> None:
-        self.gradient = LatentGradientSpec(spec.packed_dim, spec.backend)
+    def __init__(self, operands: Operands, spec: Sampling) -> None:
+        self.spec = spec
         self.device = _device_of(operands)
         outputs = latent_outputs(operands, spec, device="meta")
         self._outputs = _likes(outputs)
         sources = [*operands, *outputs]
-        mu, logvar, seed, noise, z, *kl = parts_of(sources)
-        mu, logvar = _pair(mu, logvar, logvar, spec.packed_dim)
-        assert mu is not None
-        assert logvar is not None
-        check_fit(("mu", "logvar", "noise"), (mu, logvar, noise), mu.shape)
-        _check_seed(operands[2], needed=noise is None)
-        _check_devices(operands)
-        in_double = _is_in_double(operands[0], operands[1], operands[3])
-        work = LatentWork(in_double, mu, logvar, noise, seed, z=z, kl=kl[0] if kl else None)
+        parts = parts_of(sources)
+        z, *value = parts[len(operands) :]
+        work = _latent_work(spec, operands, parts, z=z, value=value[0] if value else None)
         self._launch = backend.kernels(spec.backend).prepare_latent(work, len(sources), self.device)
 
     def outputs(self, operands: Operands) -> list[Tensor]:
-        """The sample, and the KL if the call has one."""
+        """The sample, and the divergence if the call has one."""
         outputs = _made(self._outputs, self.device)
         self._launch((*operands, *outputs))
         return outputs
 
 
-def latent_gradients(operands: Operands, spec: LatentGradientSpec, **options: Any) -> list[Tensor]:
-    """The gradients of mu and logvar, or of the packed tensor, uninitialised."""
-    return _gradients(operands, (True, operands[1] is not None), **options)
+def latent_gradients(operands: Operands, spec: SamplingGradient, **options: Any) -> list[Tensor]:
+    """The gradients of the divergence's inputs, uninitialised."""
+    return _gradients(operands, spec.needed, **options)
 
 
 class LatentGradientCall:
-    """The gradients of sum(grad_z * z) + sum(grad_kl * kl)."""
+    """The gradients of sum(grad_z * z) + sum(grad_kl * divergence)."""
 
-    def __init__(self, operands: Operands, spec: LatentGradientSpec) -> None:
+    def __init__(self, operands: Operands, spec: SamplingGradient) -> None:
+        self.needed = positions(spec.needed)
         sources = [*operands, *latent_gradients(operands, spec, device="meta")]
-        mu, logvar, seed, noise, grad_z, grad_kl, grad_mu, *grad_logvar = parts_of(sources)
-        grad_mu, grad_of_logvar = _pair(grad_mu, grad_logvar[0] if grad_logvar else None, logvar, spec.packed_dim)
-        mu, logvar = _pair(mu, logvar, logvar, spec.packed_dim)
-        assert mu is not None
-        assert logvar is not None
-        check_fit(("mu", "logvar", "noise", "grad_z"), (mu, logvar, noise, grad_z), mu.shape)
-        check_fit(["grad_kl"], [grad_kl], mu.shape and mu.shape[:1])
-        _check_seed(operands[2], needed=noise is None and grad_z is not None)
-        _check_devices(operands)
-        in_double = _is_in_double(operands[0], operands[1], operands[3])
-        work = LatentWork(
-            in_double, mu, logvar, noise, seed, grad_z, grad_kl, grad_mu=grad_mu, grad_logvar=grad_of_logvar
-        )
+        parts = parts_of(sources)
+        grads: list[Part | None] = [None] * len(spec.formula.inputs)
+        for k, made in zip(self.needed, parts[len(operands) :], strict=True):
+            grads[k] = made
+        grad_z, incoming = parts[len(operands) - 2 : len(operands)]
+        work = _latent_work(spec, operands, parts, grads=grads, incoming=incoming, grad_z=grad_z)
         self._launch = backend.kernels(spec.backend).prepare_latent(work, len(sources), _device_of(operands))
 
     def outputs(self, operands: Operands) -> list[Tensor]:
         """The gradients."""
-        gradients = [torch.empty_like(t) for t in operands[:2] if t is not None]  # type: ignore[arg-type]
+        gradients = [torch.empty_like(operands[k]) for k in self.needed]  # type: ignore[arg-type]
         self._launch((*operands, *gradients))
         return gradients
-
-
-def _pair(
-    mean: Part | None, scale: Part | None, second: Part | None, packed_dim: int
-) -> tuple[Part | None, Part | None]:
-    """A mean's part and its scale's, taken apart where there is no second operand."""
-    return mean.halves(packed_dim) if second is None and mean is not None else (mean, scale)
 
 
 # --- the incoming factor ----------------------------------------------------------------------------------------------

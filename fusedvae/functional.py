@@ -7,18 +7,27 @@ Common to all:
 
 * a batch is dimension 0; the shapes are otherwise free. Any strides are taken; contiguous and channels_last
   tensors, halves of packed tensors and broadcast operands without a copy, others with one.
-* dtypes float64, float32, bfloat16 and float16, mixed as in PyTorch's arithmetic (targets may also be integers).
-  Work is done in float32, or float64 if an operand is; values have the promoted dtype of the operands, or float32
-  under autocast, as for PyTorch's own losses. Each gradient has its operand's dtype.
-* a mean and a log-variance may come packed in one tensor, halves along dimension 1 (or ``packed_dim``, -1 for the
-  tokens of a transformer): pass it in the mean's place and None, said out loud, in the log-variance's.
-* reductions: "batchmean" (sum over everything, divided by the batch size), "sum", "none" (one value per sample).
+* dtypes float64, float32, bfloat16 and float16, mixed as in PyTorch's arithmetic (targets may also be integers and
+  bools). Work is done in float32, or float64 if an operand is. Sums have the promoted dtype of the operands, but no
+  less than float32; values of elements have it, or float32 under autocast. Each gradient has its operand's dtype.
+* a mean and its scale may come packed in one tensor, halves along dimension 1 (or ``packed_dim``, -1 for the tokens of
+  a transformer): pass it in the mean's place and None, said out loud, in the scale's.
+* ``scale`` says what the tensor beside a mean holds: "logvar" (sigma^2 = e^s), "logstd" (sigma = e^s), "std" (sigma =
+  s), "var" (sigma^2 = s), "softplus" (sigma = softplus(s)); of a Laplace distribution "logscale" (b = e^s), "scale" (b
+  = s), "softplus". ``clamp=(low, high)`` bounds s first, as torch.clamp does: no gradient outside; either may be None.
+  ``eps`` is then added to what the form names (sigma^2 for "logvar" and "var", else sigma, or b).
+* reductions: "batchmean" (sum over everything, divided by the batch size), "sum", "mean" (over elements),
+  "weighted_mean" (sum of the weighted values, divided by the sum of the weights), "none" (sums over ``dim``: by default
+  all but the batch, one value per sample; ``dim=()`` gives one an element).
+* ``weight`` multiplies elements; a float or bool tensor that broadcasts to them. Where it is 0, values and gradients
+  are exactly 0, whatever the operands hold.
 
 Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), appendix B.
 """
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from functools import reduce
@@ -29,14 +38,28 @@ from torch import Tensor
 
 from . import autograd, ops
 from .backend import resolve
-from .backend.reference import GIVEN, LIKELIHOODS, Formula, Objective, half_of
-from .calls import LatentSpec, Operand, Operands, find
+from .backend.reference import (
+    FORMULAS,
+    GIVEN,
+    LIKELIHOODS,
+    Form,
+    Formula,
+    Objective,
+    Sampling,
+    form_fields,
+    half_of,
+)
+from .calls import Operand, Operands, find
 from .layout import broadcasts
 from .torch_private import is_transformed
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-_REDUCTIONS = {"batchmean": "batchmean", "sum": "sum", "none": "sample"}
+_TOTALS = ("batchmean", "sum", "mean", "weighted_mean")
 
+Dim = int | Sequence[int] | None
+Bounds = tuple[float | None, float | None] | None
+Reduction = str | tuple[str, str]
+Generator = torch.Generator | Sequence[torch.Generator] | None
 
 _FORGOTTEN: Any = object()
 """Stands for a log-variance that was not given: None says that it is packed in the mean."""
@@ -46,17 +69,33 @@ class Latent(NamedTuple):
     """What `latent` returns."""
 
     z: Tensor
-    """The sample, of mu's shape."""
+    """The sample, of mu's shape; with ``samples``, that many of them in front."""
     kl: Tensor
-    """KL(q || N(0, I)), shape (batch,)."""
+    """The divergence of q from the prior, summed over ``dim``: by default shape (batch,)."""
 
 
 class ELBOTerms(NamedTuple):
-    """The loss and its two terms, reduced alike, each differentiable on its own: loss = nll + beta * kl."""
+    """The loss and its two terms, each reduced, and each differentiable on its own: loss = nll + beta * kl."""
 
     loss: Tensor
     nll: Tensor
     kl: Tensor
+
+
+class _Written(NamedTuple):
+    """How users write the form of a scale."""
+
+    scale: str | None
+    clamp: Bounds
+    eps: float
+
+
+_PLAIN = _Written("logvar", None, 0.0)
+
+
+def _written(scale: str | None, clamp: Bounds, eps: float) -> _Written:
+    """As users wrote it; hashable, as calls are found by it."""
+    return _Written(scale, tuple(clamp) if isinstance(clamp, list) else clamp, eps)  # type: ignore[arg-type]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -143,6 +182,44 @@ def _check_divergence(inputs: Operands, packed_dim: int) -> None:
     _check_parameter("prior_logvar", prior_logvar, shape, "mu", mu)
 
 
+def _checked_form(names: tuple[str, str, str], written: _Written, formula: Formula) -> Form:
+    """The form of a formula's scale, of the arguments of these names."""
+    scale, clamp, eps = written
+    try:
+        form = next(iter(formula.forms.values())) if scale is None else formula.forms[scale]
+    except (KeyError, TypeError):
+        expected = ", ".join(map(repr, formula.forms))
+        raise ValueError(f"{names[0]}: expected one of {expected}; got {scale!r}") from None
+    low, high = -math.inf, math.inf
+    if clamp is not None:
+        if not isinstance(clamp, tuple) or len(clamp) != 2:
+            raise TypeError(f"{names[1]}: expected a pair (low, high) or None, got {clamp!r}")
+        for bound in clamp:
+            if bound is not None and (not isinstance(bound, numbers.Real) or isinstance(bound, bool)):
+                raise TypeError(f"{names[1]}: expected numbers or None, got {type(bound).__name__}")
+        low = low if clamp[0] is None else float(clamp[0])
+        high = high if clamp[1] is None else float(clamp[1])
+        if not low <= high:
+            raise ValueError(f"{names[1]}: expected low <= high, got {clamp!r}")
+    if not isinstance(eps, numbers.Real) or isinstance(eps, bool):
+        raise TypeError(f"{names[2]}: expected a number, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{names[2]}: expected at least 0, got {eps}")
+    return form._replace(low=low, high=high, eps=float(eps))
+
+
+def _checked_forms(formula: Formula, posterior: _Written, prior: _Written, prior_scale: Operand) -> list[Form]:
+    """The forms of a divergence's scales. ``eps`` is the prior's too, where that comes from a network as well."""
+    forms = [_checked_form(("scale", "clamp", "eps"), posterior, formula)]
+    if len(formula.pairs) > 1:
+        eps = prior.eps
+        if eps is None:
+            is_alike = posterior.scale == prior.scale and (prior_scale is None or isinstance(prior_scale, Tensor))
+            eps = posterior.eps if is_alike else 0.0
+        forms.append(_checked_form(("prior_scale", "prior_clamp", "prior_eps"), prior._replace(eps=eps), formula))
+    return forms
+
+
 def _checked_likelihood(likelihood: object) -> Formula:
     try:
         return LIKELIHOODS[likelihood]  # type: ignore[index]
@@ -185,15 +262,55 @@ def _check_broadcast(name: str, value: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(value.shape)}")
 
 
+def _check_weight(name: str, weight: object, shape: torch.Size, other_name: str, other: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(weight).__name__}")
+    _check_tensor(name, weight, integers=True)
+    _check_same_device(name, weight, other_name, other)
+    _check_broadcast(name, weight, shape)
+
+
 def _checked_reduction(reduction: object) -> str:
-    if reduction == "mean":
-        raise ValueError(
-            "reduction: 'mean' over elements is refused, because the likelihood and the KL have different element "
-            "counts and their balance would change; expected 'batchmean', 'sum' or 'none'"
-        )
-    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none', got {reduction!r}")
-    return _REDUCTIONS[reduction]
+    if not isinstance(reduction, str) or reduction not in (*_TOTALS, "none"):
+        expected = ", ".join(map(repr, _TOTALS))
+        raise ValueError(f"reduction: expected {expected} or 'none', got {reduction!r}")
+    return reduction
+
+
+def _checked_reductions(reduction: object) -> tuple[str, str]:
+    """Those of the likelihood and of the divergence."""
+    if not isinstance(reduction, (tuple, list)) or len(reduction) != 2:
+        return (_checked_reduction(reduction),) * 2  # type: ignore[return-value]
+    first, second = map(_checked_reduction, reduction)
+    if (first == "none") != (second == "none"):
+        raise ValueError(f"reduction: expected 'none' for both or for neither, got {reduction!r}")
+    return first, second
+
+
+def _checked_dim(dim: object, dims: int, reduction: str) -> tuple[int, ...] | None:
+    """Dimensions to sum over, of so many; None for all but the first."""
+    if dim is None:
+        return None
+    if reduction != "none":
+        raise ValueError(f"dim: expected None with reduction={reduction!r}; it is for 'none'")
+    found = _dimensions("dim", dim, dims)
+    return None if found and found == tuple(range(1, dims)) else found
+
+
+def _dimensions(name: str, dim: object, dims: int) -> tuple[int, ...]:
+    given = (dim,) if isinstance(dim, numbers.Integral) else dim
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(f"{name}: expected an integer or a sequence of them, got {type(dim).__name__}")
+    found = set()
+    for d in given:
+        if not isinstance(d, numbers.Integral) or isinstance(d, bool):
+            raise TypeError(f"{name}: expected an integer or a sequence of them, got {dim!r}")
+        if not -dims <= d < dims:
+            raise ValueError(f"{name}: expected dimensions of a tensor that has {dims}, got {d}")
+        found.add(int(d) % dims)
+    if len(found) != len(given):
+        raise ValueError(f"{name}: expected each dimension once, got {dim!r}")
+    return tuple(sorted(found))
 
 
 def _check_number(name: str, value: object) -> None:
@@ -211,11 +328,14 @@ def _check_generator(generator: object) -> None:
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
 
 
-def _value_dtype(device_type: str, *operands: Tensor | float | None) -> torch.dtype:
-    """The dtype of a loss over these operands: 0-dim tensors have no say beside others, as in PyTorch's arithmetic."""
+def _value_dtype(device_type: str, *operands: Tensor | float | None, is_sum: bool = True) -> torch.dtype:
+    """The dtype of values of these operands: 0-dim tensors have no say beside others, as in PyTorch's arithmetic.
+
+    Sums have float32 at least: float16 ends at 65504, and bfloat16 has eight digits, in base 2.
+    """
     tensors = [t for t in operands if isinstance(t, Tensor) and t.dtype.is_floating_point]
     promoted = reduce(torch.promote_types, [t.dtype for t in tensors if t.dim() > 0] or [t.dtype for t in tensors])
-    if promoted not in (torch.float32, torch.float64) and torch.is_autocast_enabled(device_type):
+    if promoted not in (torch.float32, torch.float64) and (is_sum or torch.is_autocast_enabled(device_type)):
         return torch.float32
     return promoted
 
@@ -227,114 +347,257 @@ def reparameterize(
     mu: Tensor,
     logvar: Tensor | None,
     *,
-    generator: torch.Generator | None = None,
+    scale: str = "logvar",
+    clamp: Bounds = None,
+    eps: float = 0.0,
+    samples: int | None = None,
+    offset: int = 0,
+    generator: Generator = None,
     noise: Tensor | None = None,
     packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """Sample z = mu + exp(logvar / 2) * eps, eps ~ N(0, 1), differentiable in mu and logvar.
+    """Sample z = mu + sigma * noise, noise ~ N(0, 1), differentiable in mu and logvar.
 
     Args:
-        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
-        logvar: log-variance of q, mu's shape.
-        generator: where the noise's seed comes from; the device's default generator without it.
-        noise: eps itself, mu's shape, instead of fresh noise.
+        mu: mean of q, shape (batch, ...); or mean and scale packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape; or what ``scale`` says.
+        scale, clamp, eps: the form of the scale: see above.
+        samples: how many samples to draw, along a dimension in front; None for one, without it.
+        offset: position of the first element in the noise stream: a process that holds the rows [r0, r1) of a batch
+            passes r0 * (elements a row), and gets the noise that one process would have given these rows.
+        generator: where the noise's seed comes from; the device's default generator without it. One of another device
+            is taken too, and a sequence of them, one a sample of the batch.
+        noise: the noise itself, of z's shape, instead of fresh noise.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
 
     Returns:
-        z, of mu's shape (half a packed one's) and the promoted dtype of mu and logvar.
+        z, of mu's shape (half a packed one's; ``samples`` in front) and the promoted dtype of mu and logvar.
     """
-    _check_generator(generator)
-    if noise is not None and generator is not None:
-        raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
-    return _sampled(mu, logvar, noise, generator, False, packed_dim, backend)[0]
-
-
-def _sampled(
-    mu: Tensor,
-    logvar: Tensor | None,
-    noise: Tensor | None,
-    generator: torch.Generator | None,
-    has_kl: bool,
-    packed_dim: int,
-    backend: str | None,
-) -> Sequence[Tensor]:
-    call = find(_latent_call, (mu, logvar, noise), has_kl, packed_dim, backend)
-    seed = None
-    if noise is None:
-        seed = ops.draw_seed(mu.device, generator, by_dispatcher=call.is_dispatched)
-    return autograd.latent(call, (mu, logvar, seed, noise))
-
-
-def _latent_call(operands: Operands, has_kl: bool, packed_dim: int, backend: str | None) -> autograd.RecordedLatent:
-    mu, logvar, noise = operands
-    _check_latents(mu, logvar, packed_dim)
-    assert isinstance(mu, Tensor)
-    if noise is not None:
-        _check_tensor("noise", noise)
-        assert isinstance(noise, Tensor)
-        expected = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
-        if tuple(noise.shape) != tuple(expected):
-            raise ValueError(f"noise: expected shape {tuple(expected)}, got {tuple(noise.shape)}")
-        _check_same_device("noise", noise, "mu", mu)
-    kl_dtype = _value_dtype(mu.device.type, mu, logvar) if has_kl else None
-    spec = LatentSpec(kl_dtype, packed_dim, _backend_for(operands, backend))
-    # The seed is drawn when all is checked; what it is like is known.
-    seed = torch.empty((), dtype=torch.int64, device=mu.device) if noise is None else None
-    return autograd.RecordedLatent((mu, logvar, seed, noise), spec)
+    written = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    return _sampled(
+        (mu, logvar), None, False, written, _PLAIN, samples, None, offset, generator, noise, packed_dim, backend
+    )[0]
 
 
 def latent(
     mu: Tensor,
     logvar: Tensor | None,
+    prior_mu: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = None,
     *,
-    generator: torch.Generator | None = None,
+    scale: str = "logvar",
+    prior_scale: str = "logvar",
+    clamp: Bounds = None,
+    prior_clamp: Bounds = None,
+    eps: float = 0.0,
+    prior_eps: float | None = None,
+    estimator: str = "analytic",
+    samples: int | None = None,
+    dim: Dim = None,
+    offset: int = 0,
+    generator: Generator = None,
+    noise: Tensor | None = None,
     packed_dim: int = 1,
     backend: str | None = None,
 ) -> Latent:
-    """Sample the latent and take its KL to the prior, in one pass over mu and logvar.
+    """Sample the latent and take its divergence from the prior, in one pass over what describes the two.
 
-    z = mu + exp(logvar / 2) * eps; kl = sum((mu^2 + expm1(logvar) - logvar) / 2), a value per sample.
+    z = mu + sigma * noise; kl as in `kl_normal`, or its estimate at the sample, log q(z) - log p(z) (Burda et al. 2016,
+    arXiv:1509.00519), which has the KL for its mean.
 
     Args:
-        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
-        logvar: log-variance of q, mu's shape.
-        generator: where the noise's seed comes from; the device's default generator without it.
+        mu: mean of q, shape (batch, ...); or mean and scale packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape; or what ``scale`` says.
+        prior_mu, prior_logvar: those of the prior, as `kl_normal` takes them; N(0, I) without.
+        scale, clamp, eps, prior_scale, prior_clamp, prior_eps: the forms of the two scales: see above and `kl_normal`.
+        estimator: "analytic", or "sample" for the divergence at the sample, with the gradients along the path of z.
+        samples: how many samples to draw, along a dimension in front; None for one, without it.
+        dim: what kl is summed over, counted in mu's dimensions: by default all but the batch; () for nothing.
+        offset, generator, noise: where the noise comes from, as for `reparameterize`.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
 
     Returns:
-        `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,).
+        `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,), or what ``dim`` leaves. With
+        ``samples``, z has that many in front; so has kl at the samples.
     """
-    _check_generator(generator)
-    z, kl = _sampled(mu, logvar, None, generator, True, packed_dim, backend)
+    if estimator != "analytic" and estimator != "sample":  # noqa: PLR1714 - a hot path
+        raise ValueError(f"estimator: expected 'analytic' or 'sample', got {estimator!r}")
+    formula, inputs = _divergence_of(mu, logvar, prior_mu, prior_logvar)
+    posterior = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    prior = _written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
+    if estimator == "analytic" and samples is not None:  # the samples have one divergence
+        options = (generator, noise, packed_dim, backend)
+        z = _sampled(inputs[:2], None, False, posterior, _PLAIN, samples, None, offset, *options)[0]
+        return Latent(z, _divergence(inputs, formula, posterior, prior, None, None, "none", dim, packed_dim, backend))
+    z, kl = _sampled(
+        inputs,
+        formula,
+        estimator == "sample",
+        posterior,
+        prior,
+        samples,
+        dim,
+        offset,
+        generator,
+        noise,
+        packed_dim,
+        backend,
+    )
     return Latent(z, kl)
 
 
-def kl_standard_normal(
-    mu: Tensor, logvar: Tensor | None, *, reduction: str = "batchmean", packed_dim: int = 1, backend: str | None = None
+def _sampled(
+    inputs: tuple[Operand, ...],
+    divergence: str | None,
+    at_sample: bool,
+    posterior: _Written,
+    prior: _Written,
+    samples: int | None,
+    dim: Dim,
+    offset: int,
+    generator: Generator,
+    noise: Tensor | None,
+    packed_dim: int,
+    backend: str | None,
+) -> Sequence[Tensor]:
+    """The sample of a divergence's inputs and, if it has a name, the divergence."""
+    if noise is None and generator is not None and not isinstance(generator, torch.Generator):
+        noise, generator = _noise_of_each(generator, inputs, samples, packed_dim, backend), None
+    if noise is not None and generator is not None:
+        raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
+    _check_generator(generator)
+    first = None
+    if type(offset) is not int or offset != 0:
+        if not isinstance(offset, numbers.Integral) or isinstance(offset, bool):
+            raise TypeError(f"offset: expected an integer, got {type(offset).__name__}")
+        first = float(offset)  # a number as others among the operands: calls do not depend on it
+    operands = (*inputs, None, first, noise)
+    if isinstance(dim, list):
+        dim = tuple(dim)
+    call = find(_latent_call, operands, divergence, at_sample, posterior, prior, samples, dim, packed_dim, backend)
+    seed = None
+    if noise is None:
+        mu = inputs[0]
+        assert isinstance(mu, Tensor)
+        seed = ops.draw_seed(mu.device, generator, by_dispatcher=call.is_dispatched)
+    return autograd.latent(call, (*inputs, seed, first, noise))
+
+
+def _latent_call(
+    operands: Operands,
+    divergence: str | None,
+    at_sample: bool,
+    posterior: _Written,
+    prior: _Written,
+    samples: int | None,
+    dim: Dim,
+    packed_dim: int,
+    backend: str | None,
+) -> autograd.RecordedLatent:
+    *inputs, _, first, noise = operands
+    formula = FORMULAS[divergence or "kl_standard_normal"]
+    _check_divergence(inputs, packed_dim)
+    forms = _checked_forms(formula, posterior, prior, inputs[-1] if len(inputs) > 2 else None)
+    mu, logvar = inputs[:2]
+    assert isinstance(mu, Tensor)
+    mean = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
+    _check_samples(samples)
+    if noise is not None:
+        _check_tensor("noise", noise)
+        assert isinstance(noise, Tensor)
+        expected = mean if samples is None else (samples, *mean)
+        if tuple(noise.shape) != tuple(expected):
+            raise ValueError(f"noise: expected shape {tuple(expected)}, got {tuple(noise.shape)}")
+        _check_same_device("noise", noise, "mu", mu)
+    summed = tuple(range(1, len(mean))) if dim is None else _dimensions("dim", dim, len(mean))
+    if samples is not None:
+        summed = tuple([d + 1 for d in summed])
+    spec = Sampling(
+        formula.name,
+        *form_fields(forms),
+        samples,
+        at_sample,
+        _value_dtype(mu.device.type, *inputs, is_sum=bool(summed)) if divergence else None,
+        summed,
+        packed_dim,
+        _backend_for(operands, backend),
+    )
+    # The seed is drawn when all is checked; what it is like is known.
+    seed = torch.empty((), dtype=torch.int64, device=mu.device) if noise is None else None
+    return autograd.RecordedLatent((*inputs, seed, first, noise), spec)
+
+
+def _check_samples(samples: object) -> None:
+    if samples is None:
+        return
+    if not isinstance(samples, numbers.Integral) or isinstance(samples, bool):
+        raise TypeError(f"samples: expected an integer or None, got {type(samples).__name__}")
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
+
+
+def _noise_of_each(
+    generators: Sequence[torch.Generator],
+    inputs: tuple[Operand, ...],
+    samples: int | None,
+    packed_dim: int,
+    backend: str | None,
 ) -> Tensor:
-    """KL(N(mu, diag e^logvar) || N(0, I)) = sum((mu^2 + expm1(logvar) - logvar) / 2).
+    """The noise of a batch, that of each of its samples from a generator of its own."""
+    mu, logvar = inputs[:2]
+    _check_latents(mu, logvar, packed_dim)
+    assert isinstance(mu, Tensor)
+    if not isinstance(generators, (list, tuple)):
+        raise TypeError(
+            f"generator: expected a torch.Generator, a list of them or None, got {type(generators).__name__}"
+        )
+    if samples is not None:
+        raise ValueError("samples: expected None with a generator for each sample of the batch")
+    if len(generators) != mu.shape[0]:
+        raise ValueError(f"generator: expected one for each of {mu.shape[0]} samples, got {len(generators)}")
+    for generator in generators:
+        _check_generator(generator)
+    shape = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
+    name, dtype = resolve(mu.device.type, backend), torch.float32
+    seeds = [ops.draw_seed(mu.device, generator, by_dispatcher=False) for generator in generators]
+    return torch.stack([ops.normal(list(shape[1:]), seed, dtype, name) for seed in seeds])
+
+
+# --- divergences ------------------------------------------------------------------------------------------------------
+
+
+def kl_standard_normal(
+    mu: Tensor,
+    logvar: Tensor | None,
+    *,
+    scale: str = "logvar",
+    clamp: Bounds = None,
+    eps: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    dim: Dim = None,
+    packed_dim: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """KL(N(mu, diag sigma^2) || N(0, I)) = sum((mu^2 + sigma^2 - 1 - log sigma^2) / 2).
 
     Args:
-        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
-        logvar: log-variance of q, mu's shape.
-        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        mu: mean of q, shape (batch, ...); or mean and scale packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape; or what ``scale`` says.
+        scale, clamp, eps: the form of the scale: see above.
+        weight: of the elements: see above.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
+        dim: with "none", what is summed over: by default all but the batch.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    operands = (mu, logvar, 1.0)
-    call = find(_divergence_call, operands, "kl_standard_normal", reduction, packed_dim, backend)
-    return autograd.objective(call, operands)[0]
-
-
-def _divergence_call(
-    operands: Operands, formula: str, reduction: str, packed_dim: int, backend: str | None
-) -> autograd.RecordedObjective:
-    """Of a divergence alone, of its inputs and 1, its coefficient."""
-    _check_divergence(operands[:-1], packed_dim)
-    return _objective_call(operands, (formula,), _checked_reduction(reduction), packed_dim, backend)
+    posterior = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    return _divergence(
+        (mu, logvar), "kl_standard_normal", posterior, _PLAIN, weight, None, reduction, dim, packed_dim, backend
+    )
 
 
 def kl_normal(
@@ -343,41 +606,138 @@ def kl_normal(
     prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None,
     *,
+    scale: str = "logvar",
+    prior_scale: str = "logvar",
+    clamp: Bounds = None,
+    prior_clamp: Bounds = None,
+    eps: float = 0.0,
+    prior_eps: float | None = None,
+    weight: Tensor | None = None,
+    balance: float | None = None,
     reduction: str = "batchmean",
+    dim: Dim = None,
     packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """KL(N(mu, diag e^logvar) || N(prior_mu, diag e^prior_logvar)), differentiable in all four.
+    """KL(N(mu, diag sigma^2) || N(prior_mu, diag sigma_p^2)), differentiable in all four.
 
-    sum((expm1(d) - d + (mu - prior_mu)^2 e^-prior_logvar) / 2) with d = logvar - prior_logvar. Source: Kingma &
-    Welling 2014 (arXiv:1312.6114), appendix B, for any two normal distributions.
+    sum((sigma^2 / sigma_p^2 - 1 - d + (mu - prior_mu)^2 / sigma_p^2) / 2) with d = log sigma^2 - log sigma_p^2. Source:
+    Kingma & Welling 2014 (arXiv:1312.6114), appendix B, for any two normal distributions.
 
     Args:
-        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
-        logvar: log-variance of q, mu's shape.
-        prior_mu: mean of p: a tensor that broadcasts to mu's shape, or a number; or mean and log-variance packed, with
+        mu: mean of q, shape (batch, ...); or mean and scale packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape; or what ``scale`` says.
+        prior_mu: mean of p: a tensor that broadcasts to mu's shape, or a number; or mean and scale packed, with
             ``prior_logvar=None``. Without both, p = N(0, I).
-        prior_logvar: log-variance of p: a tensor that broadcasts to mu's shape, or a number.
-        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        prior_logvar: log-variance of p, or what ``prior_scale`` says: a tensor that broadcasts to mu's shape, or a
+            number.
+        scale, clamp, eps, prior_scale, prior_clamp, prior_eps: the forms of the two scales: see above. Without a
+            ``prior_eps``, it is ``eps`` where the prior's scale is a tensor of the same form, else 0.
+        weight: of the elements: see above.
+        balance: a number a: the gradients to q are multiplied by 1 - a, those to p by a; the value is what it is (Hafner
+            et al. 2021, arXiv:2010.02193, section 2.2).
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
+        dim: with "none", what is summed over: by default all but the batch.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    formula, prior = _prior_of(prior_mu, prior_logvar)
-    operands = (mu, logvar, *prior, 1.0)
-    call = find(_divergence_call, operands, formula, reduction, packed_dim, backend)
-    return autograd.objective(call, operands)[0]
+    formula, inputs = _divergence_of(mu, logvar, prior_mu, prior_logvar)
+    posterior = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    prior = _written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
+    return _divergence(inputs, formula, posterior, prior, weight, balance, reduction, dim, packed_dim, backend)
 
 
-def _prior_of(prior_mu: Operand, prior_logvar: Operand) -> tuple[str, tuple[Operand, ...]]:
-    """The divergence to this prior, and its inputs that are the prior's."""
+def _divergence_of(
+    mu: Operand, logvar: Operand, prior_mu: Operand, prior_logvar: Operand
+) -> tuple[str, tuple[Operand, ...]]:
+    """The divergence of a posterior from this prior, and its inputs."""
     if prior_mu is None:
         if prior_logvar is not None:
             raise ValueError("prior_logvar: expected None without prior_mu; a prior of mean 0 has prior_mu=0.0")
-        return "kl_standard_normal", ()
-    return "kl_normal", (prior_mu, prior_logvar)
+        return "kl_standard_normal", (mu, logvar)
+    return "kl_normal", (mu, logvar, prior_mu, prior_logvar)
 
 
-# --- the likelihood ---------------------------------------------------------------------------------------------
+def _divergence(
+    inputs: tuple[Operand, ...],
+    formula: str,
+    posterior: _Written,
+    prior: _Written,
+    weight: Tensor | None,
+    balance: float | None,
+    reduction: str,
+    dim: Dim,
+    packed_dim: int,
+    backend: str | None,
+) -> Tensor:
+    """A divergence alone: its coefficient is 1."""
+    weighting: tuple[Operand, ...] = ()
+    if weight is not None:
+        weighting = _weighting("weight", weight, reduction, inputs[0], inputs[1], packed_dim)
+    operands = (*inputs, *weighting, 1.0)
+    if isinstance(dim, list):
+        dim = tuple(dim)
+    call = find(
+        _divergence_call,
+        operands,
+        formula,
+        posterior,
+        prior,
+        len(weighting),
+        balance,
+        reduction,
+        dim,
+        packed_dim,
+        backend,
+    )
+    return autograd.objective(call, operands)[0]
+
+
+def _weighting(
+    name: str, weight: Tensor, reduction: str, mean: Operand, scale: Operand, packed_dim: int
+) -> tuple[Operand, ...]:
+    """The operands that a weight adds to a term's: itself and, for a weighted mean, 1 / its sum over all elements."""
+    assert isinstance(mean, Tensor)
+    shape = mean.shape if scale is not None else half_of(mean.shape, packed_dim)
+    _check_weight(name, weight, shape, "mean", mean)
+    if reduction != "weighted_mean":
+        return (weight,)
+    times = shape.numel() / max(weight.numel(), 1)
+    return weight, 1.0 / (weight.sum() * times)
+
+
+def _divergence_call(
+    operands: Operands,
+    name: str,
+    posterior: _Written,
+    prior: _Written,
+    weighting: int,
+    balance: float | None,
+    reduction: str,
+    dim: Dim,
+    packed_dim: int,
+    backend: str | None,
+) -> autograd.RecordedObjective:
+    """Of a divergence alone, of its inputs, what its weight adds, and 1, its coefficient."""
+    formula = FORMULAS[name]
+    inputs = operands[: len(formula.inputs)]
+    _check_divergence(inputs, packed_dim)
+    if balance is not None and (not isinstance(balance, numbers.Real) or isinstance(balance, bool)):
+        raise TypeError(f"balance: expected a number or None, got {type(balance).__name__}")
+    mu = inputs[0]
+    assert isinstance(mu, Tensor)
+    return _objective_call(
+        operands,
+        [(formula, _checked_forms(formula, posterior, prior, inputs[-1]), weighting)],
+        (_checked_reduction(reduction),),
+        _checked_dim(dim, mu.dim(), reduction),
+        packed_dim,
+        backend,
+        balance=None if balance is None else float(balance),
+    )
+
+
+# --- likelihoods ------------------------------------------------------------------------------------------------------
 
 
 def gaussian_nll(
@@ -385,39 +745,34 @@ def gaussian_nll(
     x: Tensor,
     recon_logvar: Tensor | float | None = 0.0,
     *,
+    scale: str = "logvar",
+    clamp: Bounds = None,
+    eps: float = 0.0,
     full: bool = False,
+    weight: Tensor | None = None,
     reduction: str = "batchmean",
+    dim: Dim = None,
     packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """-log N(x; recon_x, diag e^recon_logvar) = sum((l + (recon_x - x)^2 e^-l [+ log 2 pi]) / 2), l = recon_logvar.
+    """-log N(x; recon_x, diag sigma^2) = sum((log sigma^2 + (recon_x - x)^2 / sigma^2 [+ log 2 pi]) / 2).
 
     Args:
-        recon_x: decoder mean, shape (batch, ...); or mean and log-variance packed, with ``recon_logvar=None``.
-        x: data, the shape of the mean; may be of integers.
-        recon_logvar: decoder log-variance: a tensor that broadcasts to x's shape, or a number.
+        recon_x: decoder mean, shape (batch, ...); or mean and scale packed, with ``recon_logvar=None``.
+        x: data, the shape of the mean; may be of integers or bools.
+        recon_logvar: decoder log-variance, or what ``scale`` says: a tensor that broadcasts to x's shape, or a number.
+        scale, clamp, eps: the form of the scale: see above.
         full: add the constant log(2 pi) / 2 an element.
-        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        weight: of the elements: see above.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
+        dim: with "none", what is summed over: by default all but the batch.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    return _likelihood("gaussian", (recon_x, x, recon_logvar, None), full, reduction, packed_dim, backend)
-
-
-def _likelihood(
-    likelihood: str, operands: Operands, full: bool, reduction: str, packed_dim: int, backend: str | None
-) -> Tensor:
-    """A likelihood alone, of its inputs (and None, the beta of a divergence that is not there)."""
-    call = find(_likelihood_call, operands, likelihood, full, reduction, packed_dim, backend)
-    return autograd.objective(call, operands)[0]
-
-
-def _likelihood_call(
-    operands: Operands, likelihood: str, full: bool, reduction: str, packed_dim: int, backend: str | None
-) -> autograd.RecordedObjective:
-    formula = LIKELIHOODS[likelihood]
-    _check_likelihood(formula, operands[:-1], formula.inputs, packed_dim)
-    return _objective_call(operands, (formula.name,), _checked_reduction(reduction), packed_dim, backend, full=full)
+    written = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    return _likelihood(
+        "gaussian", (recon_x, x, recon_logvar), written, full, weight, reduction, dim, packed_dim, backend
+    )
 
 
 def laplace_nll(
@@ -425,29 +780,128 @@ def laplace_nll(
     x: Tensor,
     log_scale: Tensor | float | None = 0.0,
     *,
+    scale: str = "logscale",
+    clamp: Bounds = None,
+    eps: float = 0.0,
     extra: Tensor | float | None = None,
     full: bool = False,
+    weight: Tensor | None = None,
     reduction: str = "batchmean",
+    dim: Dim = None,
     packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """-log Laplace(x; recon_x, b) = sum((abs(recon_x - x) + extra) / b + log b [+ log 2]), b = e^log_scale.
+    """-log Laplace(x; recon_x, b) = sum((abs(recon_x - x) + extra) / b + log b [+ log 2]).
 
     With ``extra``, what else is divided by the scale: a perceptual loss, as in the autoencoders of latent diffusion
     (Esser et al. 2021, arXiv:2012.09841). Source of the density: Kotz, Kozubowski & Podgórski 2001, section 2.1.
 
     Args:
-        recon_x: decoder median, shape (batch, ...); or median and log-scale packed, with ``log_scale=None``.
-        x: data, the shape of the median; may be of integers.
-        log_scale: logarithm of the scale b: a tensor that broadcasts to x's shape, or a number.
+        recon_x: decoder median, shape (batch, ...); or median and scale packed, with ``log_scale=None``.
+        x: data, the shape of the median; may be of integers or bools.
+        log_scale: logarithm of the scale b, or what ``scale`` says: a tensor that broadcasts to x's shape, or a number.
+        scale: "logscale" (b = e^s), "scale" (b = s) or "softplus" (b = softplus(s)).
+        clamp, eps: bounds of s, and what is added to b: see above.
         extra: added to the absolute error of each element: a tensor that broadcasts to x's shape, or a number.
-        full: add the constant log 2 per element.
-        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        full: add the constant log 2 an element.
+        weight: of the elements: see above.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
+        dim: with "none", what is summed over: by default all but the batch.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
     inputs = (recon_x, x, log_scale, 0.0 if extra is None else extra)
-    return _likelihood("laplace", (*inputs, None), full, reduction, packed_dim, backend)
+    written = _written(scale, clamp, eps)
+    return _likelihood("laplace", inputs, written, full, weight, reduction, dim, packed_dim, backend)
+
+
+def bernoulli_nll(
+    recon_x: Tensor,
+    x: Tensor,
+    *,
+    from_logits: bool = True,
+    pos_weight: Tensor | float | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    dim: Dim = None,
+    backend: str | None = None,
+) -> Tensor:
+    """-log Bernoulli(x; p), the binary cross-entropy, for targets in [0, 1].
+
+    sum(softplus(a) - x a) of logits a = recon_x, as torch.nn.functional.binary_cross_entropy_with_logits; or
+    sum(-x log p - (1 - x) log(1 - p)) of probabilities p = recon_x, no logarithm below -100, as
+    torch.nn.functional.binary_cross_entropy, whose derivatives it has. Source: Kingma & Welling 2014
+    (arXiv:1312.6114), appendix C.1.
+
+    Args:
+        recon_x: logits, shape (batch, ...); or probabilities, with ``from_logits=False``: NaN comes of others.
+        x: data, the shape of recon_x; may be of integers or bools.
+        from_logits: what recon_x is.
+        pos_weight: of logits, how many times the part of x counts: a tensor that broadcasts to x's shape, or a number.
+        weight: of the elements: see above.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
+        dim: with "none", what is summed over: by default all but the batch.
+        backend: overrides the process's choice for this call.
+    """
+    inputs: tuple[Operand, ...] = (recon_x, x)
+    if from_logits:
+        inputs = (*inputs, 1.0 if pos_weight is None else pos_weight)
+    elif pos_weight is not None:
+        raise ValueError("pos_weight: expected None with probabilities; it is for logits")
+    name = "bernoulli" if from_logits else "bernoulli_probs"
+    return _likelihood(name, inputs, _PLAIN, False, weight, reduction, dim, 1, backend)
+
+
+def _likelihood(
+    likelihood: str,
+    inputs: tuple[Operand, ...],
+    written: _Written,
+    full: bool,
+    weight: Tensor | None,
+    reduction: str,
+    dim: Dim,
+    packed_dim: int,
+    backend: str | None,
+) -> Tensor:
+    """A likelihood alone: the beta of the divergence that is not there is None."""
+    weighting: tuple[Operand, ...] = ()
+    if weight is not None:
+        weighting = _weighting("weight", weight, reduction, inputs[1], 0.0, packed_dim)
+    operands = (*inputs, *weighting, None)
+    if isinstance(dim, list):
+        dim = tuple(dim)
+    call = find(
+        _likelihood_call, operands, likelihood, written, len(weighting), full, reduction, dim, packed_dim, backend
+    )
+    return autograd.objective(call, operands)[0]
+
+
+def _likelihood_call(
+    operands: Operands,
+    likelihood: str,
+    written: _Written,
+    weighting: int,
+    full: bool,
+    reduction: str,
+    dim: Dim,
+    packed_dim: int,
+    backend: str | None,
+) -> autograd.RecordedObjective:
+    formula = LIKELIHOODS[likelihood]
+    inputs = operands[: len(formula.inputs)]
+    _check_likelihood(formula, inputs, formula.inputs, packed_dim)
+    forms = [_checked_form(("scale", "clamp", "eps"), written, formula)] if formula.pairs else []
+    x = inputs[1]
+    assert isinstance(x, Tensor)
+    return _objective_call(
+        operands,
+        [(formula, forms, weighting)],
+        (_checked_reduction(reduction),),
+        _checked_dim(dim, x.dim(), reduction),
+        packed_dim,
+        backend,
+        full=full,
+    )
 
 
 def gaussian_nll_loss(
@@ -514,17 +968,17 @@ def gaussian_nll_loss(
     if input.dim() == 0:
         input, target = input.view(1), target.view(1)
         spread = spread.view(1) if isinstance(spread, Tensor) else spread
-        how = "sum" if reduction == "none" else reduction
-    else:
-        how = "element" if reduction == "none" else reduction
+        reduction = "sum" if reduction == "none" else reduction
     operands = (input, target, spread, None)
-    return autograd.objective(find(_variance_call, operands, full, float(eps), how, backend), operands)[0]
+    return autograd.objective(find(_variance_call, operands, full, float(eps), reduction, backend), operands)[0]
 
 
 def _variance_call(
     operands: Operands, full: bool, eps: float, reduction: str, backend: str | None
 ) -> autograd.RecordedObjective:
-    return _objective_call(operands, ("gaussian_nll_of_variance",), reduction, 1, backend, full=full, parameter=eps)
+    """Of variances that are bounded by eps, of which their gradients know nothing."""
+    terms = [(FORMULAS["gaussian_nll"], [Form("bounded", eps=eps)], 0)]
+    return _objective_call(operands, terms, (reduction,), () if reduction == "none" else None, 1, backend, full=full)
 
 
 # --- the bound --------------------------------------------------------------------------------------------------
@@ -538,95 +992,184 @@ def elbo_loss(
     recon_logvar: Tensor | float | None = 0.0,
     *,
     likelihood: str = "gaussian",
+    scale: str = "logvar",
+    clamp: Bounds = None,
+    eps: float = 0.0,
+    recon_scale: str | None = None,
+    recon_clamp: Bounds = None,
+    recon_eps: float = 0.0,
     prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None,
+    prior_scale: str = "logvar",
+    prior_clamp: Bounds = None,
+    prior_eps: float | None = None,
     kl: Tensor | None = None,
     beta: float | Tensor = 1.0,
     full: bool = False,
     extra: Tensor | float | None = None,
-    reduction: str = "batchmean",
+    pos_weight: Tensor | float | None = None,
+    weight: Tensor | None = None,
+    latent_weight: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    grad_scale: float | Tensor | None = None,
     return_terms: bool = False,
     packed_dim: int = 1,
     backend: str | None = None,
 ) -> Tensor | ELBOTerms:
     """The negative evidence lower bound, NLL(x; recon_x, recon_logvar) + beta * KL(q || p), p = N(0, I) unless given.
 
-    Terms as in `gaussian_nll` (or the function of another likelihood) and `kl_normal`, each summed over everything but
-    the batch.
+    Terms as in `gaussian_nll` (or the function of another likelihood) and `kl_normal`.
 
     Args:
-        recon_x: decoder mean, shape (batch, ...); or mean and log-variance packed, with ``recon_logvar=None``.
-        x: data, the shape of the mean; may be of integers.
-        mu: mean of q, shape (batch, ...); or mean and log-variance packed, with ``logvar=None``.
-        logvar: log-variance of q, mu's shape.
-        recon_logvar: decoder log-variance, or what else a likelihood has for a scale: a tensor that broadcasts to x's
-            shape, or a number.
-        likelihood: a name of `fusedvae.backend.reference.LIKELIHOODS`: "gaussian", "laplace".
-        prior_mu: mean of the prior: a tensor that broadcasts to mu's shape, or a number; or mean and log-variance
-            packed, with ``prior_logvar=None``. Without both, the prior is N(0, I).
-        prior_logvar: log-variance of the prior: a tensor that broadcasts to mu's shape, or a number.
-        kl: the per-sample KL that `latent` returned, instead of ``mu`` and ``logvar`` (both None then).
+        recon_x: decoder mean, or what else the likelihood has first, shape (batch, ...); or mean and scale packed, with
+            ``recon_logvar=None``.
+        x: data, the shape of the mean; may be of integers or bools.
+        mu: mean of q, shape (batch, ...); or mean and scale packed, with ``logvar=None``.
+        logvar: log-variance of q, mu's shape; or what ``scale`` says.
+        recon_logvar: decoder log-variance, or what ``recon_scale`` says of a likelihood that has a scale: a tensor that
+            broadcasts to x's shape, or a number.
+        likelihood: "gaussian"; "laplace"; "bernoulli" of logits, "bernoulli_probs" of probabilities; "mse" for the
+            squared error, without a half; "l1" for the absolute error.
+        scale, clamp, eps: the form of q's scale: see above.
+        recon_scale, recon_clamp, recon_eps: the form of the likelihood's: by default "logvar", or "logscale".
+        prior_mu: mean of the prior: a tensor that broadcasts to mu's shape, or a number; or mean and scale packed, with
+            ``prior_logvar=None``. Without both, the prior is N(0, I).
+        prior_logvar: log-variance of the prior, or what ``prior_scale`` says: a tensor that broadcasts to mu's shape,
+            or a number.
+        prior_scale, prior_clamp, prior_eps: the form of the prior's: see `kl_normal`.
+        kl: the KL per sample that `latent` returned, instead of ``mu`` and ``logvar`` (both None then).
         beta: weight of the KL: a number, or a 0-dim tensor, whose value may change under a captured or compiled
             program, and which may need a gradient.
-        full: add the likelihood's constant (log(2 pi) / 2 of a Gaussian) an element of x.
-        extra: a further input of a likelihood that has one.
-        reduction: "batchmean", "sum" or "none" (shape (batch,)).
+        full: add the likelihood's constant, what makes it a density (log(2 pi) / 2 of a Gaussian), an element of x.
+        extra: of the Laplace likelihood, what is added to the absolute error: see `laplace_nll`.
+        pos_weight: of the Bernoulli likelihood of logits: see `bernoulli_nll`.
+        weight: of the elements of x, latent_weight: of those of the latent: see above.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none" (shape (batch,)); or a pair, of the likelihood's
+            and of the KL's: ("mean", "batchmean") is what `torch.nn.functional.mse_loss` + KL code does.
+        grad_scale: what gradients are made times, while the value is what it is: a number or a 0-dim tensor, the factor
+            of a GradScaler, say, or 1 / the steps that gradients are accumulated over.
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    inputs = _inputs_of(likelihood, recon_x, x, recon_logvar, extra)
+    inputs = _inputs_of(likelihood, recon_x, x, recon_logvar, extra, pos_weight)
     if logvar is _FORGOTTEN:
         if kl is None:
             raise TypeError("logvar: expected a tensor beside mu, or None if both are packed in mu; got nothing")
         logvar = None
+    weightings = 0, 0
+    if weight is not None or latent_weight is not None:
+        first, second = reduction if isinstance(reduction, (tuple, list)) else (reduction, reduction)
+        mine = () if weight is None else _weighting("weight", weight, first, x, 0.0, packed_dim)
+        theirs: tuple[Operand, ...] = ()
+        if latent_weight is not None:
+            if kl is not None:
+                raise ValueError("latent_weight: expected None when kl is given, whose elements are summed already")
+            theirs = _weighting("latent_weight", latent_weight, second, mu, logvar, packed_dim)
+        inputs, weightings = (*inputs, *mine), (len(mine), len(theirs))
     if kl is None:
-        divergence, prior = _prior_of(prior_mu, prior_logvar)
-        operands: tuple[Operand, ...] = (*inputs, mu, logvar, *prior, beta)
+        divergence, latents = _divergence_of(mu, logvar, prior_mu, prior_logvar)
+        operands: tuple[Operand, ...] = (*inputs, *latents, beta)
+        if weightings[1]:
+            operands = (*inputs, *latents, *theirs, beta)
     else:
         divergence, operands = GIVEN.name, (*inputs, kl, beta)
         if mu is not None or logvar is not None:
             raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
         if prior_mu is not None or prior_logvar is not None:
             raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
-    call = find(_elbo_call, operands, likelihood, divergence, full, reduction, return_terms, packed_dim, backend)
+    if grad_scale is not None:
+        operands = (*operands, grad_scale)
+    if isinstance(reduction, list) and len(reduction) == 2:
+        reduction = tuple(reduction)  # type: ignore[assignment]
+    call = find(
+        _elbo_call,
+        operands,
+        likelihood,
+        divergence,
+        _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps),
+        _written(recon_scale, recon_clamp, recon_eps),
+        _written(prior_scale, prior_clamp, prior_eps),  # type: ignore[arg-type]
+        weightings,
+        grad_scale is not None,
+        full,
+        reduction,
+        return_terms,
+        packed_dim,
+        backend,
+    )
     values = autograd.objective(call, operands)
     return ELBOTerms(*values[:3]) if return_terms else values[0]
 
 
 def _inputs_of(
-    likelihood: str, recon_x: Tensor, x: Tensor, scale: Tensor | float | None, extra: Tensor | float | None
+    likelihood: str,
+    recon_x: Tensor,
+    x: Tensor,
+    scale: Tensor | float | None,
+    extra: Tensor | float | None,
+    pos_weight: Tensor | float | None,
 ) -> tuple[Operand, ...]:
     """The inputs of a likelihood: as many of these as it has."""
     formula = _checked_likelihood(likelihood)
-    inputs = (recon_x, x, scale, 0.0 if extra is None else extra)[: len(formula.inputs)]
-    if extra is not None and "extra" not in formula.inputs:
+    others = formula.inputs[2:]
+    found: tuple[Operand, ...] = (recon_x, x)
+    if formula.pairs:
+        found = (recon_x, x, scale)
+    elif isinstance(scale, Tensor) or scale != 0.0:
+        raise ValueError(f"recon_logvar: expected none, as the {likelihood} likelihood has no scale")
+    if "extra" in others:
+        found = (*found, 0.0 if extra is None else extra)
+    elif extra is not None:
         raise ValueError(f"extra: expected None, as the {likelihood} likelihood has no such input")
-    return inputs
+    if "pos_weight" in others:
+        found = (*found, 1.0 if pos_weight is None else pos_weight)
+    elif pos_weight is not None:
+        raise ValueError(f"pos_weight: expected None, as the {likelihood} likelihood has no such input")
+    return found
 
 
 def _elbo_call(
     operands: Operands,
     likelihood: str,
     divergence: str,
+    posterior: _Written,
+    recon: _Written,
+    prior: _Written,
+    weightings: tuple[int, int],
+    is_grad_scaled: bool,
     full: bool,
-    reduction: str,
-    return_terms: bool,
+    reduction: object,
+    returns_terms: bool,
     packed_dim: int,
     backend: str | None,
 ) -> autograd.RecordedObjective:
     formula = LIKELIHOODS[likelihood]
     count = len(formula.inputs)
-    _check_likelihood(formula, operands[:count], ("recon_x", "x", "recon_logvar", "extra"), packed_dim)
-    x, latents, beta = operands[1], operands[count:-1], operands[-1]
+    names = ["recon_logvar" if name in ("recon_logvar", "log_scale") else name for name in formula.inputs]
+    _check_likelihood(formula, operands[:count], names, packed_dim)
+    names_of_form = ("recon_scale", "recon_clamp", "recon_eps")
+    if formula.pairs:
+        recon_forms = [_checked_form(names_of_form, recon, formula)]
+    else:
+        recon_forms = []
+        for name, value, absent in zip(names_of_form, recon, (None, None, 0.0), strict=True):
+            if value != absent:
+                raise ValueError(f"{name}: expected none, as the {likelihood} likelihood has no scale; got {value!r}")
+    x = operands[1]
     assert isinstance(x, Tensor)
-    if divergence != GIVEN.name:
+    is_given = divergence == GIVEN.name
+    second = GIVEN if is_given else FORMULAS[divergence]
+    start = count + weightings[0]
+    latents = operands[start : start + len(second.inputs)]
+    if not is_given:
         _check_divergence(latents, packed_dim)
         name, first = "mu", latents[0]
+        forms = _checked_forms(second, posterior, prior, latents[-1])
     else:
         (kl,) = latents
         _check_tensor("kl", kl)
-        name, first = "kl", kl
+        name, first, forms = "kl", kl, []
         assert isinstance(kl, Tensor)
         if kl.dim() != 1:
             raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}")
@@ -635,16 +1178,43 @@ def _elbo_call(
         raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {first.shape[0]}")
     if first.device != x.device:
         raise ValueError(f"{name}: expected on {x.device}, where x is; got it on {first.device}")
-    _check_number("beta", beta)
+    _check_number("beta", operands[-2 if is_grad_scaled else -1])
+    if is_grad_scaled:
+        _check_number("grad_scale", operands[-1])
     return _objective_call(
         operands,
-        (formula.name, divergence),
-        _checked_reduction(reduction),
+        [(formula, recon_forms, weightings[0]), (second, forms, weightings[1])],
+        _checked_reductions(reduction),
+        None,
         packed_dim,
         backend,
         full=full,
-        returns_terms=return_terms,
+        returns_terms=returns_terms,
+        is_grad_scaled=is_grad_scaled,
     )
+
+
+def importance_weighted_bound(log_weights: Tensor, dim: int = 0) -> Tensor:
+    """log mean exp of log importance weights: a bound on log p(x) that rises with their number.
+
+    The log-weights of K samples z of q(z|x) are log p(x|z) + log p(z) - log q(z|x). The gradient is that of
+    sum(w * log_weights) with the normalised weights w as constants. Source: Burda, Grosse & Salakhutdinov 2016
+    (arXiv:1509.00519), equations 8 and 13.
+
+    Args:
+        log_weights: a tensor with the K samples along ``dim``.
+        dim: the dimension of the samples.
+
+    Returns:
+        The bound, without that dimension; nats, float32 at least.
+    """
+    _check_tensor("log_weights", log_weights)
+    if not isinstance(dim, numbers.Integral) or isinstance(dim, bool):
+        raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
+    if not -log_weights.dim() <= dim < log_weights.dim():
+        raise ValueError(f"dim: expected a dimension of a tensor that has {log_weights.dim()}, got {dim}")
+    widest = torch.promote_types(log_weights.dtype, torch.float32)
+    return torch.logsumexp(log_weights.to(widest), int(dim)) - math.log(max(log_weights.shape[dim], 1))
 
 
 def _backend_for(operands: Operands, requested: str | None) -> str:
@@ -657,31 +1227,53 @@ def _backend_for(operands: Operands, requested: str | None) -> str:
 
 def _objective_call(
     operands: Operands,
-    formulas: tuple[str, ...],
-    reduction: str,
+    terms: Sequence[tuple[Formula, Sequence[Form], int]],
+    reductions: tuple[str, ...],
+    dim: tuple[int, ...] | None,
     packed_dim: int,
     backend: str | None,
     *,
     full: bool = False,
-    parameter: float = 0.0,
+    balance: float | None = None,
     returns_terms: bool = False,
+    is_grad_scaled: bool = False,
 ) -> autograd.RecordedObjective:
-    """The call of an objective of these formulas' terms, whose inputs, and beta behind them, have been checked."""
+    """The call of an objective of terms: formulas, their forms, and how many operands a weight adds to each.
+
+    The operands have been checked: the inputs and the weighting of each term, then beta, then what gradients are scaled
+    by.
+    """
     first = operands[0]
     assert isinstance(first, Tensor)
-    enabled, beta = torch.is_grad_enabled(), operands[-1]
-    needed = [enabled and isinstance(t, Tensor) and t.requires_grad for t in operands[:-1]]
-    if formulas[-1] == GIVEN.name:
-        needed[-1] = False  # not made by kernels
+    enabled = torch.is_grad_enabled()
+    needed: list[bool] = []
+    name, is_weight_learned = _backend_for(operands, backend), False
+    for formula, _, weighting in terms:
+        start = len(needed)
+        inputs = operands[start : start + len(formula.inputs)]
+        # What was given is nothing that kernels make.
+        needed += [enabled and isinstance(t, Tensor) and t.requires_grad and formula is not GIVEN for t in inputs]
+        for t in operands[len(needed) : len(needed) + weighting]:
+            is_weight_learned = is_weight_learned or (isinstance(t, Tensor) and t.requires_grad)
+        needed += [False] * weighting
+    beta = operands[len(needed)]
+    data = operands[: len(needed)]
+    weighted = tuple([weighting > 0 for _, _, weighting in terms])
     spec = Objective(
-        formulas,
-        parameter,
+        tuple([formula.name for formula, _, _ in terms]),
+        *form_fields([form for _, forms, _ in terms for form in forms]),
+        balance,
+        weighted,
+        tuple([weighting > 1 for _, _, weighting in terms]),
         packed_dim,
         bool(full),
-        reduction,
-        _value_dtype(first.device.type, *operands[:-1]),
+        # Without weights, all count the same.
+        tuple(["mean" if r == "weighted_mean" and not w else r for r, w in zip(reductions, weighted, strict=True)]),
+        dim,
+        _value_dtype(first.device.type, *data, is_sum=dim != ()),
         bool(returns_terms) or (isinstance(beta, Tensor) and beta.requires_grad),  # its gradient is the divergence
-        (*needed, False),
-        _backend_for(operands, backend),
+        (*needed, *[False] * (len(operands) - len(needed))),
+        is_grad_scaled,
+        "reference" if is_weight_learned else name,  # kernels know no gradients of weights
     )
     return autograd.RecordedObjective(operands, spec)

@@ -47,7 +47,7 @@ class ELBOLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        functional._checked_reduction(reduction)
+        functional._checked_reductions(reduction)
         functional._checked_likelihood(likelihood)
         if backend is not None:
             checked_name(backend)

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .backend.reference import Objective
+from .backend.reference import Objective, Sampling
 from .calls import (
     LatentCall,
     LatentGradientCall,
-    LatentGradientSpec,
-    LatentSpec,
     ObjectiveCall,
     Operands,
+    SamplingGradient,
+    TermGradient,
     TermGradientCall,
-    TermGradientSpec,
     find,
     latent_gradients,
     latent_outputs,
@@ -133,26 +132,40 @@ def needs_dispatcher(operands: Operands) -> bool:
 
 _SPECS: dict[str, Callable[..., Any]] = {
     "objective": Objective,
-    "term_gradient": TermGradientSpec,
-    "latent": LatentSpec,
-    "latent_gradient": LatentGradientSpec,
+    "term_gradient": TermGradient,
+    "latent": Sampling,
+    "latent_gradient": SamplingGradient,
 }
+
+_FORMS = "str[] maps, bool[] squared, float[] limits"
 
 objective = Operator(
     "objective",
     ObjectiveCall,
     objective_outputs,
-    "str[] formulas, float parameter, int packed_dim, bool full, str reduction, ScalarType dtype, bool returns_terms, "
-    "bool[] needed, str backend",
+    f"str[] formulas, {_FORMS}, float? balance, bool[] weighted, bool[] normalized, int packed_dim, bool full, "
+    "str[] reductions, int[]? dim, ScalarType dtype, bool returns_terms, bool[] needed, bool is_grad_scaled, "
+    "str backend",
 )
 term_gradient = Operator(
     "term_gradient",
     TermGradientCall,
     term_gradients,
-    "str formula, float parameter, int packed_dim, bool[] needed, str backend",
+    f"str formula, {_FORMS}, float[] gains, int[]? dim, int packed_dim, bool[] needed, str backend",
 )
-latent = Operator("latent", LatentCall, latent_outputs, "ScalarType? kl_dtype, int packed_dim, str backend")
-latent_gradient = Operator("latent_gradient", LatentGradientCall, latent_gradients, "int packed_dim, str backend")
+latent = Operator(
+    "latent",
+    LatentCall,
+    latent_outputs,
+    f"str divergence, {_FORMS}, int? samples, bool at_sample, ScalarType? kl_dtype, int[] kl_dim, int packed_dim, "
+    "str backend",
+)
+latent_gradient = Operator(
+    "latent_gradient",
+    LatentGradientCall,
+    latent_gradients,
+    f"str divergence, {_FORMS}, int? samples, bool at_sample, int[] kl_dim, int packed_dim, bool[] needed, str backend",
+)
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------

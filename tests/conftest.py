@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedvae.backend import NAMES, device_types, unavailable
+from fusedvae.backend.reference import PLAIN, Sampling, form_fields
 
 try:
     import hypothesis
@@ -135,6 +136,14 @@ def reduced(elements: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return per_sample
     return per_sample.sum() / (len(elements) if reduction == "batchmean" else 1)
+
+
+# --- what calls are ---------------------------------------------------------------------------------------------
+
+
+def sampling(kl_dtype: torch.dtype | None, backend: str) -> Sampling:
+    """A pass over a latent of plain log-variances, (batch, features): z and, with a dtype for it, its KL per sample."""
+    return Sampling("kl_standard_normal", *form_fields([PLAIN]), None, False, kl_dtype, (1,), 1, backend)
 
 
 # --- operands and comparisons -----------------------------------------------------------------------------------

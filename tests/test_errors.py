@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from conftest import sampling
 from torch import Tensor
 
 import fusedvae
 from fusedvae import backend as backend_module
 from fusedvae import functional
 from fusedvae.backend import current_choice, native, resolve
+from fusedvae.backend.reference import PLAIN, form_fields
 
 X = torch.zeros(4, 6)
 LATENT = torch.zeros(4, 3)
@@ -109,13 +111,24 @@ LATENTS = [
     ),
 ]
 REDUCTION = [
-    ({"reduction": "avg"}, ValueError, "reduction: expected 'batchmean', 'sum' or 'none', got 'avg'"),
-    ({"reduction": None}, ValueError, "reduction: expected 'batchmean', 'sum' or 'none', got None"),
-    ({"reduction": ["sum"]}, ValueError, "reduction: expected 'batchmean', 'sum' or 'none', got ['sum']"),
-    ({"reduction": "mean"}, ValueError, "reduction: 'mean' over elements is refused, because"),
+    (
+        {"reduction": "avg"},
+        ValueError,
+        "reduction: expected 'batchmean', 'sum', 'mean', 'weighted_mean' or 'none', got 'avg'",
+    ),
+    (
+        {"reduction": None},
+        ValueError,
+        "reduction: expected 'batchmean', 'sum', 'mean', 'weighted_mean' or 'none', got None",
+    ),
+    (
+        {"reduction": ["sum"]},
+        ValueError,
+        "reduction: expected 'batchmean', 'sum', 'mean', 'weighted_mean' or 'none', got ['sum']",
+    ),
 ]
 GENERATOR = [
-    ({"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
+    ({"generator": 3}, TypeError, "generator: expected a torch.Generator, a list of them or None, got int"),
 ]
 BACKEND = [
     ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'native', 'triton', 'reference'; got 'cuda'"),
@@ -302,22 +315,39 @@ def test_an_empty_batch_may_have_a_variance_for_each_column() -> None:
             functional.gaussian_nll_loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(wrong))
 
 
+SEED = torch.tensor(1)
+GAUSSIAN = (["gaussian_nll"], *map(list, form_fields([PLAIN])), None, [False], [False], 1, False, ["sum"], None)
 OPERATORS = {
-    "logvar of another shape": ("latent", [X, LATENT, torch.tensor(1), None], None, 1),
-    "noise of another shape": ("latent", [X, X, None, LATENT[:1, :1].expand(9, 9)], None, 1),
-    "neither seed nor noise": ("latent", [X, X, None, None], None, 1),
-    "a seed that is none": ("latent", [X, X, torch.zeros(()), None], None, 1),
-    "a gradient of another shape": ("latent_gradient", [X, X, torch.tensor(1), None, LATENT, None], 1),
-    "weights of another shape": ("term_gradient", [X, X, 0 * X, LATENT], "gaussian_nll", 0.0, 1, [True, False, False]),
+    "logvar of another shape": ("latent", [X, LATENT, SEED, None, None], *sampling(None, "native")),
+    "noise of another shape": ("latent", [X, X, None, None, LATENT[:1, :1].expand(9, 9)], *sampling(None, "native")),
+    "neither seed nor noise": ("latent", [X, X, None, None, None], *sampling(None, "native")),
+    "a seed that is none": ("latent", [X, X, torch.zeros(()), None, None], *sampling(None, "native")),
+    "an offset that is none": ("latent", [X, X, SEED, X, None], *sampling(None, "native")),
+    "a gradient of another shape": (
+        "latent_gradient", [X, X, SEED, None, None, LATENT, None], "kl_standard_normal", *form_fields([PLAIN]), None,
+        False, [1], 1, [True, True], "native",
+    ),
+    "a factor of another shape": (
+        "term_gradient", [X, X, 0 * X, None, LATENT], "gaussian_nll", *form_fields([PLAIN]), [], (), 1,
+        [True, False, False], "native",
+    ),
+    "weights of another shape": (
+        "term_gradient", [X, X, 0 * X, LATENT, SEED.float()], "gaussian_nll", *form_fields([PLAIN]), [], (), 1,
+        [True, False, False], "native",
+    ),
+    "values summed over other dimensions": (
+        "term_gradient", [X, X, 0 * X, None, X], "gaussian_nll", *form_fields([PLAIN]), [], None, 1,
+        [True, False, False], "native",
+    ),
     "data of another shape": (
-        "objective", [X, LATENT, X, None], ["gaussian_nll"], 0.0, 1, False, "sum", torch.float32, False, [False] * 4,
+        "objective", [X, LATENT, X, None], *GAUSSIAN, torch.float32, False, [False] * 4, False, "native",
     ),
     "data of integers": (
-        "objective", [X, X.long(), X, None], ["gaussian_nll"], 0.0, 1, False, "sum", torch.float32, False, [False] * 4,
+        "objective", [X, X.long(), X, None], *GAUSSIAN, torch.float32, False, [False] * 4, False, "native",
     ),
     "an input too few": (
-        "objective", [X, X, None, None], ["gaussian_nll_of_variance"], 0.0, 1, False, "sum", torch.float32, False,
-        [False] * 4,
+        "objective", [X, X, None, None], ["laplace_nll"], *GAUSSIAN[1:], torch.float32, False, [False] * 4, False,
+        "native",
     ),
 }  # fmt: skip
 
@@ -328,7 +358,7 @@ def test_operators_that_anyone_may_call_read_nothing_out_of_bounds(wrong: str) -
         pytest.skip("needs the extension")
     name, *arguments = OPERATORS[wrong]
     with pytest.raises((ValueError, TypeError)):
-        getattr(torch.ops.fusedvae, name)(*arguments, "native")
+        getattr(torch.ops.fusedvae, name)(*arguments)
 
 
 @pytest.fixture

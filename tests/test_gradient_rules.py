@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import KERNEL_TARGETS, Target
+from conftest import KERNEL_TARGETS, Target, sampling
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -247,18 +248,23 @@ def test_operators_pass_opcheck(target: Target) -> None:
     formulas = ["gaussian_nll", "kl_standard_normal"]
     inputs = [recon_x, x, spread, mu, logvar, torch.tensor(0.7, dtype=torch.float64)]
     needed = [True, False, True, True, True, False]
-    for reduction in ("batchmean", "sample"):
-        options = (formulas, 0.0, 1, True, reduction, torch.float32, True, needed, target.backend)
-        opcheck(ops.objective, (inputs, *options))
-    opcheck(ops.latent, ([mu, logvar, seed, None], torch.float32, 1, target.backend))
-    opcheck(ops.latent, ([mu, logvar, None, torch.randn_like(mu)], None, 1, target.backend))
+    forms = ["exponential"] * 2, [False] * 2, [-math.inf, math.inf, 0.0] * 2
+    for reduction in ("batchmean", "none"):
+        options = (1, True, [reduction] * 2, None, torch.float32, True, needed, False, target.backend)
+        opcheck(ops.objective, (inputs, formulas, *forms, None, [False] * 2, [False] * 2, *options))
+    opcheck(ops.latent, ([mu, logvar, seed, None, None], *sampling(torch.float32, target.backend)))
+    opcheck(ops.latent, ([mu, logvar, None, None, torch.randn_like(mu)], *sampling(None, target.backend)))
     opcheck(ops.normal, ([4, 5], seed, torch.float32, target.backend))
     drawn_on = {"device": torch.device(target.device)}
     opcheck(ops.draw_seed, (), drawn_on, test_utils=("test_schema", "test_faketensor"))
     recon_x, mu, logvar, spread = (t.detach() for t in (recon_x, mu, logvar, spread))
-    weighted = [recon_x, x, spread, torch.tensor(2.0)]
-    opcheck(ops.term_gradient, (weighted, "gaussian_nll", 0.0, 1, [True, False, True], target.backend))
-    opcheck(ops.latent_gradient, ([mu, logvar, seed, None, mu, mu.sum(1)], 1, target.backend))
+    term = [recon_x, x, spread, None, torch.tensor(2.0)]
+    form = [["exponential"], [False], [-math.inf, math.inf, 0.0]]
+    opcheck(ops.term_gradient, (term, "gaussian_nll", *form, [], None, 1, [True, False, True], target.backend))
+    given = [mu, logvar, seed, None, None, mu, mu.sum(1)]
+    opcheck(
+        ops.latent_gradient, (given, "kl_standard_normal", *form, None, False, [1], 1, [True, True], target.backend)
+    )
 
 
 @pytest.mark.slow

@@ -36,7 +36,9 @@ PATTERNS = {
     "row": (5, 1),
 }
 OTHERS = {name: formula.inputs[2:] for name, formula in LIKELIHOODS.items()}
-"""The inputs of each beside recon_x and x; the first of them is its scale."""
+"""The inputs of each beside recon_x and x."""
+PACKED = [name for name, formula in LIKELIHOODS.items() if formula.pairs]
+"""Those that have a scale, which may be packed."""
 
 
 def layouts_for(pattern: str, reduction: str) -> list[Callable[[Tensor], Tensor]]:
@@ -45,21 +47,23 @@ def layouts_for(pattern: str, reduction: str) -> list[Callable[[Tensor], Tensor]
     return [arrange[turn % 6], arrange[(turn + 1) % 6]]
 
 
+def named(likelihood: str, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """The inputs beside recon_x and x by the names that elbo_loss has for them."""
+    names = ["recon_logvar" if name in ("recon_logvar", "log_scale") else name for name in OTHERS[likelihood]]
+    return dict(zip(names, inputs[2:], strict=True))
+
+
 def loss_of(likelihood: str, inputs: list[Tensor], reduction: str, backend: str, **options: object) -> Tensor:
     """The likelihood of inputs in the registry's order, with a divergence of nothing beside it."""
-    recon_x, x, scale, *extra = inputs
-    nothing = torch.zeros(len(x), 1, device=x.device)
-    more = {"extra": extra[0]} if extra else {}
+    nothing = torch.zeros(len(inputs[1]), 1, device=inputs[1].device)
     loss = functional.elbo_loss(
-        recon_x,
-        x,
+        *inputs[:2],
         nothing,
         nothing,
-        scale,
         likelihood=likelihood,
         reduction=reduction,
         backend=backend,
-        **more,
+        **named(likelihood, inputs),
         **options,
     )
     assert isinstance(loss, Tensor)
@@ -69,7 +73,7 @@ def loss_of(likelihood: str, inputs: list[Tensor], reduction: str, backend: str,
 def exact(likelihood: str, inputs: list[Tensor], reduction: str, full: bool = False) -> Tensor:
     """The same by the formula in float64."""
     formula = LIKELIHOODS[likelihood]
-    elements = formula.elements(*inputs) + (formula.constant if full else 0.0)
+    elements = formula(inputs) + (formula.constant if full else 0.0)
     return reduced(elements.expand(inputs[0].shape), reduction)
 
 
@@ -88,9 +92,27 @@ def compare(
 
 def inputs_of(likelihood: str, *patterns: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Random ones, those beside recon_x and x of some patterns."""
-    others = [torch.randn(PATTERNS[p]).to(dtype) for p in patterns[: len(OTHERS[likelihood])]]
-    others[1:] = [t.abs() for t in others[1:]]
-    return [torch.randn(SHAPE).to(dtype), torch.randn(SHAPE).to(dtype), *others]
+    return [
+        *means_of(likelihood, *SHAPE, dtype=dtype),
+        *others_of(likelihood, *map(PATTERNS.get, patterns), dtype=dtype),
+    ]
+
+
+def means_of(likelihood: str, *shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """A random recon_x and x of some shape."""
+    recon_x, x = torch.randn(shape), torch.randn(shape)
+    if likelihood.startswith("bernoulli"):
+        x = x.sigmoid()
+    return [(recon_x.sigmoid() if likelihood == "bernoulli_probs" else recon_x).to(dtype), x.to(dtype)]
+
+
+def others_of(likelihood: str, *shapes: tuple[int, ...] | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The other inputs, of these shapes: scales of any sign, all else positive."""
+    found = []
+    for name, shape in zip(OTHERS[likelihood], shapes, strict=False):
+        made = torch.randn(shape)
+        found.append((made if name in ("recon_logvar", "log_scale") else made.abs()).to(dtype))
+    return found
 
 
 @every_likelihood
@@ -98,8 +120,8 @@ def inputs_of(likelihood: str, *patterns: str, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_broadcast_scales_in_any_layout(target: Target, likelihood: str, pattern: str, reduction: str) -> None:
     for layout in layouts_for(pattern, reduction):
-        recon_x, x, scale, *others = inputs_of(likelihood, pattern, "sample")
-        compare(target, likelihood, [layout(recon_x), layout(x), scale, *others], reduction, 2e-6)
+        recon_x, x, *others = inputs_of(likelihood, pattern, "sample")
+        compare(target, likelihood, [layout(recon_x), layout(x), *others], reduction, 2e-6)
 
 
 @every_likelihood
@@ -125,7 +147,7 @@ def test_dtypes(target: Target, likelihood: str, dtype: torch.dtype, tolerance: 
 def test_targets_of_integers(target: Target, likelihood: str, dtype: torch.dtype) -> None:
     for floats in (torch.float32, torch.float64):
         recon_x, x, *others = inputs_of(likelihood, "channel", "sample", dtype=floats)
-        integers = (x.abs() * 2).to(dtype)
+        integers = ((x > 0.5) if likelihood.startswith("bernoulli") else x.abs() * 2).to(dtype)
         compare(
             target, likelihood, [recon_x, integers, *others], "batchmean", 4e-6 if floats == torch.float32 else 1e-13
         )
@@ -135,12 +157,12 @@ def test_targets_of_integers(target: Target, likelihood: str, dtype: torch.dtype
 @pytest.mark.parametrize("size", [1, 17, 1025, pytest.param(4097, marks=pytest.mark.large)])
 def test_sizes_around_the_edges_of_tiles(target: Target, likelihood: str, size: int) -> None:
     for shapes in (((3, size), (3, 1)), ((size,), ()), ((3, size), ())):
-        others = [torch.randn(shapes[0]), torch.rand(shapes[1])][: len(OTHERS[likelihood])]
+        inputs = [*means_of(likelihood, 3, size), *others_of(likelihood, *shapes)]
         for reduction in REDUCTIONS:
-            compare(target, likelihood, [torch.randn(3, size), torch.randn(3, size), *others], reduction, 4e-6)
+            compare(target, likelihood, inputs, reduction, 4e-6)
 
 
-@every_likelihood
+@pytest.mark.parametrize("likelihood", PACKED)
 def test_packed_pairs_are_their_halves(target: Target, likelihood: str) -> None:
     packed, x = torch.randn(4, 6, 5, 7).requires_grad_(), torch.randn(4, 3, 5, 7)
     others = inputs_of(likelihood, "each", "channel")[3:]
@@ -204,19 +226,15 @@ def test_not_a_number_and_infinity_go_where_they_go_in_eager(target: Target, lik
 def test_with_a_divergence_and_its_terms(target: Target, likelihood: str) -> None:
     inputs = [t.requires_grad_() for t in inputs_of(likelihood, "channel", "sample", dtype=torch.float64)]
     mu, logvar = (torch.randn(4, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
-    recon_x, x, scale, *extra = inputs
-    more = {"extra": extra[0]} if extra else {}
     terms = functional.elbo_loss(
-        recon_x,
-        x,
+        *inputs[:2],
         mu,
         logvar,
-        scale,
         likelihood=likelihood,
         beta=0.3,
         return_terms=True,
         backend=target.backend,
-        **more,
+        **named(likelihood, inputs),
     )
     nll, kl = exact(likelihood, inputs, "batchmean"), reduced(kl_elements(mu, logvar), "batchmean")
     for found, expected in zip(terms, (nll + 0.3 * kl, nll, kl), strict=True):
@@ -232,5 +250,7 @@ def test_every_backend_has_every_formula(target: Target) -> None:
         from fusedvae import _C
 
         assert set(_C.formulas()) == set(FORMULAS)
+        beside_samples = {f"{f.name}{end}" for f in FORMULAS.values() if f.at_sample for end in ("", "_at_sample")}
+        assert set(_C.divergences()) == beside_samples
     for name, formula in FORMULAS.items():
         assert formula.elements is getattr(reference, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import Target, leaf, threads
+from conftest import Target, leaf, sampling, threads
 from torch.utils.checkpoint import checkpoint
 
 from fusedvae import functional
@@ -234,7 +234,8 @@ def test_memory_layouts_get_the_same_noise(target: Target) -> None:
         plain = functional.reparameterize(zeros, zeros, backend=target.backend)
         assert torch.equal(z, plain), name
         if target.backend != "reference":
-            (direct,) = torch.ops.fusedvae.latent([layout, layout, seed, None], None, 1, target.backend)
+            spec = sampling(None, target.backend)
+            (direct,) = torch.ops.fusedvae.latent([layout, layout, seed, None, None], *spec)
             assert torch.equal(direct, expected), name
     packed = torch.zeros(3, 20, 5, 7, device=target.device).contiguous(memory_format=torch.channels_last)
     torch.manual_seed(21)

@@ -282,10 +282,10 @@ _MEMORY_SCRIPT = """
 import resource, torch
 from fusedvae import functional
 torch.set_num_threads(1)
-mean = torch.zeros(1, 1).expand(1 << 26, 1)  # one number; z and the KL take 256 MiB each, the kernel's sums 512 MiB
+mean = torch.zeros(1, 1).expand(1 << 25, 2)  # one number; z takes 256 MiB, the KL 128 MiB, the kernel's sums 256 MiB
 functional.kl_standard_normal(mean[:8], mean[:8], backend="native")
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 28), -1))
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), -1))
 try:
     functional.latent(mean, mean, backend="native")
 except MemoryError:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "broadcast.h"
 #include "cpu/memory.h"
@@ -18,77 +19,138 @@ namespace FUSEDVAE_NAMESPACE {
 // What a formula is applied to: a tile's operands as arrays of the working type.
 template <class T>
 struct Arrays {
-  const T* inputs[kMostInputs];  // of the scale, if it is uniform, one element
-  const T* weight;               // null for a weight of 1
+  const ElementwiseTask* task;
+  bool is_plain;                 // the task
+  const T* inputs[kMostInputs];  // the uniform one has one element
+  const T* weight;               // in value and gradients; null for a weight of 1
+  bool selects;                  // whether a weight of 0 does away with what it weights, whatever that is
   T* value;                      // null where only their sum is wanted, as are gradients that are not
   T* grads[kMostInputs];
   T factor;  // of the gradients
-  T parameter, constant;
+  T constant;
+  const T *noise, *grad_z;  // beside a sample
+  T* z;
 };
 
-// float64 is here for exactness, not speed: it has one instance of `apply`, which takes weights for all elements and a
-// scale for each, and sums and writes values.
+// How scales come: as formulas are written (one input, it may be, the same for all elements), or in any form.
+enum class Scales { plain, uniform, any };
+
+// float64 is here for exactness, not speed: it has one instance of `apply`, which takes weights for all elements and
+// scales in any form, and sums and writes values.
 template <class T>
 constexpr bool kHasOneInstance = Pack<T>::lanes == 1;
 
-// Returns the sum of the weighted values if `sums`; else they are written where there is a place for them.
-template <class Formula, class T, bool has_weights, bool uniform_scale, bool sums>
-double apply(const Arrays<T> a, int64_t count) {  // by value: no store can change it
-  using P = typename Pack<T>::type;
-  constexpr int n = Formula::kInputs;
-  const P one = P{} + T(1), factor = P{} + a.factor, parameter = P{} + a.parameter;
-  const P uniform = uniform_scale ? P{} + a.inputs[Formula::kScale][0] : P{};
-  const auto uniform_derived = Formula::derive(uniform, parameter);
-  struct Fetched {
-    P inputs[n], weight;
-  };
-  const auto fetch = [=](int64_t i, const auto& load) FUSEDVAE_LAMBDA {
-    Fetched fetched;
-#pragma GCC unroll 4
-    for (int k = 0; k < n; ++k)
-      fetched.inputs[k] = uniform_scale && k == Formula::kScale ? uniform : load(a.inputs[k] + i);
-    fetched.weight = has_weights ? load(a.weight + i) : one;
-    return fetched;
-  };
-  const auto visit = [=](int64_t i, const Fetched& in, const auto& store) FUSEDVAE_LAMBDA {
-    const auto derived = uniform_scale ? uniform_derived : Formula::derive(in.inputs[Formula::kScale], parameter);
-    const Element<P, n> element = Formula::element(in.inputs, derived, has_weights ? factor * in.weight : factor);
-    const P value = has_weights ? element.value * in.weight : element.value;
-    if ((!sums || kHasOneInstance<T>) && a.value) store(a.value + i, value + a.constant);
-#pragma GCC unroll 4
-    for (int k = 0; k < n; ++k)
-      if (a.grads[k]) store(a.grads[k] + i, element.grads[k]);
-    return value;
-  };
-  return sum_of_packs<T, sums>(count, fetch, visit);
+// What a formula derives of its scales, and the derivatives of their logarithms by what they are forms of.
+template <class Formula, class P>
+struct Spreads {
+  decltype(Formula::plain(static_cast<const P*>(nullptr))) derived;
+  P slopes[kMostScales];
+};
+
+template <class Formula, class P, size_t... k>
+FUSEDVAE_INLINE Spreads<Formula, P> spreads_in_forms(const P* inputs, const Form* forms, std::index_sequence<k...>) {
+  const Scale<P> scales[] = {scale_of<Formula::kPowers[k]>(forms[k], inputs[Formula::kScaleOf[k]])...};
+  return {Formula::derive(scales), {scales[k].slope...}};
 }
 
-// The instance of `apply` for a combination known at run time.
-template <class Formula, class T, bool... known>
-double apply_for(const Arrays<T>& a, int64_t count) {
-  return apply<Formula, T, known...>(a, count);
-}
-template <class Formula, class T, bool... known, class... Rest>
-double apply_for(const Arrays<T>& a, int64_t count, bool next, Rest... rest) {
-  if constexpr (kHasOneInstance<T>)
-    return apply<Formula, T, true, false, true>(a, count);
-  else
-    return next ? apply_for<Formula, T, known..., true>(a, count, rest...)
-                : apply_for<Formula, T, known..., false>(a, count, rest...);
-}
-
-// Whether a tile of the task takes none of the buffers of `run_elementwise`.
-template <class Formula, class T>
-bool is_unbuffered(const ElementwiseTask& task, const Gradients& gradients) {
-  if (kHasOneInstance<T>) return false;
-  const Extent& e = task.extent;
-  for (int k = 0; k < Formula::kInputs; ++k) {
-    if (!is_array<T>(task.inputs[k], e) && !(k == Formula::kScale && task.inputs[k].is_uniform())) return false;
-    if (gradients.of[k] == Gradient::none) continue;
-    if (gradients.of[k] != Gradient::element || !is_array<T>(task.grads[k], e)) return false;
+template <class Formula, class P>
+FUSEDVAE_INLINE Spreads<Formula, P> spreads_of(const P* inputs, const Form* forms, bool is_plain) {
+  if constexpr (Formula::kScales > 0) {
+    if (!is_plain) return spreads_in_forms<Formula>(inputs, forms, std::make_index_sequence<Formula::kScales>());
   }
-  return (!task.weight || is_array<T>(task.weight, e)) && (!task.value || is_array<T>(task.value, e));
+  return {Formula::plain(inputs), {}};
 }
+
+// Gradients by what a formula is written in, as gradients by its inputs.
+template <class Formula, class T, class P>
+FUSEDVAE_INLINE void through_forms(const ElementwiseTask& task, const P* slopes, P* grads) {
+  if constexpr (Formula::kScales > 0) {
+#pragma GCC unroll 2
+    for (int k = 0; k < Formula::kScales; ++k) {
+      P& grad = grads[Formula::kScaleOf[k]];
+      grad = through(grad, slopes[k]);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < Formula::kInputs; ++k) grads[k] *= static_cast<T>(task.gains[k]);
+  }
+}
+
+// A term's formula on the elements of a tile.
+template <class F>
+struct OfElements {
+  using Formula = F;
+  static constexpr bool kSamples = false;
+
+  // Returns the sum of the weighted values if `sums`; else they are written where there is a place for them.
+  template <class T, bool has_weights, Scales kind, bool sums>
+  static double apply(const Arrays<T> a, int64_t count) {  // by value: no store can change it
+    using P = typename Pack<T>::type;
+    constexpr int n = Formula::kInputs;
+    constexpr bool is_uniform = kind == Scales::uniform;
+    const P zero = {}, one = number<P>(1), factor = P{} + a.factor, constant = P{} + a.constant;
+    const P none = number<P>(a.selects ? 0.0 : NAN);  // the weight that does away with an element
+    const bool is_plain = kind == Scales::plain || a.is_plain;
+    struct Fetched {
+      P inputs[n], weight;
+    };
+    Fetched uniform = {};
+    if constexpr (is_uniform) uniform.inputs[Formula::kUniform] = P{} + a.inputs[Formula::kUniform][0];
+    // A formula's only scale is derived here, if it is uniform. One of two is derived with the other: compilers take
+    // out of the loop what does not change in it.
+    constexpr bool is_derived_once = is_uniform && Formula::kScales == 1;
+    Spreads<Formula, P> once = {};
+    if constexpr (is_derived_once) once = spreads_of<Formula>(uniform.inputs, a.task->forms, is_plain);
+
+    const auto fetch = [=](int64_t i, const auto& load) FUSEDVAE_LAMBDA {
+      Fetched fetched;
+#pragma GCC unroll 4
+      for (int k = 0; k < n; ++k)
+        fetched.inputs[k] = is_uniform && k == Formula::kUniform ? uniform.inputs[k] : load(a.inputs[k] + i);
+      fetched.weight = has_weights ? load(a.weight + i) : one;
+      return fetched;
+    };
+    const auto visit = [=](int64_t i, const Fetched& in, const auto& store) FUSEDVAE_LAMBDA {
+      const Spreads<Formula, P> spreads =
+          is_derived_once ? once : spreads_of<Formula>(in.inputs, a.task->forms, is_plain);
+      Element<P, n> element = Formula::element(in.inputs, spreads.derived, has_weights ? factor * in.weight : factor);
+      if (!is_plain) through_forms<Formula, T>(*a.task, spreads.slopes, element.grads);
+      P value = element.value;
+      if (has_weights) {
+        const auto counts = in.weight != none;
+        value = counts ? (value + constant) * in.weight : zero;
+#pragma GCC unroll 4
+        for (int k = 0; k < n; ++k) element.grads[k] = counts ? element.grads[k] : zero;
+      }
+      if ((!sums || kHasOneInstance<T>) && a.value) store(a.value + i, has_weights ? value : value + constant);
+#pragma GCC unroll 4
+      for (int k = 0; k < n; ++k)
+        if (a.grads[k]) store(a.grads[k] + i, element.grads[k]);
+      return value;
+    };
+    return sum_of_packs<T, sums>(count, fetch, visit);
+  }
+
+  // The instance of `apply` for what is known at run time.
+  template <class T>
+  static double apply_for(const Arrays<T>& a, int64_t count, bool is_uniform, bool sums) {
+    if constexpr (kHasOneInstance<T>) {
+      return apply<T, true, Scales::any, true>(a, count);
+    } else {
+      if constexpr (Formula::kUniform >= 0)
+        if (is_uniform) return with_scales<T, Scales::uniform>(a, count, sums);
+      if constexpr (Formula::kScales > 0)
+        if (!a.is_plain) return with_scales<T, Scales::any>(a, count, sums);
+      return with_scales<T, Scales::plain>(a, count, sums);
+    }
+  }
+
+ private:
+  template <class T, Scales kind>
+  static double with_scales(const Arrays<T>& a, int64_t count, bool sums) {
+    if (a.weight) return sums ? apply<T, true, kind, true>(a, count) : apply<T, true, kind, false>(a, count);
+    return sums ? apply<T, false, kind, true>(a, count) : apply<T, false, kind, false>(a, count);
+  }
+};
 
 // What runs a loop, given what its work amounts to, in elements of a likelihood.
 using RunLoop = Callable<const Loop&, int64_t>;
@@ -97,96 +159,151 @@ using RunLoop = Callable<const Loop&, int64_t>;
 template <class T>
 struct Buffers {
   alignas(kLine) T inputs[kMostInputs][kTile];
-  alignas(kLine) T weight[kTile];
+  alignas(kLine) T weight[kTile], incoming[kTile];
   alignas(kLine) T value[kTile];
   alignas(kLine) T grads[kMostInputs][kTile];
 };
 
-// Runs the task, its loop by way of `run_loop`. The gradients are times `factor`; `totals`, unless null, receives the
-// sums of the weighted values: one, or with `by_sample` one for each.
-template <class Formula, class T>
-void run_elementwise(const ElementwiseTask& given, double factor, double constant, double* totals, bool by_sample,
-                     const RunLoop& run_loop) {
+// Of one that samples, besides.
+template <class T>
+struct SampleBuffers {
+  alignas(kLine) T noise[kTile], grad_z[kTile], z[kTile];
+  alignas(kLine) float scratch[kTile + kNoisePad], made[kTile + kNoisePad];
+};
+struct NoBuffers {};
+
+// Whether a tile of the task takes no buffers.
+template <class Work, class T>
+bool is_unbuffered(const ElementwiseTask& task, const Outputs& outputs) {
+  using Formula = typename Work::Formula;
+  if (kHasOneInstance<T> || Work::kSamples || (task.weight && task.incoming)) return false;
+  const Extent& e = task.extent;
+  const auto fits = [&](Output kind, const Operand& operand) {
+    return kind == Output::none || (kind == Output::element && is_array<T>(operand, e));
+  };
+  for (int k = 0; k < Formula::kInputs; ++k) {
+    if (!is_array<T>(task.inputs[k], e) && !(k == Formula::kUniform && task.inputs[k].is_uniform())) return false;
+    if (!fits(outputs.grads[k], task.grads[k])) return false;
+  }
+  return (!task.weight || is_array<T>(task.weight, e)) && (!task.incoming || is_array<T>(task.incoming, e)) &&
+         fits(outputs.value, task.value);
+}
+
+// The weights of a tile, null where there are none: a product, in which what is weighted with 0 stays away.
+template <class Work, class T>
+const T* read_weights(const ElementwiseTask& task, const Tile& t, Buffers<T>& buffers) {
+  if (!task.weight && !task.incoming) return kHasOneInstance<T> && !Work::kSamples ? buffers.weight : nullptr;
+  const T* const weight = task.weight ? read(task.weight, t, buffers.weight) : nullptr;
+  const T* const incoming = task.incoming ? read(task.incoming, t, buffers.incoming) : nullptr;
+  if (!weight || !incoming) return weight ? weight : incoming;
+  const int64_t n = t.count();
+  for (int64_t i = 0; i < n; ++i) buffers.incoming[i] = weight[i] == 0 ? T(0) : weight[i] * incoming[i];
+  return buffers.incoming;
+}
+
+// Runs the task (beside a sample, if `latent` is given), its loop by way of `run_loop`. The gradients are times
+// `factor`; `totals`, unless null, receives the sums of the weighted values: one, or with `by_sample` one for each.
+template <class Work, class T>
+void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, double factor, double constant,
+                     double* totals, bool by_sample, const RunLoop& run_loop) {
+  using Formula = typename Work::Formula;
   constexpr int n = Formula::kInputs;
   ElementwiseTask task = given;
-  if (task.weight && task.weight.is_uniform() && !task.value && !totals) {  // then it is one of the gradients' factors
-    factor *= get(task.weight, 0);
-    task.weight = Operand{};
+  if (!Work::kSamples && task.incoming && task.incoming.is_uniform()) {  // then it is one of the gradients' factors
+    factor *= get(task.incoming, 0);
+    task.incoming = Operand{};
   }
   const Extent& e = task.extent;
-  const Gradients gradients = gradients_of(e, task.grads);
+  const Outputs outputs = outputs_of(task);
   int64_t written = 0;
   for (int k = 0; k < n; ++k) {
-    if (gradients.of[k] != Gradient::element) continue;
+    if (outputs.grads[k] != Output::element) continue;
     written += bytes_of(task.grads[k], e);
     prefer_huge_pages(task.grads[k], e);
   }
   const bool past_caches = written >= kPastCachesBytes;
-  const bool unbuffered = !past_caches && !(totals && by_sample) && is_unbuffered<Formula, T>(task, gradients);
+  const bool unbuffered = !past_caches && !(totals && by_sample) && is_unbuffered<Work, T>(task, outputs);
   const Tiling tiling(e, unbuffered ? kUnbufferedTile : kTile);
-  const Blocks blocks(e, tiling, gradients.any(Gradient::column));
+  const Blocks blocks(e, tiling, outputs.any(Output::column));
   ValueSums<T> values(totals, by_sample, e, tiling);
-  const auto sum_of = [&](int k) { return GradientSum<T>(gradients.of[k], task.grads[k], e, tiling, blocks); };
-  GradientSum<T> grad_sums[kMostInputs] = {sum_of(0), sum_of(1), sum_of(2), sum_of(3)};
+  const auto sum_of = [&](Output kind, const Operand& out) { return OutputSum<T>(kind, out, e, tiling, blocks); };
+  OutputSum<T> value_sum = sum_of(outputs.value, task.value);
+  OutputSum<T> grad_sums[kMostInputs] = {
+      sum_of(outputs.grads[0], task.grads[0]), sum_of(outputs.grads[1], task.grads[1]),
+      sum_of(outputs.grads[2], task.grads[2]), sum_of(outputs.grads[3], task.grads[3])};
 
   const auto body = [&](int64_t first, int64_t last) {
     Buffers<T> buffers;
-    Columns<T> columns[n];
+    std::conditional_t<Work::kSamples, SampleBuffers<T>, NoBuffers> sample_buffers;
+    Columns<T> columns[n + 1];
     if (kHasOneInstance<T>)
       for (T& weight : buffers.weight) weight = 1;
-    Arrays<T> a;
+    Arrays<T> a = {};
+    a.task = &task;
+    a.is_plain = task.is_plain();
+    a.selects = task.weight.given;
     a.factor = static_cast<T>(factor);
-    a.parameter = static_cast<T>(task.parameter);
-    a.constant = task.value ? static_cast<T>(constant) : T(0);  // to sums it is added at their end
+    a.constant = task.value || task.weight ? static_cast<T>(constant) : T(0);  // to sums it is added at their end
+    // Values and gradients are written where they belong, or summed from a buffer.
+    const auto place = [&](Output kind, const Operand& out, const Tile& t, T* buffer, bool past) -> T* {
+      return kind == Output::none ? nullptr : kind == Output::element ? array_for(out, t, buffer, past) : buffer;
+    };
+    const auto deliver = [&](OutputSum<T>& sum, const Operand& out, int64_t k, const Tile& t, T* array, T* buffer,
+                             bool past, int64_t block, bool is_last, Columns<T>& own) {
+      if (sum.wanted())
+        sum.take(k, t, array, block, is_last, own);
+      else if (array && out)
+        write(out, t, array, buffer, past);
+    };
     const auto visit = [&](int64_t k, int64_t block, bool is_last) {
       const Tile t = tiling[k];
-      const Operand& scale = task.inputs[Formula::kScale];
-      const bool uniform_scale =
-          !kHasOneInstance<T> && (scale.is_uniform() || (t.nb == 1 && t.no == 1 && scale.stride[2] == 0));
-      for (int j = 0; j < n; ++j) {
-        if (j == Formula::kScale && uniform_scale)
-          buffers.inputs[j][0] = static_cast<T>(get(scale, scale.data ? offset_of(scale, t, 0, 0) : 0));
-        a.inputs[j] =
-            j == Formula::kScale && uniform_scale ? buffers.inputs[j] : read(task.inputs[j], t, buffers.inputs[j]);
+      bool is_uniform = false;
+      if constexpr (Formula::kUniform >= 0 && !Work::kSamples) {
+        const Operand& input = task.inputs[Formula::kUniform];
+        is_uniform = !kHasOneInstance<T> && (Formula::kScales < 2 || a.is_plain) &&
+                     (input.is_uniform() || (t.nb == 1 && t.no == 1 && input.stride[2] == 0));
+        if (is_uniform)
+          buffers.inputs[Formula::kUniform][0] = static_cast<T>(get(input, input.data ? offset_of(input, t, 0, 0) : 0));
       }
-      a.weight = task.weight ? read(task.weight, t, buffers.weight) : kHasOneInstance<T> ? buffers.weight : nullptr;
-      const bool needs_values = values.needs_values(t);
-      a.value = task.value ? array_for(task.value, t, buffers.value, false) : needs_values ? buffers.value : nullptr;
       for (int j = 0; j < n; ++j)
-        a.grads[j] = gradients.of[j] == Gradient::element ? array_for(task.grads[j], t, buffers.grads[j], past_caches)
-                     : grad_sums[j].wanted()              ? buffers.grads[j]
-                                                          : nullptr;
-      const double total =
-          apply_for<Formula, T>(a, t.count(), a.weight != nullptr, uniform_scale, values.wanted() && !needs_values);
-      if (task.value) write(task.value, t, a.value, buffers.value, false);
+        a.inputs[j] =
+            is_uniform && j == Formula::kUniform ? buffers.inputs[j] : read(task.inputs[j], t, buffers.inputs[j]);
+      a.weight = read_weights<Work>(task, t, buffers);
+      const bool needs_values = values.needs_values(t);
+      a.value = needs_values ? buffers.value : place(outputs.value, task.value, t, buffers.value, false);
+      for (int j = 0; j < n; ++j) a.grads[j] = place(outputs.grads[j], task.grads[j], t, buffers.grads[j], past_caches);
+      if constexpr (Work::kSamples) sample_operands(*latent, t, sample_buffers, &a);
+      const double total = Work::template apply_for<T>(a, t.count(), is_uniform, values.wanted() && !needs_values);
       values.take(k, t, total, a.value);
-      for (int j = 0; j < n; ++j) {
-        if (gradients.of[j] == Gradient::element)
-          write(task.grads[j], t, a.grads[j], buffers.grads[j], past_caches);
-        else
-          grad_sums[j].take(k, t, a.grads[j], block, is_last, columns[j]);
-      }
+      deliver(value_sum, task.value, k, t, a.value, buffers.value, false, block, is_last, columns[n]);
+      for (int j = 0; j < n; ++j)
+        deliver(grad_sums[j], task.grads[j], k, t, a.grads[j], buffers.grads[j], past_caches, block, is_last,
+                columns[j]);
+      if constexpr (Work::kSamples)
+        if (a.z) write(latent->z, t, a.z, sample_buffers.z, false);
     };
     for (int64_t block = first; block < last; ++block)
       for (int64_t group = 0; group < blocks.groups; ++group)
         for (int64_t row = blocks.first_row(block), end = blocks.first_row(block + 1); row < end; ++row)
           visit(row * blocks.groups + group, block, row + 1 == end);
   };
-  run_loop({blocks.count, body}, e.count());
+  run_loop({blocks.count, body}, e.count() * (latent && latent->seed ? 4 : 1));
 
   values.add_up();
-  for (GradientSum<T>& sum : grad_sums) sum.add_up();
+  value_sum.add_up();
+  for (OutputSum<T>& sum : grad_sums) sum.add_up();
 }
 
 inline void dispatch_elementwise(const ElementwiseTask& task, double factor, double constant, double* totals,
                                  bool by_sample, const RunLoop& run_loop) {
-  with_formula(task.formula, [&](auto tag) {
-    using Formula = typename decltype(tag)::type;
+  const auto visit = [&](auto tag) {
+    using Work = OfElements<typename decltype(tag)::type>;
     if (task.in_double)
-      run_elementwise<Formula, double>(task, factor, constant, totals, by_sample, run_loop);
+      run_elementwise<Work, double>(task, nullptr, factor, constant, totals, by_sample, run_loop);
     else
-      run_elementwise<Formula, float>(task, factor, constant, totals, by_sample, run_loop);
-  });
+      run_elementwise<Work, float>(task, nullptr, factor, constant, totals, by_sample, run_loop);
+  };
+  with_formula(task.formula, visit, Formulas{});
 }
 
 }  // namespace FUSEDVAE_NAMESPACE

@@ -47,10 +47,12 @@ void normal(const NormalTask& task, int threads) {
 }
 
 void latent(const LatentTask& task, int threads) {
-  if (!task.kl) return dispatch_latent(task, nullptr, on_threads(threads));
-  Doubles totals(task.extent.batch);
-  dispatch_latent(task, totals.at(0), on_threads(threads));
-  put_array(task.kl, task.kl.stride[0], totals.at(0), task.extent.batch);
+  dispatch_latent(task, on_threads(threads));
+}
+
+// An operand of one value, or 1.
+double factor_at(const Operand& op) {
+  return op ? get(op, 0) : 1;
 }
 
 // The terms of an objective, from the one numbered `k` on. Their loops go in one go of the threads: a divergence alone
@@ -64,7 +66,8 @@ void run_terms(const ObjectiveTask& task, int k, Doubles* totals, const Loop** l
   const Term& term = task.terms[k];
   if (term.elements.formula < 0) return run_terms(task, k + 1, totals, loops, count, elements, threads);
   const bool by_element = task.values == Values::element;
-  const double factor = term.factor * (term.coefficient ? get(term.coefficient, 0) : 1);
+  const double factor =
+      term.factor * factor_at(term.normalizer) * factor_at(term.coefficient) * factor_at(task.grad_scale);
   dispatch_elementwise(term.elements, factor, term.constant, by_element ? nullptr : totals[k].at(0),
                        task.values == Values::sample, [&](const Loop& loop, int64_t more) {
                          loops[count] = &loop;
@@ -87,9 +90,11 @@ void finish_term(const Term& term, bool by_sample, double* totals, int64_t value
       totals[by_sample ? b : 0] += get(term.given, b * term.given.stride[0]);
   }
   const Extent& e = term.elements.extent;
-  const double constant = term.constant * static_cast<double>(by_sample ? e.sample() : e.count());
-  if (term.factor != 1 || constant != 0)
-    for (int64_t b = 0; b < values; ++b) totals[b] = term.factor * (totals[b] + constant);
+  const double elements = static_cast<double>(by_sample ? e.sample() : e.count());
+  const double constant = term.elements.weight ? 0 : term.constant * elements;  // what is weighted has it already
+  const double factor = term.factor * factor_at(term.normalizer);
+  if (factor != 1 || constant != 0)
+    for (int64_t b = 0; b < values; ++b) totals[b] = factor * (totals[b] + constant);
   if (term.out) put_array(term.out, term.out.stride[0], totals, values);
 }
 
@@ -103,8 +108,7 @@ void objective(const ObjectiveTask& task, int threads) {
     finish_term(task.terms[k], task.values == Values::sample, totals[k].at(0), values);
   double* const loss = totals[0].at(0);
   for (int k = 0; k < task.count; ++k) {
-    const Operand& c = task.terms[k].coefficient;
-    const double coefficient = c ? get(c, 0) : 1;
+    const double coefficient = factor_at(task.terms[k].coefficient);
     if (k == 0 && coefficient == 1) continue;
     for (int64_t b = 0; b < values; ++b) loss[b] = (k ? loss[b] : 0) + coefficient * totals[k][b];
   }

@@ -1,8 +1,7 @@
-// The latent over the tiles of an extent: its sample, its divergence from the standard normal, and their gradients.
+// The latent over the tiles of an extent: its sample, a divergence beside it, and their gradients.
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 
 #include "cpu/elementwise.h"
 #include "math/sample.h"
@@ -10,115 +9,121 @@
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
-template <class T>
-struct LatentArrays {
-  const T *mu, *logvar, *noise, *grad_z, *grad_kl;
-  T *z, *kl, *grad_mu, *grad_logvar;
+// A sample's standard deviation and its derivative by what the scale is a form of, and what the divergence derives of
+// the scales.
+template <class Divergence, class P>
+FUSEDVAE_INLINE Derived<P> deviation_and_spreads(const P* inputs, const Form* forms, bool is_plain,
+                                                 Spreads<Divergence, P>* spreads) {
+  if (!is_plain) {
+    *spreads = spreads_of<Divergence>(inputs, forms, false);
+    return deviation_of(forms[0], inputs[1]);
+  }
+  if constexpr (std::is_same_v<P, vf> && std::is_same_v<Divergence, KlStandardNormal>) {
+    // Both from one exponential: expm1(l) = t^2 + 2t with t = expm1(l/2). What overflows in t^2 does so in e^l.
+    const ExpPair half = exp_pair(0.5f * inputs[1]);
+    *spreads = {{inputs[1], half.expm1 * half.expm1 + (half.expm1 + half.expm1)}, {}};
+    return {half.exp, 0.5f * half.exp};
+  } else {
+    *spreads = spreads_of<Divergence>(inputs, forms, true);
+    const P deviation = exponential(0.5f * inputs[1]);
+    return {deviation, 0.5f * deviation};
+  }
+}
+
+// A divergence and the sample beside it, on the elements of a tile.
+template <class Divergence>
+struct BesideSample {
+  using Formula = Divergence;
+  static constexpr bool kSamples = true;
+
+  // Returns the sum of the divergence's values.
+  template <class T, bool plain>
+  static double apply(const Arrays<T> a, int64_t count) {  // by value: no store can change it
+    using P = typename Pack<T>::type;
+    constexpr int n = Formula::kInputs;
+    const P factor = P{} + a.factor;
+    const bool is_plain = plain || a.is_plain;
+    const bool has_gradients = a.grads[0] || a.grads[1] || (n == 4 && (a.grads[n - 2] || a.grads[n - 1]));
+    struct Fetched {
+      P inputs[n], incoming, noise, grad_z;
+    };
+    const auto fetch = [=](int64_t i, const auto& load) FUSEDVAE_LAMBDA {
+      Fetched fetched;
+#pragma GCC unroll 4
+      for (int k = 0; k < n; ++k) fetched.inputs[k] = load(a.inputs[k] + i);
+      fetched.incoming = a.weight ? load(a.weight + i) : P{};
+      fetched.noise = a.noise ? load(a.noise + i) : P{};
+      fetched.grad_z = a.grad_z ? load(a.grad_z + i) : P{};
+      return fetched;
+    };
+    const auto visit = [=](int64_t i, const Fetched& in, const auto& store) FUSEDVAE_LAMBDA {
+      Spreads<Formula, P> spreads;
+      const Derived<P> deviation = deviation_and_spreads<Formula>(in.inputs, a.task->forms, is_plain, &spreads);
+      const P z = in.inputs[0] + deviation.value * in.noise;
+      AtSample<P, n> at = divergence_at<Formula>(in.inputs, spreads.derived, z, in.noise, factor * in.incoming);
+      if (a.value) store(a.value + i, at.element.value);
+      if (a.z) store(a.z + i, z);
+      if (has_gradients) {
+        // Only what comes in is added: nothing times a mean that is infinite would be a NaN.
+        P* const grads = at.element.grads;
+        if (!a.weight) {
+          for (int k = 0; k < n; ++k) grads[k] = P{};
+          at.d_z = P{};
+        } else if (!is_plain) {
+          through_forms<Formula, T>(*a.task, spreads.slopes, grads);
+        }
+        if (a.grad_z || (a.weight && Formula::kIsAtSample)) {
+          const P d_z = a.grad_z ? in.grad_z + at.d_z : at.d_z;
+          grads[0] += d_z;
+          grads[1] += d_z * in.noise * deviation.slope;
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < n; ++k)
+          if (a.grads[k]) store(a.grads[k] + i, grads[k]);
+      }
+      return at.element.value;
+    };
+    return sum_of_packs<T, true>(count, fetch, visit);
+  }
+
+  template <class T>
+  static double apply_for(const Arrays<T>& a, int64_t count, bool /*is_uniform*/, bool /*sums*/) {
+    if constexpr (kHasOneInstance<T>) return apply<T, false>(a, count);
+    return a.is_plain ? apply<T, true>(a, count) : apply<T, false>(a, count);
+  }
 };
 
-// sigma = e^(logvar/2) and e^logvar - 1 from one exponential: expm1(l) = t^2 + 2t with t = expm1(l/2). What overflows
-// in t^2 does so in e^logvar.
-FUSEDVAE_INLINE void deviation_of(vf logvar, vf* sigma, vf* expm1_logvar) {
-  const ExpPair half = exp_pair(0.5f * logvar);
-  *sigma = half.exp;
-  *expm1_logvar = half.expm1 * half.expm1 + (half.expm1 + half.expm1);
-}
-FUSEDVAE_INLINE void deviation_of(double logvar, double* sigma, double* expm1_logvar) {
-  *sigma = std::exp(0.5 * logvar);
-  *expm1_logvar = std::expm1(logvar);
-}
-
-// Returns the sum of the KL.
+// A tile's noise, what comes in for the sample, and where the sample goes.
 template <class T>
-double latent_arrays(const LatentArrays<T> a, int64_t count) {  // by value: no store can change it
-  using P = typename Pack<T>::type;
-  using Kl = KlStandardNormal;
-  struct Fetched {
-    P mu, logvar, noise, grad_z, grad_kl;
-  };
-  const auto fetch = [=](int64_t i, const auto& load) FUSEDVAE_LAMBDA {
-    return Fetched{load(a.mu + i), load(a.logvar + i), a.noise ? load(a.noise + i) : P{},
-                   a.grad_z ? load(a.grad_z + i) : P{}, a.grad_kl ? load(a.grad_kl + i) : P{}};
-  };
-  const auto visit = [=](int64_t i, const Fetched& in, const auto& store) FUSEDVAE_LAMBDA {
-    P sigma, expm1_logvar;
-    deviation_of(in.logvar, &sigma, &expm1_logvar);
-    const P inputs[] = {in.mu, in.logvar};
-    const Element<P, 2> kl = Kl::element(inputs, Kl::Scale<P>{expm1_logvar}, in.grad_kl);
-    if (a.kl) store(a.kl + i, kl.value);
-    const Sample<P> z = sample(in.mu, sigma, in.noise);
-    if (a.z) store(a.z + i, z.value);
-    if (a.grad_mu || a.grad_logvar) {
-      // Only what comes in is added: nothing times a mean that is infinite would be a NaN.
-      P d_mu = {}, d_logvar = {};
-      if (a.grad_z) {
-        d_mu = in.grad_z;
-        d_logvar = in.grad_z * z.d_logvar;
-      }
-      if (a.grad_kl) {
-        d_mu += kl.grads[0];
-        d_logvar += kl.grads[1];
-      }
-      if (a.grad_mu) store(a.grad_mu + i, d_mu);
-      if (a.grad_logvar) store(a.grad_logvar + i, d_logvar);
+void sample_operands(const LatentTask& task, const Tile& t, SampleBuffers<T>& buffers, Arrays<T>* a) {
+  a->noise = nullptr;
+  if (task.noise) {
+    a->noise = read(task.noise, t, buffers.noise);
+  } else if (task.seed) {
+    const int64_t offset = task.offset ? static_cast<int64_t>(get(task.offset, 0)) : 0;
+    const float* const noise =
+        read_noise(task.index, offset, t, static_cast<uint64_t>(*task.seed), buffers.scratch, buffers.made);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      a->noise = noise;
+    } else {
+      widen_array(noise, buffers.noise, t.count());
+      a->noise = buffers.noise;
     }
-    return kl.value;
-  };
-  return sum_of_packs<T, true>(count, fetch, visit);
+  }
+  a->grad_z = task.grad_z ? read(task.grad_z, t, buffers.grad_z) : nullptr;
+  a->z = task.z ? array_for(task.z, t, buffers.z, false) : nullptr;
 }
 
-// Runs the task, its loop by way of `run_loop`; `totals`, unless null, receives the KL of each sample.
-template <class T>
-void run_latent(const LatentTask& task, double* totals, const RunLoop& run_loop) {
-  const Extent& e = task.extent;
-  const Tiling tiling(e);
-  ValueSums<T> values(totals, true, e, tiling);
-  const uint64_t seed = task.seed ? static_cast<uint64_t>(*task.seed) : 0;
-  for (const Operand* op : {&task.z, &task.grad_mu, &task.grad_logvar}) prefer_huge_pages(*op, e);
-
-  const auto body = [&](int64_t first, int64_t last) {
-    alignas(kLine) T mu_buffer[kTile], logvar_buffer[kTile], noise_buffer[kTile], d_z_buffer[kTile], d_kl_buffer[kTile];
-    alignas(kLine) T z_buffer[kTile], kl_buffer[kTile], d_mu_buffer[kTile], d_logvar_buffer[kTile];
-    alignas(kLine) float scratch[kTile + kNoisePad], made[kTile + kNoisePad];
-    for (int64_t k = first; k < last; ++k) {
-      const Tile t = tiling[k];
-      const int64_t n = t.count();
-      LatentArrays<T> a{};
-      a.mu = read(task.mu, t, mu_buffer);
-      a.logvar = read(task.logvar, t, logvar_buffer);
-      if (task.seed) {
-        const float* const noise = read_noise(task.index, t, seed, scratch, made);
-        if constexpr (sizeof(T) == sizeof(float)) {
-          a.noise = noise;
-        } else {
-          widen_array(noise, noise_buffer, n);
-          a.noise = noise_buffer;
-        }
-      } else if (task.noise) {
-        a.noise = read(task.noise, t, noise_buffer);
-      }
-      if (task.grad_z) a.grad_z = read(task.grad_z, t, d_z_buffer);
-      if (task.grad_kl) a.grad_kl = read(task.grad_kl, t, d_kl_buffer);
-      if (task.z) a.z = array_for(task.z, t, z_buffer, false);
-      if (values.needs_values(t)) a.kl = kl_buffer;
-      if (task.grad_mu) a.grad_mu = array_for(task.grad_mu, t, d_mu_buffer, false);
-      if (task.grad_logvar) a.grad_logvar = array_for(task.grad_logvar, t, d_logvar_buffer, false);
-      const double total = latent_arrays(a, n);
-      if (task.z) write(task.z, t, a.z, z_buffer, false);
-      if (task.grad_mu) write(task.grad_mu, t, a.grad_mu, d_mu_buffer, false);
-      if (task.grad_logvar) write(task.grad_logvar, t, a.grad_logvar, d_logvar_buffer, false);
-      values.take(k, t, total, kl_buffer);
-    }
+inline void dispatch_latent(const LatentTask& task, const RunLoop& run_loop) {
+  const auto visit = [&](auto tag) {
+    using Work = BesideSample<typename decltype(tag)::type>;
+    const ElementwiseTask& divergence = task.divergence;
+    if (divergence.in_double)
+      run_elementwise<Work, double>(divergence, &task, 1, 0, nullptr, false, run_loop);
+    else
+      run_elementwise<Work, float>(divergence, &task, 1, 0, nullptr, false, run_loop);
   };
-  run_loop({tiling.count(), body}, e.count() * (task.seed ? 4 : 1));
-  values.add_up();
-}
-
-inline void dispatch_latent(const LatentTask& task, double* totals, const RunLoop& run_loop) {
-  if (task.in_double)
-    run_latent<double>(task, totals, run_loop);
-  else
-    run_latent<float>(task, totals, run_loop);
+  with_formula(task.divergence.formula, visit, Divergences{});
 }
 
 }  // namespace FUSEDVAE_NAMESPACE

@@ -77,10 +77,12 @@ FUSEDVAE_INLINE void store_part(T* p, V v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-FUSEDVAE_INLINE vf splat(vf, float value) {
-  return vf{} + value;
+template <>
+FUSEDVAE_INLINE vf number<vf>(double value) {
+  return vf{} + static_cast<float>(value);
 }
-FUSEDVAE_INLINE double splat(double, double value) {
+template <>
+FUSEDVAE_INLINE double number<double>(double value) {
   return value;
 }
 
@@ -124,6 +126,10 @@ FUSEDVAE_INLINE vf root(vf v) {
 #endif
 }
 
+FUSEDVAE_INLINE double root(double v) {
+  return std::sqrt(v);
+}
+
 // x between two bounds; NaN stays NaN (x86's minimum and maximum return their second operand if either is one).
 FUSEDVAE_INLINE vf clamp(vf x, float low, float high) {
 #if defined(__AVX512F__)
@@ -133,8 +139,8 @@ FUSEDVAE_INLINE vf clamp(vf x, float low, float high) {
 #elif defined(__x86_64__)
   return _mm_min_ps(_mm_set1_ps(high), _mm_max_ps(_mm_set1_ps(low), x));
 #else
-  x = x < low ? splat(x, low) : x;
-  return x > high ? splat(x, high) : x;
+  x = x < low ? number<vf>(low) : x;
+  return x > high ? number<vf>(high) : x;
 #endif
 }
 
@@ -146,7 +152,7 @@ struct ExpReduction {
 
 FUSEDVAE_INLINE ExpReduction reduce_exp(vf x) {
   x = clamp(x, -104.0f, 130.0f);
-  const vf magic = splat(x, 12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+  const vf magic = number<vf>(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
   const vf n = (x * 1.44269504f + magic) - magic;
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -174,7 +180,7 @@ FUSEDVAE_INLINE vf exponential(vf x, float factor) {
   // x = n ln 2 + r with n a multiple of 1/16: the sixteenth is looked up, which leaves an r so small that a third of
   // the polynomial does, and the whole part of n is scalef's.
   x = clamp(x, -104.0f, 130.0f);
-  const vf magic = splat(x, 786432.0f);  // adding 1.5 * 2^19 rounds to a sixteenth, counted by the low four bits
+  const vf magic = number<vf>(786432.0f);  // adding 1.5 * 2^19 rounds to a sixteenth, counted by the low four bits
   const vf rounded = x * 1.44269504f + magic, n = rounded - magic;
   const vf sixteenths = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
                          1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
@@ -201,7 +207,7 @@ struct ExpPair {
 FUSEDVAE_INLINE ExpPair exp_pair(vf x) {
   const ExpReduction e = reduce_exp(x);
   const vf exp = scale_by_power(e.expm1_r + 1.0f, e.n);
-  const vf near = scale_by_power(e.expm1_r, e.n) + (scale_by_power(splat(x, 1.0f), e.n) - 1.0f);
+  const vf near = scale_by_power(e.expm1_r, e.n) + (scale_by_power(number<vf>(1.0f), e.n) - 1.0f);
   return {exp, x > 16.0f ? exp - 1.0f : near};
 }
 
@@ -247,14 +253,24 @@ FUSEDVAE_INLINE vf log_unit(vf u) {
 FUSEDVAE_INLINE vf logarithm(vf x) {
   const vi tiny = x < 0x1p-126f;
   const vf scaled = tiny ? x * 0x1p23f : x;
-  vf y = log_normal(scaled) - (tiny ? splat(x, 23 * 0.69314718056f) : splat(x, 0.0f));
-  y = x == 0.0f ? splat(x, -INFINITY) : y;
-  y = x < 0.0f ? splat(x, NAN) : y;
+  vf y = log_normal(scaled) - (tiny ? number<vf>(23 * 0.69314718056f) : number<vf>(0.0f));
+  y = x == 0.0f ? number<vf>(-INFINITY) : y;
+  y = x < 0.0f ? number<vf>(NAN) : y;
   y = x == INFINITY ? x : y;
   return x == x ? y : x;
 }
 FUSEDVAE_INLINE double logarithm(double x) {
   return std::log(x);
+}
+
+// ln(1 + x) for x in [-1, 1]: what the sum loses to rounding comes back as a correction.
+FUSEDVAE_INLINE vf logarithm_of_1_plus(vf x) {
+  const vf sum = 1.0f + x;
+  const vf y = log_normal(sum) + (x - (sum - 1.0f)) / sum;
+  return sum > 0.0f ? y : sum == 0.0f ? number<vf>(-INFINITY) : number<vf>(NAN);
+}
+FUSEDVAE_INLINE double logarithm_of_1_plus(double x) {
+  return std::log1p(x);
 }
 
 // sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is ever rounded.

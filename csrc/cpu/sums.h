@@ -56,7 +56,7 @@ class ValueSums {
   Doubles slots_;
 };
 
-// Rows whose gradients for each column are added up in float, before they are in double.
+// Rows whose elements for each column are added up in float, before they are in double.
 constexpr int64_t kRowsInFloat = 64;
 
 // The way over the tiles. Sums for each column need a row of accumulators: a few blocks of rows of tiles have one each,
@@ -78,38 +78,37 @@ struct Columns {
   int64_t rows = 0;  // that are in them
 };
 
-// A gradient that is summed over what its input is broadcast along.
+// A value or gradient that is summed over what it does not keep.
 template <class T>
-class GradientSum {
+class OutputSum {
  public:
-  GradientSum(Gradient kind, const Operand& grad, const Extent& e, const Tiling& tiling, const Blocks& blocks)
+  OutputSum(Output kind, const Operand& out, const Extent& e, const Tiling& tiling, const Blocks& blocks)
       : kind_(kind),
-        grad_(grad),
+        out_(out),
         e_(e),
         tiling_(tiling),
         blocks_(blocks),
-        per_tile_(kind == Gradient::row      ? tiling.max_rows()
-                  : kind == Gradient::sample ? tiling.max_samples()
-                  : kind == Gradient::total  ? 1
-                                             : 0),
-        slots_(kind == Gradient::column ? blocks.count * e.inner : tiling.count() * per_tile_) {}
+        per_tile_(kind == Output::row      ? tiling.max_rows()
+                  : kind == Output::sample ? tiling.max_samples()
+                  : kind == Output::total  ? 1
+                                           : 0),
+        slots_(kind == Output::column ? blocks.count * e.inner : tiling.count() * per_tile_) {}
 
-  bool wanted() const { return kind_ != Gradient::none && kind_ != Gradient::element; }
+  bool wanted() const { return kind_ != Output::none && kind_ != Output::element; }
 
   // Takes the elements of tile k, of some block; `is_last` says that the block goes no further down these columns.
   void take(int64_t k, const Tile& t, const T* elements, int64_t block, bool is_last, Columns<T>& columns) {
-    const int64_t rows = t.nb * t.no;
     switch (kind_) {
-      case Gradient::total:
-        slots_[k] = sum(elements, rows * t.ni);
+      case Output::total:
+        slots_[k] = sum(elements, t.count());
         break;
-      case Gradient::sample:
-        for (int64_t b = 0; b < t.nb; ++b) slots_[k * per_tile_ + b] = sum(elements + b * t.no * t.ni, t.no * t.ni);
+      case Output::sample:
+        take_rows(k, elements, t.nb, t.no * t.ni);
         break;
-      case Gradient::row:
-        for (int64_t r = 0; r < rows; ++r) slots_[k * per_tile_ + r] = sum(elements + r * t.ni, t.ni);
+      case Output::row:
+        take_rows(k, elements, t.nb * t.no, t.ni);
         break;
-      case Gradient::column:
+      case Output::column:
         take_columns(t, elements, block, is_last, columns);
         break;
       default:
@@ -118,13 +117,21 @@ class GradientSum {
   }
 
   void add_up() {
-    if (kind_ == Gradient::column)
+    if (kind_ == Output::column)
       add_up_columns();
     else if (wanted())
       add_up_slots();
   }
 
  private:
+  void take_rows(int64_t k, const T* elements, int64_t rows, int64_t length) {
+    double* const into = slots_.at(k * per_tile_);
+    if (length > 0 && length <= kShort)
+      sum_short_rows(elements, rows, length, into);
+    else
+      for (int64_t r = 0; r < rows; ++r) into[r] = sum(elements + r * length, length);
+  }
+
   void take_columns(const Tile& t, const T* elements, int64_t block, bool is_last, Columns<T>& columns) {
     for (int64_t r = 0; r < t.nb * t.no; ++r, ++columns.rows) {
       const T* const from = elements + r * t.ni;
@@ -145,15 +152,19 @@ class GradientSum {
       const double* const more = slots_.at(block * e_.inner);
       for (int64_t i = 0; i < e_.inner; ++i) total[i] += more[i];
     }
-    put_array(grad_, 1, total, e_.inner);
+    put_array(out_, 1, total, e_.inner);
   }
 
   void add_up_slots() {
-    const int64_t* const step = grad_.stride;
+    const int64_t* const step = out_.stride;
+    if (kind_ == Output::sample && tiling_.holds_whole_samples() && tiling_.count() > 0) {
+      put_array(out_, step[0], slots_.at(0), e_.batch);  // each slot is a sample's
+      return;
+    }
     Doubles sums((e_.batch - 1) * step[0] + (e_.outer - 1) * step[1] + 1);
     for (int64_t k = 0; k < tiling_.count(); ++k) {
       const Tile t = tiling_[k];
-      const int64_t rows = kind_ == Gradient::row ? t.no : 1, samples = kind_ == Gradient::total ? 1 : t.nb;
+      const int64_t rows = kind_ == Output::row ? t.no : 1, samples = kind_ == Output::total ? 1 : t.nb;
       for (int64_t b = 0; b < samples; ++b)
         for (int64_t o = 0; o < rows; ++o)
           sums[(t.b0 + b) * step[0] + (t.o0 + o) * step[1]] += slots_[k * per_tile_ + b * rows + o];
@@ -161,12 +172,12 @@ class GradientSum {
     for (int64_t b = 0; b < (step[0] ? e_.batch : 1); ++b)
       for (int64_t o = 0; o < (step[1] ? e_.outer : 1); ++o) {
         const int64_t at = b * step[0] + o * step[1];
-        put(grad_, at, sums[at]);
+        put(out_, at, sums[at]);
       }
   }
 
-  const Gradient kind_;
-  const Operand& grad_;
+  const Output kind_;
+  const Operand& out_;
   const Extent& e_;
   const Tiling& tiling_;
   const Blocks& blocks_;

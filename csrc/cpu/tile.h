@@ -203,10 +203,11 @@ inline const float* noise_span(int64_t start, int64_t count, uint64_t seed, floa
   return buffer + skip;
 }
 
-// A tile's noise. Positions that follow each other along the rows, or (channels_last) along the columns, are made in
-// spans; anything else an element at a time.
-inline const float* read_noise(const IndexStrides& s, const Tile& t, uint64_t seed, float* scratch, float* buffer) {
-  const int64_t start = t.b0 * s.batch + t.o0 * s.outer + t.i0 * s.inner;
+// A tile's noise, of the positions past `offset`. Positions that follow each other along the rows, or (channels_last)
+// along the columns, are made in spans; anything else an element at a time.
+inline const float* read_noise(const IndexStrides& s, int64_t offset, const Tile& t, uint64_t seed, float* scratch,
+                               float* buffer) {
+  const int64_t start = offset + t.b0 * s.batch + t.o0 * s.outer + t.i0 * s.inner;
   const bool along_rows = t.ni == 1 || s.inner == 1;
   if (along_rows && (t.no == 1 || s.outer == t.ni) && (t.nb == 1 || s.batch == t.no * t.ni))
     return noise_span(start, t.count(), seed, buffer);

@@ -2,21 +2,29 @@
 //
 //   kName        as the Python side calls it
 //   kInputs      how many inputs it has, at most kMostInputs
-//   kScale       the input beside its mean: what is derived of that alone is derived once where it is uniform
+//   kScales      how many of them are scales: kScaleOf says which, kPowers which power of each is wanted (math/scale.h)
+//   kUniform     the input that is most often one number for all elements; -1 for none
 //   kConstant    what `full` adds to each value
-//   derive       of the scale: logarithms, exponentials and divisions, as far as they depend on nothing else
-//   element      the value of an element, and its derivatives by the inputs, which are times a weight
+//   plain        of the inputs, where each scale is the logarithm of what the formula is written in: exponentials and
+//                divisions, as far as they depend on scales alone
+//   derive       the same, of scales in any form
+//   element      the value of an element, and its derivatives by the inputs (by a scale: by its logarithm), which are
+//                times a weight
 //
 // T is a number or a SIMD vector of numbers; a formula does not know which. It is written in terms of these functions,
 // which are declared before its header is included: exponential(x), exponential(x, factor) for e^x times a constant
-// (which costs nothing more), exponential_minus_1(x) and logarithm(x).
+// (which costs nothing more), exponential_minus_1(x), logarithm(x), logarithm_of_1_plus(x) for x in [-1, 1], root(x),
+// and number<T>(value), a T that is this number in all lanes.
+//
+// A divergence can be taken beside a sample (math/sample.h), and says so: kIsAtSample is whether it depends on that.
+// Then it has `at_sample` instead of `element`.
 #pragma once
 
 #include "math/target.h"
 
 namespace fusedvae {
 
-constexpr int kMostInputs = 4;
+constexpr int kMostInputs = 4, kMostScales = 2;
 
 namespace FUSEDVAE_NAMESPACE {
 
@@ -25,6 +33,9 @@ struct Element {
   T value;
   T grads[inputs];
 };
+
+// What a formula without scales derives of them.
+struct Nothing {};
 
 }  // namespace FUSEDVAE_NAMESPACE
 }  // namespace fusedvae

@@ -3,7 +3,9 @@
 // before both are divided by the scale.
 #pragma once
 
+#include "math/absolute_error.h"
 #include "math/formula.h"
+#include "math/scale.h"
 
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
@@ -11,25 +13,28 @@ namespace FUSEDVAE_NAMESPACE {
 // (|recon_x - x| + extra) * e^-log_scale + log_scale. Inputs: recon_x, x, log_scale, extra.
 struct LaplaceNll {
   static constexpr const char* kName = "laplace_nll";
-  static constexpr int kInputs = 4, kScale = 2;
+  static constexpr int kInputs = 4, kUniform = 2;
+  static constexpr int kScales = 1, kScaleOf[] = {2}, kPowers[] = {-1};
   static constexpr double kConstant = 0.69314718055994531;  // log 2
 
   template <class T>
-  struct Scale {
+  struct Spread {
     T log_scale, inverse;
   };
   template <class T>
-  static FUSEDVAE_INLINE Scale<T> derive(T log_scale, T /*parameter*/) {
-    return {log_scale, exponential(-log_scale)};
+  static FUSEDVAE_INLINE Spread<T> plain(const T* inputs) {
+    return {inputs[2], exponential(-inputs[2])};
   }
   template <class T>
-  static FUSEDVAE_INLINE Element<T, 4> element(const T* inputs, const Scale<T>& scale, T weight) {
-    const T error = inputs[0] - inputs[1];
-    const T distance = error < 0.0f ? -error : error;
-    const T relative = (distance + inputs[3]) * scale.inverse, pull = weight * scale.inverse;
-    // The sign of the error: 0 where there is none, and where it is NaN, as PyTorch has it.
-    const T d_recon = error > 0.0f ? pull : error < 0.0f ? -pull : 0.0f * pull;
-    return {relative + scale.log_scale, {d_recon, -d_recon, weight - weight * relative, pull}};
+  static FUSEDVAE_INLINE Spread<T> derive(const Scale<T>* scales) {
+    return {scales[0].log, scales[0].power};
+  }
+  template <class T>
+  static FUSEDVAE_INLINE Element<T, 4> element(const T* inputs, const Spread<T>& spread, T weight) {
+    const T pull = weight * spread.inverse;
+    const Element<T, 2> distance = absolute_error(inputs, pull);
+    const T relative = (distance.value + inputs[3]) * spread.inverse;
+    return {relative + spread.log_scale, {distance.grads[0], distance.grads[1], weight - weight * relative, pull}};
   }
 };
 

@@ -15,3 +15,13 @@
 #else
 #define FUSEDVAE_NAMESPACE scalar
 #endif
+
+namespace fusedvae {
+namespace FUSEDVAE_NAMESPACE {
+
+// A number, or a vector with this number in all lanes.
+template <class T>
+FUSEDVAE_INLINE T number(double value);
+
+}  // namespace FUSEDVAE_NAMESPACE
+}  // namespace fusedvae

@@ -31,7 +31,7 @@ class Part(NamedTuple):
     source: int
     """Its position among the sources."""
     shape: torch.Size | None
-    """Of the part itself; None for a number."""
+    """Of the part itself; None for a number. It may have dimensions of size 1 that the source has not."""
     strides: tuple[int, ...]
     dtype: torch.dtype | None
     half: int | None = None
@@ -57,6 +57,15 @@ class Part(NamedTuple):
         source = sources[self.source]
         return source if self.half is None else reference.halves(source, self.dim)[self.half]
 
+    def with_ones(self, dim: Sequence[int]) -> Part:
+        """The part with more dimensions, of size 1: these, counted in the result."""
+        assert self.shape is not None
+        sizes, steps = list(self.shape), list(self.strides)
+        for d in sorted(dim):
+            sizes.insert(d, 1)
+            steps.insert(d, 0)
+        return self._replace(shape=torch.Size(sizes), strides=tuple(steps))
+
     def halves(self, dim: int) -> tuple[Part, Part]:
         """The parts of a mean and a scale that are packed in this one."""
         assert self.shape is not None
@@ -68,25 +77,33 @@ class TermWork(NamedTuple):
     """A term of an objective: the sum of a formula's values, or of values that are given, and its gradients."""
 
     formula: reference.Formula
-    parameter: float
     in_double: bool
     """Whether the arithmetic is done in float64, else float32."""
     inputs: tuple[Part, ...]
-    """The formula's; the first has the shape that the others broadcast to."""
+    """The formula's; the first has the shape that all are walked over, the others broadcast to it."""
     grads: tuple[Part | None, ...]
     """Of each input, where it is wanted: of the input's own shape, summed over what that is broadcast along."""
+    forms: tuple[reference.Form, ...] = ()
+    """Of the formula's scales, in the order of its pairs."""
+    gains: tuple[float, ...] | None = None
+    """What each gradient is multiplied by besides."""
     factor: float = 1.0
     """What the sum, and so the gradients, are multiplied by."""
+    normalizer: Part | None = None
+    """A further factor of both: one value; 1 without."""
     constant: float = 0.0
-    """Added to each element's value."""
+    """Added to each element's value, before that is weighted."""
     coefficient: Part | None = None
     """What the loss has the term times: one value; 1 without."""
     weight: Part | None = None
-    """Of each element, in value and gradients; broadcasts to the shape."""
+    """Of each element, in value and gradients; broadcasts to the shape. Where it is 0, so are these, whatever the inputs
+    hold."""
+    incoming: Part | None = None
+    """A further weight of each element, in the gradients alone; broadcasts to the shape."""
     value: Part | None = None
-    """Of each element, where there are no sums."""
+    """Of the elements, summed over what it is broadcast along; where there is no objective of totals or samples."""
     out: Part | None = None
-    """factor * sum."""
+    """factor * normalizer * sum."""
 
 
 class ObjectiveWork(NamedTuple):
@@ -94,27 +111,32 @@ class ObjectiveWork(NamedTuple):
 
     terms: tuple[TermWork, ...]
     values: str
-    """"total", "sample" (a value for each) or "element" (of one term, which has the values, and no loss)."""
+    """"total", "sample" (a value for each) or "element" (one term has its own values, and there is no loss)."""
     loss: Part | None
+    grad_scale: Part | None = None
+    """What all gradients are multiplied by: one value; 1 without."""
 
 
 class LatentWork(NamedTuple):
-    """One pass over the latent: the sample, its KL per sample, the gradients of sum(grad_z * z) + sum(grad_kl * kl).
+    """One pass over the latent: the sample z = mean + deviation * noise, beside its divergence.
 
-    Each where it is there. The noise comes from a seed or is given; neither is needed if z and grad_z are absent.
+    Each output where it is there: z, the divergence's value, and the gradients of sum(grad_z * z) + sum(incoming *
+    divergence), the divergence's own. The noise comes from a seed or is given; neither is needed if z and grad_z are
+    absent and the divergence does not depend on the sample.
     """
 
-    in_double: bool
-    mu: Part
-    logvar: Part
-    noise: Part | None = None
+    divergence: TermWork
+    """Without factor and coefficient. The mean and the scale are its first two inputs."""
+    shape: torch.Size
+    """The shape of the sample; what is walked over. All parts broadcast to it."""
+    at_sample: bool
+    """Whether the divergence is log q(z) - log p(z) at the sample, whose mean is the divergence."""
     seed: Part | None = None
+    offset: Part | None = None
+    """The position of the first element in the noise stream: one number; 0 without."""
+    noise: Part | None = None
     grad_z: Part | None = None
-    grad_kl: Part | None = None
     z: Part | None = None
-    kl: Part | None = None
-    grad_mu: Part | None = None
-    grad_logvar: Part | None = None
 
 
 Launcher = Callable[[tuple[Any, ...]], None]

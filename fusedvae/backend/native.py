@@ -20,8 +20,8 @@ from fusedvae.layout import Strides
 from fusedvae.torch_private import current_stream_address
 
 from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork
-from .reference import GIVEN
-from .walk import Copy, walk, walk_term, with_copies
+from .reference import GIVEN, Form
+from .walk import Copy, Walk, walk_latent, walk_term, with_copies
 
 try:
     from fusedvae import _C
@@ -34,18 +34,19 @@ BUILD_RECORD = Path(__file__).parent.parent / "_build.json"
 
 # Codes of csrc/operand.h and csrc/tasks.h.
 # (What has another dtype, a seed, kernels do not go by.)
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.bool: 4}
 _VALUES = {"total": 0, "sample": 1, "element": 2}
+_MAPS = {"exponential": 0, "linear": 1, "softplus": 2, "bounded": 3}
 
-_Form = tuple[int, ...] | None
+_Operand = tuple[int, ...] | None
 """A part as the extension describes it: see csrc/bindings.cpp."""
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def _form(part: Part | None, strides: Strides = (0, 0, 0)) -> _Form:
-    """The form of a part that is walked with these strides."""
+def _operand(part: Part | None, strides: Strides = (0, 0, 0)) -> _Operand:
+    """A part that is walked with these strides."""
     if part is None:
         return None
     if part.dtype is None:
@@ -53,36 +54,47 @@ def _form(part: Part | None, strides: Strides = (0, 0, 0)) -> _Form:
     return part.source, part.offset, _DTYPES.get(part.dtype, 0), *strides
 
 
-def _values_form(part: Part | None) -> _Form:
-    """The form of a vector of values per sample, or of one value."""
-    return _form(part, (part.strides[0], 0, 0) if part is not None and part.strides else (0, 0, 0))
+def _values(part: Part | None) -> _Operand:
+    """A vector of values per sample, or one value."""
+    return _operand(part, (part.strides[0], 0, 0) if part is not None and part.strides else (0, 0, 0))
+
+
+def _elementwise(term: TermWork, walked: Walk, operands: Sequence[_Operand], **more: _Operand) -> Any:
+    """The extension's ElementwiseTask; the walk's operands end in value and gradients."""
+    count = len(term.inputs)
+    return _C.ElementwiseTask(
+        term.in_double,
+        walked.extent,
+        inputs=tuple(operands[:count]),
+        forms=tuple(map(_form, term.forms)),
+        gains=term.gains or (),
+        value=operands[-1 - count],
+        grads=tuple(operands[-count:]),
+        **more,
+    )
+
+
+def _form(form: Form) -> tuple[int, bool, float, float, float]:
+    return _MAPS[form.map], form.squared, form.low, form.high, form.eps
 
 
 def _term(term: TermWork, sources: int, *, keep_batch: bool) -> tuple[Any, list[Copy]]:
     """The extension's Term, and the copies around it."""
     common: dict[str, Any] = {
-        "coefficient": _form(term.coefficient),
+        "coefficient": _operand(term.coefficient),
         "factor": term.factor,
-        "out": _values_form(term.out),
+        "normalizer": _operand(term.normalizer),
+        "out": _values(term.out),
     }
     if term.formula is GIVEN:
         (values,) = term.inputs
         assert values.shape is not None
-        return _C.Term(None, given=_values_form(values), given_count=values.shape.numel(), **common), []
+        return _C.Term("", None, given=_values(values), given_count=values.shape.numel(), **common), []
     walked = walk_term(term, sources, keep_batch=keep_batch, can_sum=_C.can_sum)
-    forms = tuple(map(_form, walked.parts, walked.strides))
-    inputs = len(term.inputs)
-    task = _C.ElementwiseTask(
-        term.formula.name,
-        term.parameter,
-        term.in_double,
-        walked.extent,
-        inputs=forms[:inputs],
-        weight=forms[inputs],
-        value=forms[inputs + 1],
-        grads=forms[inputs + 2 :],
-    )
-    return _C.Term(task, constant=term.constant, **common), walked.copies
+    operands = tuple(map(_operand, walked.parts, walked.strides))
+    count = len(term.inputs)
+    task = _elementwise(term, walked, operands, weight=operands[count], incoming=operands[count + 1])
+    return _C.Term(term.formula.name, task, constant=term.constant, **common), walked.copies
 
 
 def _launcher(task: Any, device: torch.device, copies: Sequence[Copy] = ()) -> Launcher:
@@ -148,21 +160,21 @@ class _Native:
             _C.normal(*arguments, torch.get_num_threads())
 
     def prepare_latent(self, work: LatentWork, sources: int, device: torch.device) -> Launcher:
-        names = ("mu", "logvar", "noise", "grad_z", "z", "grad_mu", "grad_logvar")
-        parts = [getattr(work, name) for name in names]
-        assert work.mu.shape is not None
-        walked = walk(
-            work.mu.shape,
-            parts,
-            4,
-            sources,
-            in_double=work.in_double,
-            keep_batch=work.kl is not None or work.grad_kl is not None,
-            indexed=work.seed is not None,
+        walked = walk_latent(work, sources, can_sum=_C.can_sum)
+        operands = tuple(map(_operand, walked.parts, walked.strides))
+        term = work.divergence
+        count = len(term.inputs)
+        noise, grad_z, incoming, z = operands[count : count + 4]
+        task = _C.LatentTask(
+            term.formula.name + ("_at_sample" if work.at_sample else ""),
+            _elementwise(term, walked, operands, incoming=incoming),
+            walked.logical,
+            seed=_operand(work.seed),
+            offset=_operand(work.offset),
+            noise=noise,
+            grad_z=grad_z,
+            z=z,
         )
-        forms = dict(zip(names, map(_form, walked.parts, walked.strides), strict=True))
-        forms.update(seed=_form(work.seed), grad_kl=_values_form(work.grad_kl), kl=_values_form(work.kl))
-        task = _C.LatentTask(walked.extent, walked.logical, work.in_double, **forms)
         return _launcher(task, device, walked.copies)
 
     def prepare_objective(self, work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
@@ -172,12 +184,12 @@ class _Native:
             made, more = _term(term, sources + len(copies), keep_batch=work.values == "sample")
             terms.append(made)
             copies += more
-        task = _C.ObjectiveTask(tuple(terms), _VALUES[work.values], _values_form(work.loss))
+        task = _C.ObjectiveTask(tuple(terms), _VALUES[work.values], _values(work.loss), _operand(work.grad_scale))
         return _launcher(task, device, copies)
 
     def prepare_scale(self, tensors: Sequence[Part], factor: Part, device: torch.device) -> Launcher:
         counts = tuple([part.shape.numel() for part in tensors if part.shape is not None])
-        task = _C.ScaleTask(tuple([_form(part, (0, 0, 1)) for part in tensors]), counts, _form(factor))
+        task = _C.ScaleTask(tuple([_operand(part, (0, 0, 1)) for part in tensors]), counts, _operand(factor))
         return _launcher(task, device)
 
 

@@ -1,7 +1,7 @@
 """The formulas in plain PyTorch: the definition of correct, and the registry of all that an objective can be made of.
 
-Differentiable any number of times, on any device. Formulas take operands as they come (no packing, no validation:
-`fusedvae.functional` has done both) and work elementwise; `reduce` adds up; `objective` puts terms together.
+Differentiable any number of times, on any device. Formulas work elementwise, on operands that have been checked and
+unpacked; `objective` puts them together, `latent` puts one beside a sample.
 
 Source of the noise: Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", with the
 constants of Random123. Sources of the formulas are with them.
@@ -18,64 +18,9 @@ from torch import Tensor
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
-# --- the registry of formulas -----------------------------------------------------------------------------------------
+# --- numbers and tensors ----------------------------------------------------------------------------------------------
 
-
-class Formula(NamedTuple):
-    """What a term of an objective is, element by element."""
-
-    name: str
-    inputs: tuple[str, ...]
-    elements: Callable[..., Tensor]
-    """Its value for each element, a function of the inputs and, if it has one, the parameter."""
-    pairs: tuple[tuple[int, int], ...]
-    """Inputs that may come packed in one tensor: a mean and the scale beside it."""
-    likelihood: str | None
-    """What users call it, if it is a likelihood that they can ask for."""
-    is_divergence: bool
-    """Whether it is one, which beta multiplies, and no likelihood."""
-    constant: float
-    """What ``full`` adds to each element."""
-    parameter: str | None
-    """The name of a number that holds for all elements."""
-
-    def __call__(self, inputs: Sequence[Tensor | float], parameter: float) -> Tensor:
-        """The values of some inputs, none of them packed."""
-        return self.elements(*inputs, parameter) if self.parameter else self.elements(*inputs)
-
-
-FORMULAS: dict[str, Formula] = {}
-"""Every formula, by its name: that of its function here, and the one that kernels know it by."""
-
-LIKELIHOODS: dict[str, Formula] = {}
-"""The likelihoods, by what users call them."""
-
-GIVEN = Formula("given", ("kl",), lambda kl: kl, (), None, True, 0.0, None)
-"""Stands for a divergence that was computed before: a value per sample."""
-
-
-def formula(
-    *inputs: str,
-    pairs: Sequence[tuple[str, str]],
-    likelihood: str | None = None,
-    is_divergence: bool = False,
-    constant: float = 0.0,
-    parameter: str | None = None,
-) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register the decorated function, which takes the inputs and the parameter."""
-
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        positions = tuple((inputs.index(mean), inputs.index(scale)) for mean, scale in pairs)
-        made = Formula(function.__name__, inputs, function, positions, likelihood, is_divergence, constant, parameter)
-        FORMULAS[made.name] = made
-        if likelihood is not None:
-            LIKELIHOODS[likelihood] = made
-        return function
-
-    return register
-
-
-# --- the formulas -----------------------------------------------------------------------------------------------------
+Number = Tensor | float
 
 
 def working_dtype(*operands: Tensor | float | None) -> torch.dtype:
@@ -88,21 +33,251 @@ def working_dtype(*operands: Tensor | float | None) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in deciding) else torch.float32
 
 
-def sample(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """z = mu + exp(logvar / 2) * noise."""
-    dtype = working_dtype(mu, logvar, noise)
-    return mu.to(dtype) + torch.exp(0.5 * logvar.to(dtype)) * noise.to(dtype)
+def _exp(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return torch.exp(x)
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
-@formula("mu", "logvar", pairs=[("mu", "logvar")], is_divergence=True)
-def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, e^logvar) || N(0, 1)) = (mu^2 + expm1(logvar) - logvar) / 2, per element.
+def _log(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return torch.log(x)
+    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+
+
+def _expm1(x: Any) -> Any:
+    return torch.expm1(x) if isinstance(x, Tensor) else _exp(x) - 1.0 if abs(x) > 1.0 else math.expm1(x)
+
+
+def _softplus(x: Any) -> Any:
+    # Exact at every x; torch.nn.functional.softplus goes over to x at 20.
+    return torch.logaddexp(x, torch.zeros_like(x)) if isinstance(x, Tensor) else max(x, 0.0) + math.log1p(_exp(-abs(x)))
+
+
+def _inverse(x: Any) -> Any:
+    return 1.0 / x if isinstance(x, Tensor) or x != 0 else math.copysign(math.inf, x)
+
+
+# --- the forms of a scale ---------------------------------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """What the tensor beside a mean holds: how it becomes the scale that a formula is written in.
+
+    It is bounded by ``low`` and ``high`` first, as torch.clamp does it. The base is e^x, x or softplus(x), plus eps, or
+    ("bounded") the larger of x and eps, of which the derivative knows nothing. The scale is the base, or its square.
+    """
+
+    map: str = "exponential"
+    """"exponential", "linear", "softplus" or "bounded"."""
+    squared: bool = False
+    low: float = -math.inf
+    high: float = math.inf
+    eps: float = 0.0
+
+
+PLAIN = Form()
+"""The logarithm of the scale that a formula is written in."""
+
+NORMAL_FORMS = {
+    "logvar": PLAIN,
+    "logstd": Form("exponential", squared=True),
+    "std": Form("linear", squared=True),
+    "var": Form("linear"),
+    "softplus": Form("softplus", squared=True),
+}
+"""Of a normal distribution, whose formulas are written in the variance; by what users call them."""
+
+LAPLACE_FORMS = {"logscale": PLAIN, "scale": Form("linear"), "softplus": Form("softplus")}
+
+
+class Scale:
+    """A scale as formulas take it: of a variance sigma^2, say, its logarithm, itself and its inverse."""
+
+    def __init__(self, x: Number, form: Form) -> None:
+        """The scale that ``x`` is a form of."""
+        self._form = form
+        if isinstance(x, Tensor):
+            if form.low != -math.inf or form.high != math.inf:
+                low, high = (None if math.isinf(bound) else bound for bound in (form.low, form.high))
+                x = torch.clamp(x, low, high) if low is not None or high is not None else x
+        else:
+            x = max(form.low, min(form.high, x))
+        self._x = x
+        self._base = None if self.has_log else self._base_of(x)
+
+    @property
+    def has_log(self) -> bool:
+        """Whether the logarithm is what it comes from."""
+        return self._form.map == "exponential" and self._form.eps == 0
+
+    def _base_of(self, x: Any) -> Any:
+        form = self._form
+        if form.map == "exponential":
+            return _exp(x) + form.eps
+        if form.map == "linear":
+            return x + form.eps
+        if form.map == "softplus":
+            return _softplus(x) + form.eps
+        if not isinstance(x, Tensor):
+            return max(x, form.eps)
+        bounded = x.clone()
+        with torch.no_grad():
+            bounded.clamp_(min=form.eps)
+        return bounded
+
+    @property
+    def log(self) -> Any:
+        log = self._x if self.has_log else _log(self._base)
+        return 2.0 * log if self._form.squared else log
+
+    @property
+    def value(self) -> Any:
+        """The scale itself."""
+        if self.has_log:
+            return _exp(self.log)
+        return self._base * self._base if self._form.squared else self._base
+
+    @property
+    def inverse(self) -> Any:
+        """1 / value."""
+        if self.has_log:
+            return _exp(-self.log)
+        inverse = _inverse(self._base)
+        return inverse * inverse if self._form.squared else inverse
+
+    @property
+    def minus_1(self) -> Any:
+        """value - 1."""
+        return _expm1(self.log) if self.has_log else self.value - 1.0
+
+    @property
+    def root(self) -> Any:
+        """The square root of the value: a standard deviation, where that is a variance."""
+        if self.has_log:
+            return _exp(0.5 * self.log)
+        if self._form.squared:
+            return self._base
+        return self._base.sqrt() if isinstance(self._base, Tensor) else self._base**0.5
+
+
+# --- the registry of formulas -----------------------------------------------------------------------------------------
+
+
+class Formula(NamedTuple):
+    """What a term of an objective is, element by element."""
+
+    name: str
+    inputs: tuple[str, ...]
+    elements: Callable[..., Any]
+    """Its value for each element, a function of the inputs: tensors of one dtype, numbers, and scales as `Scale`."""
+    pairs: tuple[tuple[int, int], ...]
+    """A mean and the scale beside it, which may come packed in one tensor."""
+    forms: dict[str, Form]
+    """Those that its scales may have, by what users call them; the first is what they are without a word."""
+    likelihood: str | None
+    """What users call it, if it is a likelihood that they can ask for."""
+    is_divergence: bool
+    """Whether it is one, which beta multiplies, and no likelihood."""
+    constant: float
+    """What ``full`` adds to each element."""
+    at_sample: Callable[..., Any] | None
+    """Of a divergence from q to p, log q(z) - log p(z): a function of z, its noise, and the inputs but for the mean."""
+
+    def prepared(self, inputs: Sequence[Number], forms: Sequence[Form]) -> list[Any]:
+        """Some inputs, none of them packed, as ``elements`` takes them."""
+        dtype = working_dtype(*inputs)
+        found: list[Any] = [t.to(dtype) if isinstance(t, Tensor) else t for t in inputs]
+        for (_, scale), form in zip(self.pairs, forms, strict=True):
+            found[scale] = Scale(found[scale], form)
+        return found
+
+    def __call__(self, inputs: Sequence[Number], forms: Sequence[Form] | None = None) -> Tensor:
+        """The values of some inputs, none of them packed; plain ones, if their forms are not given."""
+        found: Tensor = self.elements(*self.prepared(inputs, [PLAIN] * len(self.pairs) if forms is None else forms))
+        return found
+
+
+FORMULAS: dict[str, Formula] = {}
+"""Every formula, by its name: that of its function here, and the one that kernels know it by."""
+
+LIKELIHOODS: dict[str, Formula] = {}
+"""The likelihoods, by what users call them."""
+
+GIVEN = Formula("given", ("kl",), lambda kl: kl, (), {}, None, True, 0.0, None)
+"""Stands for a divergence that was computed before: a value per sample."""
+
+
+def formula(
+    *inputs: str,
+    pairs: Sequence[tuple[str, str]] = (),
+    forms: dict[str, Form] | None = None,
+    likelihood: str | None = None,
+    is_divergence: bool = False,
+    constant: float = 0.0,
+    at_sample: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function, which takes the inputs."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        positions = tuple((inputs.index(mean), inputs.index(scale)) for mean, scale in pairs)
+        made = Formula(
+            function.__name__,
+            inputs,
+            function,
+            positions,
+            NORMAL_FORMS if forms is None else forms,
+            likelihood,
+            is_divergence,
+            constant,
+            at_sample,
+        )
+        FORMULAS[made.name] = made
+        if likelihood is not None:
+            LIKELIHOODS[likelihood] = made
+        return function
+
+    return register
+
+
+# --- the formulas -----------------------------------------------------------------------------------------------------
+
+
+def sample(mu: Number, scale: Scale, noise: Tensor) -> Tensor:
+    """z = mu + sigma * noise."""
+    z: Tensor = mu + scale.root * noise
+    return z
+
+
+def kl_standard_normal_at_sample(z: Tensor, noise: Tensor, scale: Scale) -> Tensor:
+    """log q(z) - log p(z) = (z^2 - noise^2 - log sigma^2) / 2, per element, with p = N(0, 1).
+
+    Source: Burda et al. 2016 (arXiv:1509.00519).
+    """
+    value: Tensor = 0.5 * ((z - noise) * (z + noise) - scale.log)
+    return value
+
+
+@formula("mu", "logvar", pairs=[("mu", "logvar")], is_divergence=True, at_sample=kl_standard_normal_at_sample)
+def kl_standard_normal(mu: Tensor, scale: Scale) -> Tensor:
+    """KL(N(mu, sigma^2) || N(0, 1)) = (mu^2 + sigma^2 - 1 - log sigma^2) / 2, per element.
 
     Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix B.
     """
-    dtype = working_dtype(mu, logvar)
-    mu, logvar = mu.to(dtype), logvar.to(dtype)
-    return 0.5 * (mu.square() + torch.expm1(logvar) - logvar)
+    value: Tensor = 0.5 * (mu.square() + (scale.minus_1 - scale.log))
+    return value
+
+
+def kl_normal_at_sample(z: Tensor, noise: Tensor, scale: Scale, prior_mu: Number, prior: Scale) -> Tensor:
+    """log q(z) - log p(z) = (log sigma_p^2 - log sigma^2 - noise^2 + (z - mu_p)^2 / sigma_p^2) / 2, per element.
+
+    Source: Burda et al. 2016 (arXiv:1509.00519).
+    """
+    value: Tensor = 0.5 * (((z - prior_mu).square() * prior.inverse - noise.square()) - (scale.log - prior.log))
+    return value
 
 
 @formula(
@@ -112,23 +287,19 @@ def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
     "prior_logvar",
     pairs=[("mu", "logvar"), ("prior_mu", "prior_logvar")],
     is_divergence=True,
+    at_sample=kl_normal_at_sample,
 )
-def kl_normal(mu: Tensor, logvar: Tensor, prior_mu: Tensor | float, prior_logvar: Tensor | float) -> Tensor:
-    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)), per element.
+def kl_normal(mu: Tensor, scale: Scale, prior_mu: Number, prior: Scale) -> Tensor:
+    """KL(N(mu, sigma^2) || N(mu_p, sigma_p^2)), per element.
 
-    (expm1(d) - d + (mu - prior_mu)^2 * e^-prior_logvar) / 2 with d = logvar - prior_logvar. Source: Kingma & Welling
-    2014 (arXiv:1312.6114), appendix B, for any two normal distributions.
+    (sigma^2 / sigma_p^2 - 1 - d + (mu - mu_p)^2 / sigma_p^2) / 2 with d = log sigma^2 - log sigma_p^2. Source: Kingma &
+    Welling 2014 (arXiv:1312.6114), appendix B, for any two normal distributions.
     """
-    dtype = working_dtype(mu, logvar, prior_mu, prior_logvar)
-    mu, logvar = mu.to(dtype), logvar.to(dtype)
-    prior_mu = prior_mu.to(dtype) if isinstance(prior_mu, Tensor) else prior_mu
-    if isinstance(prior_logvar, Tensor):
-        prior_logvar = prior_logvar.to(dtype)
-        precision: Tensor | float = torch.exp(-prior_logvar)
-    else:
-        precision = _exp(-prior_logvar)
-    difference = logvar - prior_logvar
-    return 0.5 * ((torch.expm1(difference) - difference) + (mu - prior_mu).square() * precision)
+    difference = scale.log - prior.log
+    has_logs = scale.has_log and prior.has_log
+    growth = _expm1(difference) if has_logs else scale.value * prior.inverse - 1.0
+    value: Tensor = 0.5 * ((growth - difference) + (mu - prior_mu).square() * prior.inverse)
+    return value
 
 
 @formula(
@@ -139,42 +310,15 @@ def kl_normal(mu: Tensor, logvar: Tensor, prior_mu: Tensor | float, prior_logvar
     likelihood="gaussian",
     constant=HALF_LOG_2PI,
 )
-def gaussian_nll(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float) -> Tensor:
-    """(l + (recon_x - x)^2 * e^-l) / 2 with l = recon_logvar, per element, without the constant log(2 pi) / 2.
+def gaussian_nll(recon_x: Tensor, x: Tensor, scale: Scale) -> Tensor:
+    """(log sigma^2 + (recon_x - x)^2 / sigma^2) / 2, per element, without the constant log(2 pi) / 2.
 
     Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.2.
     """
-    dtype = working_dtype(recon_x, x, recon_logvar)
-    half_square = 0.5 * (recon_x.to(dtype) - x.to(dtype)).square()
-    if isinstance(recon_logvar, Tensor):
-        recon_logvar = recon_logvar.to(dtype)
-        return 0.5 * recon_logvar + half_square * torch.exp(-recon_logvar)
-    if recon_logvar == 0.0:
+    half_square, log = 0.5 * (recon_x - x).square(), scale.log
+    if not isinstance(log, Tensor) and log == 0.0:
         return half_square
-    return 0.5 * recon_logvar + half_square * _exp(-recon_logvar)
-
-
-@formula(
-    "recon_x",
-    "x",
-    "var",
-    pairs=[],
-    constant=HALF_LOG_2PI,
-    parameter="eps",
-)
-def gaussian_nll_of_variance(recon_x: Tensor, x: Tensor, var: Tensor | float, eps: float) -> Tensor:
-    """(log v + (recon_x - x)^2 / v) / 2 with v = max(var, eps), an element; the clamp is invisible to autograd.
-
-    Source: torch.nn.functional.gaussian_nll_loss.
-    """
-    dtype = working_dtype(recon_x, x, var)
-    if isinstance(var, Tensor):
-        var = var.to(dtype, copy=True)
-        with torch.no_grad():
-            var.clamp_(min=eps)
-    else:
-        var = torch.full((), max(var, eps), dtype=dtype, device=recon_x.device)
-    return 0.5 * (torch.log(var) + (recon_x.to(dtype) - x.to(dtype)).square() / var)
+    return 0.5 * log + half_square * scale.inverse
 
 
 @formula(
@@ -183,32 +327,66 @@ def gaussian_nll_of_variance(recon_x: Tensor, x: Tensor, var: Tensor | float, ep
     "log_scale",
     "extra",
     pairs=[("recon_x", "log_scale")],
+    forms=LAPLACE_FORMS,
     likelihood="laplace",
     constant=math.log(2),
 )
-def laplace_nll(recon_x: Tensor, x: Tensor, log_scale: Tensor | float, extra: Tensor | float) -> Tensor:
-    """(abs(recon_x - x) + extra) / b + log b with b = e^log_scale, per element, without the constant log 2.
+def laplace_nll(recon_x: Tensor, x: Tensor, scale: Scale, extra: Number) -> Tensor:
+    """(abs(recon_x - x) + extra) / b + log b, per element, without the constant log 2.
 
     Source: Kotz, Kozubowski & Podgórski 2001, "The Laplace distribution and generalizations", section 2.1; `extra`, a
     perceptual loss that is divided by the scale with the absolute error: Esser et al. 2021 (arXiv:2012.09841).
     """
-    dtype = working_dtype(recon_x, x, log_scale, extra)
-    distance = (recon_x.to(dtype) - x.to(dtype)).abs()
-    distance = distance + (extra.to(dtype) if isinstance(extra, Tensor) else extra)
-    if isinstance(log_scale, Tensor):
-        log_scale = log_scale.to(dtype)
-        return distance * torch.exp(-log_scale) + log_scale
-    return distance * _exp(-log_scale) + log_scale
+    return ((recon_x - x).abs() + extra) * scale.inverse + scale.log
 
 
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
+@formula("recon_x", "x", "pos_weight", likelihood="bernoulli")
+def bernoulli_nll(recon_x: Tensor, x: Tensor, pos_weight: Number) -> Tensor:
+    """softplus(a) - x a of the logits a = recon_x, per element; the part of x counts ``pos_weight`` times.
+
+    (1 - x) a + (1 + (pos_weight - 1) x) softplus(-a). Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.1;
+    torch.nn.functional.binary_cross_entropy_with_logits.
+    """
+    return (1.0 - x) * recon_x + (1.0 + (pos_weight - 1.0) * x) * _softplus(-recon_x)
 
 
-# --- objectives -------------------------------------------------------------------------------------------------------
+@formula("recon_x", "x", likelihood="bernoulli_probs")
+def bernoulli_nll_of_probabilities(recon_x: Tensor, x: Tensor) -> Tensor:
+    """-x log p - (1 - x) log(1 - p) of the probabilities p = recon_x, per element, no logarithm below -100.
+
+    The derivative is (p - x) / (p (1 - p)), that product no less than 1e-12. Source:
+    torch.nn.functional.binary_cross_entropy.
+    """
+    hit, miss = torch.log(recon_x).clamp(min=-100.0), torch.log1p(-recon_x).clamp(min=-100.0)
+    value = (x - 1.0) * miss - x * hit
+    # Next to 0 and 1 the derivative is another's: of a straight line through this point.
+    steep = recon_x * (1.0 - recon_x) < 1e-12
+    inside = torch.where(steep, 0.5, recon_x)
+    curve = (x - 1.0) * torch.log1p(-inside) - x * torch.log(inside)
+    at = recon_x.detach()
+    line = (recon_x - at) * (at - x.detach()) * 1e12 + (x - x.detach()) * (miss - hit).detach() + value.detach()
+    return torch.where(steep, line, curve)
+
+
+@formula("recon_x", "x", likelihood="mse", constant=0.5 * math.log(math.pi))
+def mse(recon_x: Tensor, x: Tensor) -> Tensor:
+    """(recon_x - x)^2, per element: torch.nn.functional.mse_loss.
+
+    The Gaussian of variance 1/2, without the constant log(pi) / 2.
+    """
+    return (recon_x - x).square()
+
+
+@formula("recon_x", "x", likelihood="l1", constant=math.log(2))
+def l1(recon_x: Tensor, x: Tensor) -> Tensor:
+    """abs(recon_x - x), per element: torch.nn.functional.l1_loss.
+
+    The Laplace distribution of scale 1, without the constant log 2.
+    """
+    return (recon_x - x).abs()
+
+
+# --- packed operands --------------------------------------------------------------------------------------------------
 
 
 def halves(packed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -224,12 +402,12 @@ def half_of(shape: torch.Size, dim: int) -> torch.Size:
     return torch.Size(sizes)
 
 
-def unpack(mean: Tensor, scale: Tensor | None, packed_dim: int) -> tuple[Tensor, Tensor]:
+def unpack(mean: Tensor, scale: Number | None, packed_dim: int) -> tuple[Tensor, Number]:
     """A mean and its scale, whether they came as two tensors or packed as one."""
     return halves(mean, packed_dim) if scale is None else (mean, scale)
 
 
-def unpacked(formula: Formula, inputs: Sequence[Tensor | float | None], packed_dim: int) -> list[Tensor | float]:
+def unpacked(formula: Formula, inputs: Sequence[Number | None], packed_dim: int) -> list[Number]:
     """A formula's inputs, the packed ones taken apart."""
     found = list(inputs)
     for mean, scale in formula.pairs:
@@ -239,69 +417,161 @@ def unpacked(formula: Formula, inputs: Sequence[Tensor | float | None], packed_d
     return found  # type: ignore[return-value]
 
 
-def reduce(elements: Tensor, reduction: str) -> Tensor:
-    """Add elements up: "element" (as they are), "sample" (all but dimension 0), "sum", "batchmean", "mean"."""
-    if reduction == "element":
-        return elements
-    if reduction == "sample":
+# --- sums and factors -------------------------------------------------------------------------------------------------
+
+
+def summed(elements: Tensor, dim: Sequence[int] | None) -> Tensor:
+    """Elements, summed over some dimensions: by default all but the first."""
+    if dim is None:
         return elements.flatten(1).sum(1) if elements.dim() > 1 else elements
-    total = elements.sum()
-    return _times(total, factor_of(reduction, elements.shape))
-
-
-def _times(value: Tensor, number: Tensor | float) -> Tensor:
-    """A product in the value's dtype; PyTorch's forward mode takes a 0-dim tensor times a number to float64."""
-    return value * (number if isinstance(number, Tensor) else value.new_full((), number))
+    return elements.sum(tuple(dim)) if dim else elements
 
 
 def factor_of(reduction: str, shape: torch.Size) -> float:
     """What a sum over all elements is multiplied by; NaN for a mean over nothing."""
-    if reduction in ("sum", "sample", "element"):
+    if reduction in ("sum", "none", "weighted_mean"):
         return 1.0
     count = shape[0] if reduction == "batchmean" else shape.numel()
     return 1.0 / count if count else math.nan
 
 
-class Objective(NamedTuple):
-    """What an objective is, but for its operands: the inputs of each of its terms, one after the other, and beta.
+def times(value: Tensor, number: Number) -> Tensor:
+    """A product in the value's dtype; PyTorch's forward mode takes a 0-dim tensor times a number to float64."""
+    return value * (number if isinstance(number, Tensor) else value.new_full((), number))
 
-    loss = the likelihood + beta * the divergence; either may be absent.
+
+def with_gradient_times(value: Number, factor: Number) -> Any:
+    """The value itself, whose gradient is multiplied by a factor."""
+    if not isinstance(value, Tensor) or (not isinstance(factor, Tensor) and factor == 1.0):
+        return value
+    fixed = value.detach()
+    return torch.where(fixed.isfinite(), fixed + times(value - fixed, factor), value)
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+class Placed(NamedTuple):
+    """A term of an objective, and where its operands are."""
+
+    formula: Formula
+    forms: tuple[Form, ...]
+    gains: tuple[float, ...] | None
+    """What the gradients of its inputs are multiplied by."""
+    reduction: str
+    inputs: slice
+    weight: int | None
+    normalizer: int | None
+
+
+class Objective(NamedTuple):
+    """What an objective is, but for its operands.
+
+    loss = the likelihood + beta * the divergence; either may be absent. Operands: of each term the inputs, and the
+    weight and the normalizer (which multiplies the sum) if it has these; then beta; then grad_scale if there is one.
     """
 
     formulas: tuple[str, ...]
     """The names of its terms' formulas."""
-    parameter: float
-    """That of the formula which has one."""
+    maps: tuple[str, ...]
+    squared: tuple[bool, ...]
+    limits: tuple[float, ...]
+    """The forms of all scales, of each a map, and low, high and eps."""
+    balance: float | None
+    """What gradients to a prior are multiplied by; those to the posterior by 1 less this."""
+    weighted: tuple[bool, ...]
+    normalized: tuple[bool, ...]
+    """The terms that have a weight, and a normalizer."""
     packed_dim: int
     """The dimension along which means and scales are packed, of operands that are."""
     full: bool
     """Whether terms have their constants."""
-    reduction: str
-    """"sample" gives a value per sample, "element" a value per element (of a single term), all else a total."""
+    reductions: tuple[str, ...]
+    """Of each term: "batchmean", "sum", "mean" or "weighted_mean"; or, of all, "none"."""
+    dim: tuple[int, ...] | None
+    """With "none", what values are summed over: by default all but the batch."""
     dtype: torch.dtype
     """Of the values."""
     returns_terms: bool
     """Whether the values are the loss, the likelihood and the divergence, or the loss alone."""
     needed: tuple[bool, ...]
     """The operands whose gradients are made with the values; of those with which that is possible."""
+    is_grad_scaled: bool
     backend: str
 
-    def terms(self) -> list[tuple[Formula, slice]]:
-        """Each formula and where its inputs are among the operands."""
-        found, start = [], 0
-        for name in self.formulas:
+    def terms(self) -> tuple[Placed, ...]:
+        """Its terms, in order."""
+        forms = iter(forms_of(self.maps, self.squared, self.limits))
+        found, position = [], 0
+        for k, name in enumerate(self.formulas):
             formula = GIVEN if name == GIVEN.name else FORMULAS[name]
-            found.append((formula, slice(start, start + len(formula.inputs))))
-            start += len(formula.inputs)
-        return found
+            inputs = slice(position, position + len(formula.inputs))
+            position = inputs.stop
+            weight = normalizer = None
+            if self.weighted[k]:
+                weight, position = position, position + 1
+            if self.normalized[k]:
+                normalizer, position = position, position + 1
+            a = self.balance
+            gains = None if a is None else (1.0 - a, 1.0 - a, a, a)[: len(formula.inputs)]
+            own = tuple(next(forms) for _ in formula.pairs)
+            found.append(Placed(formula, own, gains, self.reductions[k], inputs, weight, normalizer))
+        return tuple(found)
+
+    @property
+    def values(self) -> str:
+        """What it gives: "total", "sample" (a value for each), or "element" (summed over ``dim`` alone)."""
+        if self.reductions[0] != "none":
+            return "total"
+        return "sample" if self.dim is None else "element"
 
     @property
     def beta(self) -> int:
-        """Beta's position among the operands, the last."""
-        return sum(len(formula.inputs) for formula, _ in self.terms())
+        """Beta's position among the operands."""
+        return len(self.needed) - 1 - self.is_grad_scaled
+
+    @property
+    def grad_scale(self) -> int | None:
+        return len(self.needed) - 1 if self.is_grad_scaled else None
 
 
-def objective(spec: Objective, operands: Sequence[Tensor | float | None]) -> list[Tensor]:
+def forms_of(maps: Sequence[str], squared: Sequence[bool], limits: Sequence[float]) -> tuple[Form, ...]:
+    """Forms from the fields that describe all of them."""
+    return tuple(Form(m, s, *limits[3 * k : 3 * k + 3]) for k, (m, s) in enumerate(zip(maps, squared, strict=True)))
+
+
+def form_fields(forms: Sequence[Form]) -> tuple[tuple[str, ...], tuple[bool, ...], tuple[float, ...]]:
+    """The fields that describe some forms: maps, squared and limits."""
+    return (
+        tuple(form.map for form in forms),
+        tuple(form.squared for form in forms),
+        tuple(limit for form in forms for limit in (form.low, form.high, form.eps)),
+    )
+
+
+def term_elements(term: Placed, operands: Sequence[Number | None], packed_dim: int, *, full: bool) -> Tensor:
+    """The weighted values of a term's elements, of all operands."""
+    inputs = unpacked(term.formula, operands[term.inputs], packed_dim)
+    if term.gains is not None:
+        inputs = [with_gradient_times(t, gain) for t, gain in zip(inputs, term.gains, strict=True)]
+    weight = None if term.weight is None else operands[term.weight]
+    counts = None
+    if weight is not None:
+        assert isinstance(weight, Tensor)
+        assert isinstance(inputs[0], Tensor)
+        # Where the weight is 0, formulas see numbers with which nothing can go wrong, and no gradient goes through.
+        counts = (weight != 0).expand(inputs[0].shape)
+        inputs = [torch.where(counts, t, torch.ones_like(t)) if isinstance(t, Tensor) else t for t in inputs]
+    elements = term.formula(inputs, term.forms)
+    if full and term.formula.constant:
+        elements = elements + term.formula.constant
+    if counts is None:
+        return elements
+    assert isinstance(weight, Tensor)
+    return torch.where(counts, elements * weight.to(elements.dtype), 0.0)
+
+
+def objective(spec: Objective, operands: Sequence[Number | None]) -> list[Tensor]:
     """The values of an objective by the formulas, differentiable, in the dtype of the arithmetic.
 
     Loss, likelihood and divergence, whatever ``spec`` says of the terms; those that are absent are 0.
@@ -313,40 +583,105 @@ def objective(spec: Objective, operands: Sequence[Tensor | float | None]) -> lis
             t if t is None or isinstance(t, Tensor) else torch.full((), t, dtype=torch.float64, device=device)
             for t in operands
         ]
-    for formula, inputs in spec.terms():
-        if formula is GIVEN:
-            (kl,) = operands[inputs]
-            assert isinstance(kl, Tensor)
-            divergence = kl if spec.reduction == "sample" else _times(kl.sum(), factor_of(spec.reduction, kl.shape))
-            continue
-        elements = formula(unpacked(formula, operands[inputs], spec.packed_dim), spec.parameter)
-        if spec.full and formula.constant:
-            elements = elements + formula.constant
-        value = reduce(elements, spec.reduction)
-        if formula.is_divergence:
+    for term in spec.terms():
+        if term.formula is GIVEN:
+            (elements,) = operands[term.inputs]
+            assert isinstance(elements, Tensor)
+            shape = elements.shape
+        else:
+            elements = term_elements(term, operands, spec.packed_dim, full=spec.full)
+            shape = elements.shape
+        if term.reduction == "none":
+            value = summed(elements, spec.dim)
+        else:
+            value = times(elements.sum(), factor_of(term.reduction, shape))
+            if term.normalizer is not None:
+                value = times(value, operands[term.normalizer])  # type: ignore[arg-type]
+        if term.formula.is_divergence:
             divergence = value
         else:
             likelihood = value
     if divergence is None:
         assert likelihood is not None
-        return [likelihood, likelihood, torch.zeros_like(likelihood)]
-    beta = operands[spec.beta]
-    assert beta is not None
-    weighted = _times(divergence, beta)
-    loss = weighted if likelihood is None else likelihood + weighted
-    return [loss, torch.zeros_like(loss) if likelihood is None else likelihood, divergence]
+        values = [likelihood, likelihood, torch.zeros_like(likelihood)]
+    else:
+        beta = operands[spec.beta]
+        assert beta is not None
+        weighted = times(divergence, beta)
+        loss = weighted if likelihood is None else likelihood + weighted
+        values = [loss, torch.zeros_like(loss) if likelihood is None else likelihood, divergence]
+    if spec.grad_scale is not None:
+        factor = operands[spec.grad_scale]
+        assert factor is not None
+        values = [with_gradient_times(value, factor) for value in values]
+    return values
 
 
-def latent(operands: Sequence[Tensor | float | None], kl_dtype: torch.dtype | None, packed_dim: int) -> list[Tensor]:
-    """The sample of mu, logvar and a seed or noise, in their promoted dtype; with a dtype for it, its KL per sample."""
-    mu, logvar, seed, noise = operands
-    assert isinstance(mu, Tensor)
-    mean, scale = unpack(mu, logvar, packed_dim)  # type: ignore[arg-type]
+# --- the latent -------------------------------------------------------------------------------------------------------
+
+
+class Sampling(NamedTuple):
+    """What a pass over the latent is, but for its operands: the sample z, and the divergence beside it.
+
+    Operands: the inputs of the divergence; then the seed, the offset and the noise (a seed or noise).
+    """
+
+    divergence: str
+    """The name of its formula, of whose inputs the first two are the mean and the scale of z."""
+    maps: tuple[str, ...]
+    squared: tuple[bool, ...]
+    limits: tuple[float, ...]
+    """The forms of all scales, of each a map, and low, high and eps."""
+    samples: int | None
+    """How many samples there are, along a dimension in front; None for one, without such a dimension."""
+    at_sample: bool
+    """Whether the divergence is log q(z) - log p(z), one a sample, or the expectation of that."""
+    kl_dtype: torch.dtype | None
+    """Of the divergence; None for the sample alone."""
+    kl_dim: tuple[int, ...]
+    """What the divergence is summed over, counted in the dimensions of z."""
+    packed_dim: int
+    """The dimension along which means and scales are packed, of operands that are."""
+    backend: str
+
+    @property
+    def formula(self) -> Formula:
+        return FORMULAS[self.divergence]
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        return forms_of(self.maps, self.squared, self.limits)
+
+    def shape(self, mean: torch.Size) -> torch.Size:
+        """Of z."""
+        return mean if self.samples is None else torch.Size((self.samples, *mean))
+
+
+def latent(spec: Sampling, operands: Sequence[Number | None]) -> list[Tensor]:
+    """The sample, in the promoted dtype of mean and scale; and the divergence if there is to be one."""
+    *given, seed, offset, noise = operands
+    inputs = unpacked(spec.formula, given, spec.packed_dim)
+    mean, scale = inputs[:2]
+    assert isinstance(mean, Tensor)
+    assert isinstance(scale, Tensor)
     if noise is None:
         assert isinstance(seed, Tensor)
-        noise = _laid_out_as(normal(tuple(mean.shape), seed, working_dtype(mean, scale)), mean)
-    z = sample(mean, scale, noise).to(torch.promote_types(mean.dtype, scale.dtype))  # type: ignore[arg-type]
-    return [z] if kl_dtype is None else [z, reduce(kl_standard_normal(mean, scale), "sample").to(kl_dtype)]
+        noise = normal(tuple(spec.shape(mean.shape)), seed, working_dtype(mean, scale), 0 if offset is None else offset)
+        noise = _laid_out_as(noise, mean)
+    assert isinstance(noise, Tensor)
+    z_dtype = torch.promote_types(mean.dtype, scale.dtype)
+    dtype = working_dtype(*inputs, noise)
+    ready = spec.formula.prepared([t.to(dtype) if isinstance(t, Tensor) else t for t in inputs], spec.forms)
+    noise = noise.to(dtype)
+    z = sample(ready[0], ready[1], noise)
+    if spec.kl_dtype is None:
+        return [z.to(z_dtype)]
+    if spec.at_sample:
+        assert spec.formula.at_sample is not None
+        elements = spec.formula.at_sample(z, noise, *ready[1:])
+    else:
+        elements = spec.formula.elements(*ready)
+    return [z.to(z_dtype), summed(elements, spec.kl_dim).to(spec.kl_dtype)]
 
 
 def _laid_out_as(noise: Tensor, mean: Any) -> Tensor:
@@ -365,15 +700,17 @@ _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
-def normal(shape: tuple[int, ...], seed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standard normal noise: element i of the row-major output is lane i % 4 of Philox counter i // 4.
+def normal(shape: tuple[int, ...], seed: Tensor, dtype: torch.dtype, offset: Number = 0) -> Tensor:
+    """Standard normal noise: element i of the row-major output is lane (i + offset) % 4 of counter (i + offset) // 4.
 
     ``seed`` is a 0-dim int64 tensor, on the device the noise is wanted on; it is never read by the host.
     The four words of a counter become two Box-Muller pairs. Evaluated in float64, where the device has it, and rounded
     to float32.
     """
     count = math.prod(shape)
-    counter = torch.arange((count + 3) // 4, dtype=torch.int64, device=seed.device)
+    first = offset.to(torch.int64) if isinstance(offset, Tensor) else int(offset)
+    skip = first % 4
+    counter = torch.arange((count + 6) // 4, dtype=torch.int64, device=seed.device) + first // 4
     words = _philox4x32(counter, seed)
     uniforms = [_in_float64((word >> 1).to(torch.float32) * 2.0**-31 + 2.0**-32) for word in words]
     lanes = []
@@ -381,7 +718,10 @@ def normal(shape: tuple[int, ...], seed: Tensor, dtype: torch.dtype) -> Tensor:
         radius = torch.sqrt(-2.0 * torch.log(u0))
         sine, cosine = _sincos_turns(u1)
         lanes += [radius * cosine, radius * sine]
-    return torch.stack(lanes, dim=1).flatten()[:count].float().to(dtype).view(shape)
+    stream = torch.stack(lanes, dim=1).flatten().float().to(dtype)
+    if isinstance(skip, Tensor):
+        return stream[torch.arange(count, device=seed.device) + skip].view(shape)
+    return stream[skip : skip + count].view(shape)
 
 
 def _in_float64(tensor: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedvae.layout import Strides, canonical, dense_strides, expanded
+from fusedvae.layout import Strides, canonical, contiguous_strides, dense_strides, expanded
 
-from . import Launcher, Part, TermWork
+from . import LatentWork, Launcher, Part, TermWork
 
 Extent = tuple[int, int, int]
 
@@ -27,7 +27,7 @@ class Copy(NamedTuple):
         """The stand-in, filled with the values of an input."""
         original = self.part.of(sources)
         made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=original.device)
-        return made if self.is_output else made.copy_(original)
+        return made if self.is_output else made.copy_(original.view(self.part.shape))
 
     def stand_in(self, source: int) -> Part:
         """The stand-in as a part, if it is that source."""
@@ -37,7 +37,7 @@ class Copy(NamedTuple):
         """Complete an output that was computed in the stand-in, summed over what it is broadcast along."""
         if self.is_output:
             original: torch.Tensor = self.part.of(sources)
-            original.copy_(made.sum_to_size(original.shape))
+            original.copy_(made.sum_to_size(self.part.shape).view(original.shape))
 
 
 class Walk(NamedTuple):
@@ -54,6 +54,10 @@ class Walk(NamedTuple):
     copies: list[Copy]
 
 
+CanSum = Callable[[Extent, tuple[Strides | None, ...]], bool]
+"""Whether kernels can sum a value and gradients, of these strides over an extent, over what they are broadcast along."""
+
+
 def walk(
     shape: torch.Size,
     parts: Sequence[Part | None],
@@ -63,20 +67,19 @@ def walk(
     in_double: bool,
     keep_batch: bool,
     indexed: bool = False,
+    lead: Strides = (),
 ) -> Walk:
     """How to walk parts that broadcast to ``shape``; those from ``first_output`` on are written to.
 
     ``sources`` is how many there are already. ``keep_batch`` and ``indexed`` as `fusedvae.layout.canonical` has them.
+    The strides of the first part set the memory order, or those in ``lead`` do.
     """
     tensors = [(k, part) for k, part in enumerate(parts) if part is not None and part.shape is not None]
-    layout = canonical(
-        tuple(shape),
-        tuple([expanded(part.shape or (), part.strides, shape) for _, part in tensors]),
-        keep_batch=keep_batch,
-        indexed=indexed,
-    )
+    strides_of = [expanded(part.shape or (), part.strides, shape) for _, part in tensors]
+    layout = canonical(tuple(shape), (*([lead] if lead else []), *strides_of), keep_batch=keep_batch, indexed=indexed)
     found = Walk(layout.extent, layout.logical, list(parts), [()] * len(parts), [])
-    for position, ((k, part), strides) in enumerate(zip(tensors, layout.strides, strict=True)):
+    first = 1 if lead else 0
+    for position, ((k, part), strides) in enumerate(zip(tensors, layout.strides[first:], strict=True), first):
         found.strides[k] = strides
         if position in layout.copies:
             copy = _stand_in(part, k >= first_output, shape, layout.dense, in_double)
@@ -93,23 +96,63 @@ def _stand_in(part: Part, is_output: bool, shape: torch.Size, strides: Strides, 
     return Copy(part, is_output, shape, strides, dtype)
 
 
-def walk_term(
-    term: TermWork,
-    sources: int,
-    *,
-    keep_batch: bool,
-    can_sum: Callable[[Extent, tuple[Strides | None, ...]], bool],
-) -> Walk:
-    """How to walk a term: its inputs, weight, value and gradients, in this order.
+def walk_term(term: TermWork, sources: int, *, keep_batch: bool, can_sum: CanSum) -> Walk:
+    """How to walk a term: its inputs, weight, incoming, value and gradients, in this order.
 
-    ``can_sum`` says, of an extent and the strides of gradients over it, whether the kernels can sum these over what
-    they are broadcast along. What they cannot sum they write out, and PyTorch adds it up.
+    What the kernels cannot sum they write out, and PyTorch adds it up.
     """
     shape = term.inputs[0].shape
     assert shape is not None
-    inputs = [*term.inputs, term.weight]
-    outputs = [term.value, *term.grads]
-    dense = dense_strides(shape, expanded(shape, term.inputs[0].strides, shape))
+    return _walk_summing(
+        shape,
+        [*term.inputs, term.weight, term.incoming],
+        [term.value, *term.grads],
+        1 + len(term.grads),
+        sources,
+        in_double=term.in_double,
+        keep_batch=keep_batch,
+        can_sum=can_sum,
+    )
+
+
+def walk_latent(work: LatentWork, sources: int, *, can_sum: CanSum) -> Walk:
+    """How to walk a pass over the latent: inputs, noise, grad_z, incoming, z, value and gradients, in this order."""
+    term, shape = work.divergence, work.shape
+    lead: Strides = ()
+    mean = term.inputs[0].shape
+    if mean != shape:  # samples in front, along which the mean is the same
+        lead = contiguous_strides(shape)
+    return _walk_summing(
+        shape,
+        [*term.inputs, work.noise, work.grad_z, term.incoming],
+        [work.z, term.value, *term.grads],
+        1 + len(term.grads),
+        sources,
+        in_double=term.in_double,
+        keep_batch=False,
+        can_sum=can_sum,
+        indexed=work.seed is not None,
+        lead=lead,
+    )
+
+
+def _walk_summing(
+    shape: torch.Size,
+    inputs: list[Part | None],
+    outputs: list[Part | None],
+    summed: int,
+    sources: int,
+    *,
+    in_double: bool,
+    keep_batch: bool,
+    can_sum: CanSum,
+    indexed: bool = False,
+    lead: Strides = (),
+) -> Walk:
+    """A walk whose last ``summed`` outputs are summed over what they are broadcast along."""
+    first = inputs[0]
+    assert first is not None
+    dense = lead or dense_strides(shape, expanded(first.shape or (), first.strides, shape))
     written_out: list[Copy] = []
     while True:
         walked = walk(
@@ -117,19 +160,22 @@ def walk_term(
             [*inputs, *outputs],
             len(inputs),
             sources + len(written_out),
-            in_double=term.in_double,
+            in_double=in_double,
             keep_batch=keep_batch,
+            indexed=indexed,
+            lead=lead,
         )
-        grads = walked.parts[len(inputs) + 1 :]
-        strides = tuple([steps or None for steps in walked.strides[len(inputs) + 1 :]])
-        broadcast = [k for k, part in enumerate(grads) if part is not None and part.shape != shape]
+        parts = walked.parts[-summed:]
+        strides = tuple([steps or None for steps in walked.strides[-summed:]])
+        broadcast = [k for k, part in enumerate(parts) if part is not None and part.shape != shape]
         # Sums of nothing are zero, but the kernels see no extent to make them for.
         if not broadcast or (shape.numel() and can_sum(walked.extent, strides)):
             return walked._replace(copies=[*written_out, *walked.copies])
-        part = term.grads[broadcast[-1]]
+        position = len(outputs) - summed + broadcast[-1]
+        part = outputs[position]
         assert part is not None
-        copy = _stand_in(part, True, shape, dense, term.in_double)
-        outputs[1 + broadcast[-1]] = copy.stand_in(sources + len(written_out))
+        copy = _stand_in(part, True, shape, dense, in_double)
+        outputs[position] = copy.stand_in(sources + len(written_out))
         written_out.append(copy)
 
 

@@ -1,0 +1,30 @@
+// The forms of a scale: what the tensor beside a mean may hold.
+#pragma once
+
+#include <cmath>
+
+#include "math/target.h"
+
+namespace fusedvae {
+
+enum class Map : int {
+  exponential = 0,
+  linear = 1,
+  softplus = 2,
+  bounded = 3,  // the larger of x and eps, of which the derivative knows nothing
+};
+
+// What is given, x, is bounded first, as torch.clamp does it; then the base is e^x, x or softplus(x), plus eps. The
+// scale that a formula is written in is the base, or its square, as a variance is that of a standard deviation.
+struct Form {
+  Map map = Map::exponential;
+  bool squared = false;
+  double low = -INFINITY, high = INFINITY, eps = 0;
+
+  // Whether x is the logarithm that formulas are written in.
+  FUSEDVAE_INLINE bool is_plain() const {
+    return map == Map::exponential && !squared && low == -INFINITY && high == INFINITY && eps == 0;
+  }
+};
+
+}  // namespace fusedvae

@@ -1,0 +1,102 @@
+// The scales of formulas: what is made of an input that is some form of one. Formulas are written in the logarithm of a
+// variance (of a Laplace distribution: of its scale).
+#pragma once
+
+#include "form.h"
+#include "math/target.h"
+
+namespace fusedvae {
+namespace FUSEDVAE_NAMESPACE {
+
+// A scale as formulas take it: its logarithm, a power of it, and the derivative of the logarithm by x.
+template <class T>
+struct Scale {
+  T log, power, slope;
+};
+
+// A value and its derivative.
+template <class T>
+struct Derived {
+  T value, slope;
+};
+
+// log(1 + e^x) and its derivative, the logistic function.
+template <class T>
+FUSEDVAE_INLINE Derived<T> softplus(T x) {
+  const T t = exponential(x < 0.0f ? x : -x), inverse = 1.0f / (1.0f + t);
+  const T log = logarithm_of_1_plus(t);
+  return {x < 0.0f ? log : x + log, x < 0.0f ? t * inverse : inverse};
+}
+
+// x within its bounds, and 1 if it was; NaN stays NaN, and counts as outside.
+template <class T>
+FUSEDVAE_INLINE Derived<T> bounded(const Form& form, T x) {
+  const T low = number<T>(form.low), high = number<T>(form.high);
+  const T above = x < low ? low : x;
+  const T inside = x >= low ? number<T>(1) : number<T>(0);
+  return {above > high ? high : above, x <= high ? inside : number<T>(0)};
+}
+
+// The base of x, which is within its bounds.
+template <class T>
+FUSEDVAE_INLINE Derived<T> base_of(const Form& form, T x) {
+  const T one = number<T>(1), eps = number<T>(form.eps);
+  switch (form.map) {
+    case Map::exponential: {
+      const T base = exponential(x);
+      return {base + eps, base};
+    }
+    case Map::linear:
+      return {x + eps, one};
+    case Map::softplus: {
+      const Derived<T> base = softplus(x);
+      return {base.value + eps, base.slope};
+    }
+    default:
+      return {x < eps ? eps : x, one};
+  }
+}
+
+// The scale of x, with its first power or with its inverse (power = -1).
+template <int power, class T>
+FUSEDVAE_INLINE Scale<T> scale_of(const Form& form, T given) {
+  const Derived<T> x = bounded(form, given);
+  if (form.map == Map::exponential && form.eps == 0) {  // the logarithm is there already
+    const T log = form.squared ? x.value + x.value : x.value;
+    return {log, exponential(power > 0 ? log : -log), form.squared ? x.slope + x.slope : x.slope};
+  }
+  const Derived<T> base = base_of(form, x.value);
+  const T inverse = 1.0f / base.value, log = logarithm(base.value), slope = base.slope * inverse * x.slope;
+  if (form.squared) return {log + log, power > 0 ? base.value * base.value : inverse * inverse, slope + slope};
+  return {log, power > 0 ? base.value : inverse, slope};
+}
+
+// The scale of the logarithm itself.
+template <int power, class T>
+FUSEDVAE_INLINE Scale<T> scale_of_log(T log) {
+  return {log, exponential(power > 0 ? log : -log), number<T>(1)};
+}
+
+// The standard deviation of a variance in some form, and its derivative by x.
+template <class T>
+FUSEDVAE_INLINE Derived<T> deviation_of(const Form& form, T given) {
+  const Derived<T> x = bounded(form, given);
+  if (form.map == Map::exponential && form.eps == 0) {
+    const T deviation = exponential(form.squared ? x.value : 0.5f * x.value);
+    return {deviation, (form.squared ? deviation : 0.5f * deviation) * x.slope};
+  }
+  const Derived<T> base = base_of(form, x.value);
+  if (form.squared) return {base.value, base.slope * x.slope};
+  const T deviation = root(base.value);
+  return {deviation, 0.5f * base.slope / deviation * x.slope};
+}
+
+// A gradient by what a form has made of x, as one by x: none where the form is level, whatever it would be multiplied
+// with.
+template <class T>
+FUSEDVAE_INLINE T through(T gradient, T slope) {
+  return slope == 0.0f ? number<T>(0) : gradient * slope;
+}
+
+}  // namespace FUSEDVAE_NAMESPACE
+}  // namespace fusedvae
