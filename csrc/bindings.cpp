@@ -2,11 +2,11 @@
 // whatever has a method data_ptr.
 //
 // A task says how a kernel goes over its operands: everything about a call but where they lie. It is made once for
-// tensors of some sizes, strides and dtypes, and runs on any that have these. Making one takes the form of each
-// operand: (tensor, byte offset, dtype code, batch stride, outer stride, inner stride) for one that lies in a tensor of
-// the run, (number,) for one that is a number, None for one that is not there; tensor and number are positions in the
-// tuple that a run takes. The caller answers for the memory, and has imported torch, whose OpenMP runtime the kernels
-// then share.
+// tensors of some sizes, strides and dtypes, and runs on any that have these. Making one takes a description
+// of each operand: (tensor, byte offset, dtype code, batch stride, outer stride, inner stride) for one that lies in a
+// tensor of the run, (number,) for one that is a number, None for one that is not there; tensor and number are
+// positions in the tuple that a run takes. The caller answers for the memory, and has imported torch, whose OpenMP
+// runtime the kernels then share.
 
 #include <pybind11/pybind11.h>
 
@@ -44,25 +44,25 @@ class Planned {
  public:
   Part part;
 
-  void add(Operand& operand, const py::handle& form) {
-    if (form.is_none()) return;
+  void add(Operand& operand, const py::handle& description) {
+    if (description.is_none()) return;
     operand.given = true;
-    const auto fields = form.cast<py::tuple>();
+    const auto fields = description.cast<py::tuple>();
     Slot slot{offset_of(operand), fields[0].cast<size_t>(), -1};
     if (fields.size() == 6) {
       slot.bytes = fields[1].cast<int64_t>();
       operand.dtype = static_cast<DType>(fields[2].cast<int>());
       for (size_t i = 0; i < 3; ++i) operand.stride[i] = fields[i + 3].cast<int64_t>();
     } else if (fields.size() != 1) {
-      throw py::value_error("an operand's form has six fields, or one for a number");
+      throw py::value_error("an operand has six fields, or one for a number");
     }
     take(slot);
   }
 
   template <size_t size>
-  void add(Operand (&operands)[size], const py::tuple& forms) {
-    if (forms.size() > size) throw py::value_error("more operands than a task has room for");
-    for (size_t i = 0; i < forms.size(); ++i) add(operands[i], forms[i]);
+  void add(Operand (&operands)[size], const py::tuple& descriptions) {
+    if (descriptions.size() > size) throw py::value_error("more operands than a task has room for");
+    for (size_t i = 0; i < descriptions.size(); ++i) add(operands[i], descriptions[i]);
   }
 
   // Puts a smaller part into its place in this one.
@@ -211,10 +211,10 @@ Planned<ObjectiveTask> objective_task(const py::tuple& terms, int values, const 
   return plan;
 }
 
-Planned<ScaleTask> scale_task(const py::tuple& forms, const py::tuple& counts, const py::tuple& factor) {
+Planned<ScaleTask> scale_task(const py::tuple& tensors, const py::tuple& counts, const py::tuple& factor) {
   Planned<ScaleTask> plan;
-  plan.add(plan.part.tensors, forms);
-  for (size_t i = 0; i < forms.size(); ++i) plan.part.counts[i] = counts[i].cast<int64_t>();
+  plan.add(plan.part.tensors, tensors);
+  for (size_t i = 0; i < tensors.size(); ++i) plan.part.counts[i] = counts[i].cast<int64_t>();
   plan.add(plan.part.factor, factor);
   return plan;
 }

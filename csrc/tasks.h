@@ -28,9 +28,10 @@ struct ElementwiseTask {
   Extent extent;
   Operand inputs[kMostInputs];
   Form forms[kMostScales];                   // of the inputs that are scales
-  double gains[kMostInputs] = {1, 1, 1, 1};  // what each gradient is multiplied by besides
-  Operand weight;    // of each element; 1 if not given. Where it is 0, so are value and gradients, whatever the inputs
-  Operand incoming;  // a further weight of each element, in gradients alone
+  double gains[kMostInputs] = {1, 1, 1, 1};  // what each gradient of a divergence is multiplied by besides
+  Operand weight;  // of each element; 1 if not given. Where it is 0, so are value and gradients, whatever the inputs
+  // A further weight of each element, in gradients alone; there are no values then (but beside a sample).
+  Operand incoming;
   Operand value;
   Operand grads[kMostInputs];
 

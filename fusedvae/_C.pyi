@@ -1,11 +1,13 @@
-# What csrc/bindings.cpp defines, which explains forms and what runs take.
+# What csrc/bindings.cpp defines, which explains operands and what runs take.
 from typing import Any
 
 _Triple = tuple[int, ...]
-_Form = tuple[int, ...] | None
+_Operand = tuple[int, ...] | None
+_Form = tuple[int, bool, float, float, float]
 
 def cpu_isa() -> str: ...
 def formulas() -> tuple[str, ...]: ...
+def divergences() -> tuple[str, ...]: ...
 def can_sum(extent: _Triple, strides: tuple[_Triple | None, ...]) -> bool: ...
 def normal(out: int, dtype: int, count: int, seed: int, threads: int) -> None: ...
 
@@ -19,54 +21,52 @@ class _Task:
     @property
     def workspace_bytes(self) -> int: ...
 
-class LatentTask(_Task):
-    def __init__(
-        self,
-        extent: _Triple,
-        index: _Triple,
-        in_double: bool,
-        *,
-        seed: _Form,
-        mu: _Form,
-        logvar: _Form,
-        noise: _Form,
-        grad_z: _Form,
-        grad_kl: _Form,
-        z: _Form,
-        kl: _Form,
-        grad_mu: _Form,
-        grad_logvar: _Form,
-    ) -> None: ...
-
 class ElementwiseTask:
     def __init__(
         self,
-        formula: str,
-        parameter: float,
         in_double: bool,
         extent: _Triple,
         *,
-        inputs: tuple[_Form, ...],
-        weight: _Form,
-        value: _Form,
-        grads: tuple[_Form, ...],
+        inputs: tuple[_Operand, ...],
+        forms: tuple[_Form, ...] = (),
+        gains: tuple[float, ...] = (),
+        weight: _Operand = None,
+        incoming: _Operand = None,
+        value: _Operand = None,
+        grads: tuple[_Operand, ...],
+    ) -> None: ...
+
+class LatentTask(_Task):
+    def __init__(
+        self,
+        divergence: str,
+        elements: ElementwiseTask,
+        index: _Triple,
+        *,
+        seed: _Operand,
+        offset: _Operand,
+        noise: _Operand,
+        grad_z: _Operand,
+        z: _Operand,
     ) -> None: ...
 
 class Term:
     def __init__(
         self,
+        formula: str,
         elements: ElementwiseTask | None,
         *,
-        given: _Form = None,
+        given: _Operand = None,
         given_count: int = 0,
         factor: float = 1.0,
+        normalizer: _Operand = None,
         constant: float = 0.0,
-        coefficient: _Form = None,
-        out: _Form = None,
+        coefficient: _Operand = None,
+        out: _Operand = None,
     ) -> None: ...
 
 class ObjectiveTask(_Task):
-    def __init__(self, terms: tuple[Term, ...], values: int, loss: _Form) -> None: ...
+    def __init__(self, terms: tuple[Term, ...], values: int, loss: _Operand, grad_scale: _Operand = None) -> None: ...
 
 class ScaleTask(_Task):
-    def __init__(self, forms: tuple[_Form, ...], counts: tuple[int, ...], factor: _Form) -> None: ...
+    def __init__(self, tensors: tuple[_Operand, ...], counts: tuple[int, ...], factor: _Operand) -> None: ...

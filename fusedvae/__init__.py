@@ -8,13 +8,15 @@ from . import functional, networks, random
 from .backend import BackendInfo, backends, use_backend
 from .functional import ELBOTerms, Latent
 from .losses import ELBOLoss
-from .vae import VAE, DiagonalGaussian, VAEOutput
+from .vae import VAE, Bernoulli, DiagonalGaussian, DiagonalLaplace, VAEOutput
 from .version import __version__
 
 __all__ = [
     "VAE",
     "BackendInfo",
+    "Bernoulli",
     "DiagonalGaussian",
+    "DiagonalLaplace",
     "ELBOLoss",
     "ELBOTerms",
     "Latent",

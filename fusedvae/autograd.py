@@ -210,8 +210,8 @@ def _latent_gradients(
     # Hardly anybody asks for the noise's gradient: the formula will do.
     if torch.is_grad_enabled() or is_transformed((grad_z, grad_kl)) or (noise is not None and noise.requires_grad):
         if noise is None and seed is not None and offset is None:
-            shape = list(spec.shape(reference.unpacked(spec.formula, inputs, spec.packed_dim)[0].shape))
-            noise = ops.normal(shape, seed, reference.working_dtype(*inputs), spec.backend)
+            mean: Any = reference.unpacked(spec.formula, inputs, spec.packed_dim)[0]
+            noise = ops.normal(list(spec.shape(mean.shape)), seed, reference.working_dtype(*inputs), spec.backend)
         kl_dtype = None if grad_kl is None else grad_kl.dtype
         whole = Sampling(*spec[:6], kl_dtype, *spec[6:8], "reference")
 

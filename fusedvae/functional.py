@@ -51,6 +51,7 @@ from .backend.reference import (
 )
 from .calls import Operand, Operands, find
 from .layout import broadcasts
+from .random import normal
 from .torch_private import is_transformed
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -95,7 +96,7 @@ _PLAIN = _Written("logvar", None, 0.0)
 
 def _written(scale: str | None, clamp: Bounds, eps: float) -> _Written:
     """As users wrote it; hashable, as calls are found by it."""
-    return _Written(scale, tuple(clamp) if isinstance(clamp, list) else clamp, eps)  # type: ignore[arg-type]
+    return _Written(scale, tuple(clamp) if isinstance(clamp, list) else clamp, eps)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def _checked_reduction(reduction: object) -> str:
 def _checked_reductions(reduction: object) -> tuple[str, str]:
     """Those of the likelihood and of the divergence."""
     if not isinstance(reduction, (tuple, list)) or len(reduction) != 2:
-        return (_checked_reduction(reduction),) * 2  # type: ignore[return-value]
+        return (_checked_reduction(reduction),) * 2
     first, second = map(_checked_reduction, reduction)
     if (first == "none") != (second == "none"):
         raise ValueError(f"reduction: expected 'none' for both or for neither, got {reduction!r}")
@@ -305,7 +306,7 @@ def _dimensions(name: str, dim: object, dims: int) -> tuple[int, ...]:
     for d in given:
         if not isinstance(d, numbers.Integral) or isinstance(d, bool):
             raise TypeError(f"{name}: expected an integer or a sequence of them, got {dim!r}")
-        if not -dims <= d < dims:
+        if not -dims <= int(d) < dims:
             raise ValueError(f"{name}: expected dimensions of a tensor that has {dims}, got {d}")
         found.add(int(d) % dims)
     if len(found) != len(given):
@@ -321,11 +322,6 @@ def _check_number(name: str, value: object) -> None:
             )
     elif not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {type(value).__name__}")
-
-
-def _check_generator(generator: object) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
 
 
 def _value_dtype(device_type: str, *operands: Tensor | float | None, is_sum: bool = True) -> torch.dtype:
@@ -423,7 +419,7 @@ def latent(
         `Latent` (z, kl): z of mu's shape (half a packed one's), kl of shape (batch,), or what ``dim`` leaves. With
         ``samples``, z has that many in front; so has kl at the samples.
     """
-    if estimator != "analytic" and estimator != "sample":  # noqa: PLR1714 - a hot path
+    if estimator != "analytic" and estimator != "sample":
         raise ValueError(f"estimator: expected 'analytic' or 'sample', got {estimator!r}")
     formula, inputs = _divergence_of(mu, logvar, prior_mu, prior_logvar)
     posterior = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
@@ -464,15 +460,16 @@ def _sampled(
     backend: str | None,
 ) -> Sequence[Tensor]:
     """The sample of a divergence's inputs and, if it has a name, the divergence."""
-    if noise is None and generator is not None and not isinstance(generator, torch.Generator):
-        noise, generator = _noise_of_each(generator, inputs, samples, packed_dim, backend), None
     if noise is not None and generator is not None:
         raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
-    _check_generator(generator)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        noise, generator = _noise_of_each(generator, inputs, samples, packed_dim, backend), None
     first = None
     if type(offset) is not int or offset != 0:
         if not isinstance(offset, numbers.Integral) or isinstance(offset, bool):
             raise TypeError(f"offset: expected an integer, got {type(offset).__name__}")
+        if offset < 0:
+            raise ValueError(f"offset: expected at least 0, got {offset}")
         first = float(offset)  # a number as others among the operands: calls do not depend on it
     operands = (*inputs, None, first, noise)
     if isinstance(dim, list):
@@ -550,7 +547,7 @@ def _noise_of_each(
     mu, logvar = inputs[:2]
     _check_latents(mu, logvar, packed_dim)
     assert isinstance(mu, Tensor)
-    if not isinstance(generators, (list, tuple)):
+    if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
         raise TypeError(
             f"generator: expected a torch.Generator, a list of them or None, got {type(generators).__name__}"
         )
@@ -558,12 +555,12 @@ def _noise_of_each(
         raise ValueError("samples: expected None with a generator for each sample of the batch")
     if len(generators) != mu.shape[0]:
         raise ValueError(f"generator: expected one for each of {mu.shape[0]} samples, got {len(generators)}")
-    for generator in generators:
-        _check_generator(generator)
     shape = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
-    name, dtype = resolve(mu.device.type, backend), torch.float32
-    seeds = [ops.draw_seed(mu.device, generator, by_dispatcher=False) for generator in generators]
-    return torch.stack([ops.normal(list(shape[1:]), seed, dtype, name) for seed in seeds])
+    noise = torch.empty(shape, device=mu.device)
+    for own, generator in zip(noise, generators, strict=True):
+        seed = ops.draw_seed(mu.device, generator, by_dispatcher=False)
+        own.copy_(normal(tuple(own.shape), seed, device=mu.device, backend=backend))
+    return noise
 
 
 # --- divergences ------------------------------------------------------------------------------------------------------
@@ -634,8 +631,8 @@ def kl_normal(
         scale, clamp, eps, prior_scale, prior_clamp, prior_eps: the forms of the two scales: see above. Without a
             ``prior_eps``, it is ``eps`` where the prior's scale is a tensor of the same form, else 0.
         weight: of the elements: see above.
-        balance: a number a: the gradients to q are multiplied by 1 - a, those to p by a; the value is what it is (Hafner
-            et al. 2021, arXiv:2010.02193, section 2.2).
+        balance: a number a: the gradients to q are multiplied by 1 - a, those to p by a; the value is what it is
+            (Hafner et al. 2021, arXiv:2010.02193, section 2.2).
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
         packed_dim: the dimension that halves of packed tensors are along.
@@ -673,7 +670,7 @@ def _divergence(
     """A divergence alone: its coefficient is 1."""
     weighting: tuple[Operand, ...] = ()
     if weight is not None:
-        weighting = _weighting("weight", weight, reduction, inputs[0], inputs[1], packed_dim)
+        weighting = _weighting("weight", weight, reduction, "mu", inputs[0], inputs[1], packed_dim)
     operands = (*inputs, *weighting, 1.0)
     if isinstance(dim, list):
         dim = tuple(dim)
@@ -694,16 +691,20 @@ def _divergence(
 
 
 def _weighting(
-    name: str, weight: Tensor, reduction: str, mean: Operand, scale: Operand, packed_dim: int
+    name: str, weight: Tensor, reduction: str, of: str, mean: Operand, scale: Operand, packed_dim: int
 ) -> tuple[Operand, ...]:
     """The operands that a weight adds to a term's: itself and, for a weighted mean, 1 / its sum over all elements."""
+    _check_tensor(of, mean, integers=True)
     assert isinstance(mean, Tensor)
+    if scale is None:
+        _check_packed(of, mean, packed_dim)
     shape = mean.shape if scale is not None else half_of(mean.shape, packed_dim)
-    _check_weight(name, weight, shape, "mean", mean)
+    _check_weight(name, weight, shape, of, mean)
     if reduction != "weighted_mean":
         return (weight,)
     times = shape.numel() / max(weight.numel(), 1)
-    return weight, 1.0 / (weight.sum() * times)
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # there is no other on Apple's GPUs
+    return weight, 1.0 / (weight.sum(dtype=dtype) * times)
 
 
 def _divergence_call(
@@ -866,7 +867,7 @@ def _likelihood(
     """A likelihood alone: the beta of the divergence that is not there is None."""
     weighting: tuple[Operand, ...] = ()
     if weight is not None:
-        weighting = _weighting("weight", weight, reduction, inputs[1], 0.0, packed_dim)
+        weighting = _weighting("weight", weight, reduction, "x", inputs[1], 0.0, packed_dim)
     operands = (*inputs, *weighting, None)
     if isinstance(dim, list):
         dim = tuple(dim)
@@ -1037,15 +1038,16 @@ def elbo_loss(
         prior_logvar: log-variance of the prior, or what ``prior_scale`` says: a tensor that broadcasts to mu's shape,
             or a number.
         prior_scale, prior_clamp, prior_eps: the form of the prior's: see `kl_normal`.
-        kl: the KL per sample that `latent` returned, instead of ``mu`` and ``logvar`` (both None then).
+        kl: the KL per sample that `latent` returned, instead of ``mu`` and ``logvar`` (both None then); its mean is
+            over the batch.
         beta: weight of the KL: a number, or a 0-dim tensor, whose value may change under a captured or compiled
             program, and which may need a gradient.
         full: add the likelihood's constant, what makes it a density (log(2 pi) / 2 of a Gaussian), an element of x.
         extra: of the Laplace likelihood, what is added to the absolute error: see `laplace_nll`.
         pos_weight: of the Bernoulli likelihood of logits: see `bernoulli_nll`.
         weight: of the elements of x, latent_weight: of those of the latent: see above.
-        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none" (shape (batch,)); or a pair, of the likelihood's
-            and of the KL's: ("mean", "batchmean") is what `torch.nn.functional.mse_loss` + KL code does.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none" (shape (batch,)); or a pair, of the
+            likelihood's and of the KL's: ("mean", "batchmean") is what `torch.nn.functional.mse_loss` + KL code does.
         grad_scale: what gradients are made times, while the value is what it is: a number or a 0-dim tensor, the factor
             of a GradScaler, say, or 1 / the steps that gradients are accumulated over.
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
@@ -1060,12 +1062,12 @@ def elbo_loss(
     weightings = 0, 0
     if weight is not None or latent_weight is not None:
         first, second = reduction if isinstance(reduction, (tuple, list)) else (reduction, reduction)
-        mine = () if weight is None else _weighting("weight", weight, first, x, 0.0, packed_dim)
+        mine = () if weight is None else _weighting("weight", weight, first, "x", x, 0.0, packed_dim)
         theirs: tuple[Operand, ...] = ()
         if latent_weight is not None:
             if kl is not None:
                 raise ValueError("latent_weight: expected None when kl is given, whose elements are summed already")
-            theirs = _weighting("latent_weight", latent_weight, second, mu, logvar, packed_dim)
+            theirs = _weighting("latent_weight", latent_weight, second, "mu", mu, logvar, packed_dim)
         inputs, weightings = (*inputs, *mine), (len(mine), len(theirs))
     if kl is None:
         divergence, latents = _divergence_of(mu, logvar, prior_mu, prior_logvar)
@@ -1081,7 +1083,7 @@ def elbo_loss(
     if grad_scale is not None:
         operands = (*operands, grad_scale)
     if isinstance(reduction, list) and len(reduction) == 2:
-        reduction = tuple(reduction)  # type: ignore[assignment]
+        reduction = tuple(reduction)
     call = find(
         _elbo_call,
         operands,
@@ -1116,7 +1118,7 @@ def _inputs_of(
     found: tuple[Operand, ...] = (recon_x, x)
     if formula.pairs:
         found = (recon_x, x, scale)
-    elif isinstance(scale, Tensor) or scale != 0.0:
+    elif isinstance(scale, Tensor) or scale:
         raise ValueError(f"recon_logvar: expected none, as the {likelihood} likelihood has no scale")
     if "extra" in others:
         found = (*found, 0.0 if extra is None else extra)

@@ -8,21 +8,32 @@ from torch import Tensor, nn
 
 from . import functional
 from .backend import checked_name
-from .functional import ELBOTerms
+from .backend.reference import FORMULAS, Form
+from .functional import Bounds, ELBOTerms, Reduction
 
 
 class ELBOLoss(nn.Module):
-    """The negative evidence lower bound of a VAE: NLL(x) + beta * KL(q || N(0, I)).
+    """The negative evidence lower bound of a VAE: NLL(x) + beta * KL(q || p), p = N(0, I) unless given.
 
-    A module over `fusedvae.functional.elbo_loss`, which has the formulas and takes the same operands.
+    A module over `fusedvae.functional.elbo_loss`, which has the formulas: what goes for every batch is said here, and
+    the tensors of a batch when it is called.
 
     Args:
         beta: weight of the KL; a float or a 0-dim tensor. Assign ``loss.beta = ...`` to anneal it; a tensor changed
             in place anneals inside compiled and captured programs too.
-        reduction: "batchmean" (default), "sum", or "none" (one value per sample).
-        likelihood: that of x: a name that `elbo_loss` takes, "gaussian" by default.
+        reduction: "batchmean" (default), "sum", "mean" (over elements), "weighted_mean", or "none" (one value per
+            sample); or a pair, of the likelihood's and of the KL's.
+        likelihood: that of x: "gaussian" (default), "laplace", "bernoulli" (of logits), "bernoulli_probs", "mse", "l1".
+        scale, clamp, eps: the form of q's scale, the tensor beside mu: "logvar" (default), "logstd", "std", "var" or
+            "softplus"; the bounds it is clamped to; what is added to what the form names.
+        recon_scale, recon_clamp, recon_eps: the form of the likelihood's, if it has one; by default "logvar", of a
+            Laplace likelihood "logscale".
+        prior_scale, prior_clamp, prior_eps: the form of the prior's.
         full: add the likelihood's constant, log(2 pi) / 2 per element of x for a Gaussian.
+        grad_scale: what gradients are made times, while the value is what it is; a number or a 0-dim tensor, that may
+            be assigned as ``beta`` may.
         return_terms: return `ELBOTerms` (loss, nll, kl) instead of the loss.
+        packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice.
 
     Example:
@@ -31,43 +42,64 @@ class ELBOLoss(nn.Module):
         >>> loss.backward()
 
     Raises:
-        ValueError, TypeError: for a reduction, beta, backend or operand that cannot be, naming it.
+        ValueError, TypeError: for an option or operand that cannot be, naming it.
     """
 
     beta: float | Tensor
+    grad_scale: float | Tensor | None
 
     def __init__(
         self,
         beta: float | Tensor = 1.0,
-        reduction: str = "batchmean",
+        reduction: Reduction = "batchmean",
         *,
         likelihood: str = "gaussian",
+        scale: str = "logvar",
+        clamp: Bounds = None,
+        eps: float = 0.0,
+        recon_scale: str | None = None,
+        recon_clamp: Bounds = None,
+        recon_eps: float = 0.0,
+        prior_scale: str = "logvar",
+        prior_clamp: Bounds = None,
+        prior_eps: float | None = None,
         full: bool = False,
+        grad_scale: float | Tensor | None = None,
         return_terms: bool = False,
+        packed_dim: int = 1,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         functional._checked_reductions(reduction)
-        functional._checked_likelihood(likelihood)
+        checked_recon_form(likelihood, recon_scale, recon_clamp, recon_eps)
+        checked_latent_forms(scale, clamp, eps, prior_scale, prior_clamp, prior_eps)
+        if not isinstance(packed_dim, int) or isinstance(packed_dim, bool):
+            raise TypeError(f"packed_dim: expected an integer, got {type(packed_dim).__name__}")
         if backend is not None:
             checked_name(backend)
         self.beta = beta
         self.reduction = reduction
         self.likelihood = likelihood
+        self.scale, self.clamp, self.eps = scale, clamp, eps
+        self.recon_scale, self.recon_clamp, self.recon_eps = recon_scale, recon_clamp, recon_eps
+        self.prior_scale, self.prior_clamp, self.prior_eps = prior_scale, prior_clamp, prior_eps
         self.full = full
+        self.grad_scale = grad_scale
         self.return_terms = return_terms
+        self.packed_dim = packed_dim
         self.backend = backend
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "beta":
+        if name not in ("beta", "grad_scale"):
             return super().__setattr__(name, value)
-        functional._check_number("beta", value)
-        if "beta" in self._buffers or "beta" in self._parameters or "beta" in self.__dict__:
-            del self.beta  # it may have been a tensor, and now be a number
+        if name == "beta" or value is not None:
+            functional._check_number(name, value)
+        if name in self._buffers or name in self._parameters or name in self.__dict__:
+            delattr(self, name)  # it may have been a tensor, and now be a number
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             # Follows the module to its device, but is a setting, not something learned.
-            return self.register_buffer("beta", value, persistent=False)
-        return super().__setattr__("beta", value)
+            return self.register_buffer(name, value, persistent=False)
+        return super().__setattr__(name, value)
 
     def forward(
         self,
@@ -81,6 +113,9 @@ class ELBOLoss(nn.Module):
         prior_logvar: Tensor | float | None = None,
         kl: Tensor | None = None,
         extra: Tensor | float | None = None,
+        pos_weight: Tensor | float | None = None,
+        weight: Tensor | None = None,
+        latent_weight: Tensor | None = None,
         return_terms: bool | None = None,
     ) -> Tensor | ELBOTerms:
         """The loss of a batch; operands as in `fusedvae.functional.elbo_loss`."""
@@ -91,18 +126,90 @@ class ELBOLoss(nn.Module):
             logvar,
             recon_logvar,
             likelihood=self.likelihood,
+            scale=self.scale,
+            clamp=self.clamp,
+            eps=self.eps,
+            recon_scale=self.recon_scale,
+            recon_clamp=self.recon_clamp,
+            recon_eps=self.recon_eps,
             prior_mu=prior_mu,
             prior_logvar=prior_logvar,
+            prior_scale=self.prior_scale,
+            prior_clamp=self.prior_clamp,
+            prior_eps=self.prior_eps,
             kl=kl,
             beta=self.beta,
             full=self.full,
             extra=extra,
+            pos_weight=pos_weight,
+            weight=weight,
+            latent_weight=latent_weight,
             reduction=self.reduction,
+            grad_scale=self.grad_scale,
             return_terms=self.return_terms if return_terms is None else return_terms,
+            packed_dim=self.packed_dim,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
-        beta = self.beta if isinstance(self.beta, (int, float)) else "tensor"
-        likelihood = "" if self.likelihood == "gaussian" else f", likelihood={self.likelihood!r}"
-        return f"beta={beta}, reduction={self.reduction!r}{likelihood}"
+        """Beta, the reduction, and what else is not as it is without a word."""
+        shown = [f"beta={_shown(self.beta)}", f"reduction={self.reduction!r}"]
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if isinstance(value, Tensor) or value != default:
+                shown.append(f"{name}={_shown(value)}")
+        return ", ".join(shown)
+
+
+_DEFAULTS = {
+    "likelihood": "gaussian",
+    "scale": "logvar",
+    "clamp": None,
+    "eps": 0.0,
+    "recon_scale": None,
+    "recon_clamp": None,
+    "recon_eps": 0.0,
+    "prior_scale": "logvar",
+    "prior_clamp": None,
+    "prior_eps": None,
+    "full": False,
+    "grad_scale": None,
+    "packed_dim": 1,
+}
+"""What a module shows of itself where it is something else."""
+
+
+def _shown(value: object) -> str:
+    return "tensor" if isinstance(value, Tensor) else repr(value)
+
+
+def checked_recon_form(likelihood: str, scale: str | None, clamp: Bounds, eps: float) -> Form | None:
+    """The form of a likelihood's scale, of the options ``recon_scale``, ...; None of one that has no scale."""
+    formula = functional._checked_likelihood(likelihood)
+    written = functional._written(scale, clamp, eps)
+    names = ("recon_scale", "recon_clamp", "recon_eps")
+    if formula.pairs:
+        return functional._checked_form(names, written, formula)
+    for name, value, absent in zip(names, written, (None, None, 0.0), strict=True):
+        if value != absent:
+            raise ValueError(f"{name}: expected none, as the {likelihood} likelihood has no scale; got {value!r}")
+    return None
+
+
+def checked_latent_forms(
+    scale: str,
+    clamp: Bounds,
+    eps: float,
+    prior_scale: str,
+    prior_clamp: Bounds,
+    prior_eps: float | None,
+    prior_logvar: Tensor | float | None = None,
+) -> tuple[Form, Form]:
+    """The forms of q's scale and of the prior's, of the options of these names and what the latter is.
+
+    Without a ``prior_eps``, that depends on it: a number has none.
+    """
+    posterior = functional._written(scale, clamp, eps)
+    prior = functional._written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
+    q, p = functional._checked_forms(FORMULAS["kl_normal"], posterior, prior, prior_logvar)
+    return q, p

@@ -176,6 +176,8 @@ def draw_seed(device: torch.device, generator: torch.Generator | None, *, by_dis
 
     An operator of its own, so that a compiled program draws the very seed that an eager one does.
     """
+    if generator is not None and generator.device != device:  # nobody waits for the way there
+        return draw_seed(generator.device, generator, by_dispatcher=by_dispatcher).to(device, non_blocking=True)
     if by_dispatcher and not is_transformed(()):
         # By keyword: what moves an exported program to another device looks for arguments of this name.
         return torch.ops.fusedvae.draw_seed(device=device, generator=generator)

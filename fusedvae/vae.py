@@ -4,24 +4,31 @@
     vae.loss(x).backward()          # the negative evidence lower bound (ELBO)
     images = vae.generate(64)
 
-Source of the model and its bound: Kingma & Welling 2014, "Auto-Encoding Variational Bayes", appendix B.
+Source of the model and its bound: Kingma & Welling 2014, "Auto-Encoding Variational Bayes", appendix B; of the bound
+of several samples and the estimate of log p(x): Burda, Grosse & Salakhutdinov 2016 (arXiv:1509.00519).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, distributed, nn
 
-from . import functional
-from .functional import ELBOTerms
+from . import functional, ops
+from .backend.reference import LIKELIHOODS, PLAIN, Form, Formula, Scale, with_gradient_times, working_dtype
+from .functional import Bounds, ELBOTerms, Generator, Latent, Reduction
+from .layout import broadcasts
+from .losses import checked_latent_forms, checked_recon_form
 from .torch_private import register_outputs
 
-__all__ = ["VAE", "DiagonalGaussian", "VAEOutput"]
+__all__ = ["VAE", "Bernoulli", "DiagonalGaussian", "DiagonalLaplace", "VAEOutput"]
+
+# --- distributions ----------------------------------------------------------------------------------------------------
 
 
 class DiagonalGaussian(NamedTuple):
@@ -32,18 +39,70 @@ class DiagonalGaussian(NamedTuple):
     logvar: Tensor
     """Log-variances, of ``mu``'s shape or broadcasting to it."""
 
-    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, *, generator: Generator = None) -> Tensor:
         """Draw ``mu + e^(logvar/2) * eps``, differentiable in ``mu`` and ``logvar``."""
         return functional.reparameterize(self.mu, self.logvar.expand_as(self.mu), generator=generator)
 
 
+class DiagonalLaplace(NamedTuple):
+    """A batch of independent Laplace distributions with density e^(-abs(x - mu) / b) / 2b, b = e^log_scale.
+
+    Source: Kotz, Kozubowski & Podgórski 2001, "The Laplace distribution and generalizations", chapter 2.
+    """
+
+    mu: Tensor
+    """Means, which are the medians too, ``(batch, *)``."""
+    log_scale: Tensor
+    """Logarithms of the scales, of ``mu``'s shape or broadcasting to it."""
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``mu + b (e1 - e2)`` with exponential variables e1 and e2; differentiable in both parameters."""
+        dtype = torch.promote_types(self.mu.dtype, torch.float32)
+        drawn = torch.empty((2, *self.mu.shape), dtype=dtype, device=self.mu.device).exponential_(generator=generator)
+        return self.mu + torch.exp(self.log_scale) * (drawn[0] - drawn[1]).to(self.mu.dtype)
+
+
+class Bernoulli(NamedTuple):
+    """A batch of independent Bernoulli distributions."""
+
+    mu: Tensor
+    """Means: the probabilities of 1, ``(batch, *)``."""
+    logits: Tensor
+    """log(mu / (1 - mu)), of the same shape."""
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw zeros and ones, in ``mu``'s dtype; not differentiable."""
+        return torch.bernoulli(self.mu, generator=generator)
+
+
+Likelihood = DiagonalGaussian | DiagonalLaplace | Bernoulli
+
+_DISTRIBUTIONS: dict[str, Callable[[Tensor, Tensor], Likelihood]] = {
+    "gaussian": DiagonalGaussian,
+    "laplace": DiagonalLaplace,
+    "bernoulli": lambda logits, _: Bernoulli(logits.sigmoid(), logits),
+    "bernoulli_probs": lambda probabilities, _: Bernoulli(probabilities, probabilities.logit()),
+    "mse": lambda mean, _: DiagonalGaussian(mean, mean.new_full((), -math.log(2))),
+    "l1": lambda median, _: DiagonalLaplace(median, median.new_zeros(())),
+}
+"""What p(x|z) is, of what the decoder gave and the logarithm of its scale, which some have not: those that the
+likelihoods' constants make densities of."""
+
+
+# --- the output of a pass ---------------------------------------------------------------------------------------------
+
+
 class VAEOutput(NamedTuple):
-    """All that one pass through a :class:`VAE` computes."""
+    """All that one pass through a :class:`VAE` computes.
+
+    With several samples, K of them, ``recon_x`` and ``z`` have these in front: ``(K, batch, *)``.
+    """
 
     recon_x: Tensor
-    """Mean of the reconstruction p(x|z), of the shape of x."""
+    """What p(x|z) has first, of the shape of x: the mean; of "bernoulli", the logits."""
     recon_logvar: Tensor
-    """Its log-variance, of x's shape or broadcasting to it."""
+    """The log-variance of p(x|z), or what the VAE's ``recon_scale`` says, of x's shape or broadcasting to it. 0 of a
+    likelihood that has no scale."""
     mu: Tensor
     """Mean of the posterior q(z|x), ``(batch, *latent)``."""
     logvar: Tensor
@@ -51,74 +110,281 @@ class VAEOutput(NamedTuple):
     z: Tensor
     """A sample of the posterior, ``(batch, *latent)``."""
     kl: Tensor
-    """KL(q(z|x) ‖ N(0, I)) of each sample, ``(batch,)``."""
+    """KL(q(z|x) ‖ p(z)) of each sample of the batch, ``(batch,)``; for the importance-weighted bound, log q(z|x) -
+    log p(z) at each z, ``(K, batch)``."""
+    form: tuple[int, int, float | None, float | None, float] | None = None
+    """Which likelihood this is, and the form of ``recon_logvar``: positions among those that there are, the bounds of a
+    clamp, and eps. In numbers, as exported programs keep no words; None for a Gaussian with a plain log-variance."""
 
     def loss(
         self,
         x: Tensor,
         *,
         beta: float | Tensor = 1.0,
-        reduction: str = "batchmean",
+        reduction: Reduction = "batchmean",
         full: bool = False,
+        weight: Tensor | None = None,
+        grad_scale: float | Tensor | None = None,
         return_terms: bool = False,
     ) -> Tensor | ELBOTerms:
-        """The negative ELBO of ``x`` that this pass is of; arguments as :meth:`VAE.loss` takes them.
+        """The negative bound of ``x`` that this pass is of; arguments as :meth:`VAE.loss` takes them.
 
         Under a wrapper that synchronises gradients, this is how a loss is to be computed: ``wrapped(x).loss(x)``.
         """
-        return functional.elbo_loss(
-            self.recon_x,
+        kind = _Kind.of(self.form)
+        return _negative_bound(
+            _Decoded(self.recon_x, self.recon_logvar if kind.formula.pairs else 0.0, kind),
             x,
-            None,
-            None,
-            self.recon_logvar,
-            kl=self.kl,
+            Latent(self.z, self.kl),
+            self.z.dim() > self.mu.dim(),
             beta=beta,
             reduction=reduction,
             full=full,
+            weight=weight,
+            grad_scale=grad_scale,
             return_terms=return_terms,
         )
 
 
-# What an encoder or decoder gave, in the form the functional interface takes: a mean and a log-variance, or
-# both packed along dimension 1 and None. Packed tensors stay whole on their way to the kernels: reading
-# halves in place is free, but gradients of two halves would have to be put together again.
+# What an encoder, a decoder or a prior gave, in the form the functional interface takes: a mean and its scale, or both
+# packed along dimension 1 and None. Packed tensors stay whole on their way to the kernels: reading halves in place is
+# free, but gradients of two halves would have to be put together again.
 _Parameters = tuple[Tensor, Tensor | float | None]
 
 
+class _Kind(NamedTuple):
+    """Which likelihood p(x|z) is, and the form of its scale, as users write them."""
+
+    likelihood: str
+    scale: str | None
+    clamp: Bounds
+    eps: float
+
+    @property
+    def formula(self) -> Formula:
+        return LIKELIHOODS[self.likelihood]
+
+    @property
+    def form(self) -> Form:
+        """That of its scale; any, where there is none."""
+        return checked_recon_form(*self) or PLAIN
+
+    def numbers(self) -> tuple[int, int, float | None, float | None, float] | None:
+        """The same as `VAEOutput` has it."""
+        if self == _PLAIN_GAUSSIAN:  # in a moment
+            return None
+        scales = list(self.formula.forms)
+        low, high = self.clamp or (None, None)
+        position = 0 if self.scale is None else scales.index(self.scale)
+        found = (list(LIKELIHOODS).index(self.likelihood), position, low, high, self.eps)
+        return None if found == (0, 0, None, None, 0.0) else found
+
+    @classmethod
+    def of(cls, numbers: tuple[int, int, float | None, float | None, float] | None) -> _Kind:
+        if numbers is None:
+            return _PLAIN_GAUSSIAN
+        position, scale, low, high, eps = numbers
+        likelihood, formula = list(LIKELIHOODS.items())[position]
+        clamp = None if (low, high) == (None, None) else (low, high)
+        return cls(likelihood, list(formula.forms)[scale] if formula.pairs else None, clamp, eps)
+
+
+_PLAIN_GAUSSIAN = _Kind("gaussian", None, None, 0.0)
+
+
+class _Decoded(NamedTuple):
+    """p(x|z) as the functional interface takes it; with several samples, these in front of the batch."""
+
+    mean: Tensor
+    scale: Tensor | float | None
+    """0.0 of a likelihood that has none; None where it is packed in the mean, along the channels."""
+    kind: _Kind
+
+    def nll(self, x: Tensor, full: bool, weight: Tensor | None, reduction: str) -> Tensor:
+        """-log p(x|z) of several samples: a total over all of them, or with "none" ``(samples, batch)``.
+
+        The kernels read each element of ``x``, expanded to the samples, where it lies.
+        """
+        functional._check_tensor("x", x, integers=True)
+        targets = x.expand(len(self.mean), *x.shape)
+        return functional._likelihood(
+            self.kind.likelihood,
+            functional._inputs_of(self.kind.likelihood, self.mean, targets, self.scale, None, None),
+            functional._written(self.kind.scale, self.kind.clamp, self.kind.eps),
+            full,
+            weight,
+            reduction,
+            tuple(range(2, targets.dim())) if reduction == "none" else None,
+            2,
+            None,
+        )
+
+
+def _negative_bound(
+    p: _Decoded,
+    x: Tensor,
+    latent: Latent,
+    is_of_several: bool,
+    *,
+    beta: float | Tensor,
+    reduction: Reduction,
+    full: bool,
+    weight: Tensor | None,
+    grad_scale: float | Tensor | None,
+    return_terms: bool,
+) -> Tensor | ELBOTerms:
+    """The negative ELBO; or the importance-weighted bound, if the divergence is one at each of the samples.
+
+    Args:
+        p: of one sample, or of several, these in front.
+        x: data, ``(batch, *)``.
+        latent: the samples; the divergence ``(batch,)``, or at each of several ``(samples, batch)``.
+        is_of_several: whether samples are in front.
+        beta, reduction, full, weight, grad_scale, return_terms: as :meth:`VAE.loss` takes them.
+    """
+    z, kl = latent
+    if kl.dim() == 2:
+        return _negative_importance_weighted_bound(
+            p, x, kl, beta, reduction, full, weight, grad_scale, return_terms=return_terms
+        )
+    if reduction not in ("batchmean", "sum", "none"):
+        _, of_kl = functional._checked_reductions(reduction)
+        if of_kl in ("mean", "weighted_mean"):
+            # A mean over elements of what has been summed over all but the batch.
+            kl = kl / z.shape[2 if is_of_several else 1 :].numel()
+    if not is_of_several:
+        return functional.elbo_loss(
+            p.mean,
+            x,
+            None,
+            None,
+            p.scale,
+            likelihood=p.kind.likelihood,
+            recon_scale=p.kind.scale,
+            recon_clamp=p.kind.clamp,
+            recon_eps=p.kind.eps,
+            kl=kl,
+            beta=beta,
+            full=full,
+            weight=weight,
+            reduction=reduction,
+            grad_scale=grad_scale,
+            return_terms=return_terms,
+        )
+    functional._check_number("beta", beta)
+    of_nll, of_kl = functional._checked_reductions(reduction)
+    if of_nll == "none":
+        nll = p.nll(x, full, weight, "none").mean(0)
+    elif of_nll in ("batchmean", "sum"):
+        nll = p.nll(x, full, weight, "sum") / (len(p.mean) * (len(x) if of_nll == "batchmean" else 1))
+    else:
+        nll = p.nll(x, full, weight, of_nll)
+    if of_kl != "none":
+        kl = kl.sum() if of_kl == "sum" else kl.mean()
+    terms = ELBOTerms(nll + (kl * beta).to(kl.dtype), nll, kl)
+    terms = ELBOTerms(*[_with_gradient_times(value, grad_scale) for value in terms])
+    return terms if return_terms else terms.loss
+
+
+def _negative_importance_weighted_bound(
+    p: _Decoded,
+    x: Tensor,
+    log_ratio: Tensor,
+    beta: float | Tensor,
+    reduction: Reduction,
+    full: bool,
+    weight: Tensor | None,
+    grad_scale: float | Tensor | None,
+    *,
+    return_terms: bool,
+) -> Tensor:
+    """-log mean exp(log p(x|z) - log_ratio) over the samples, with log_ratio = log q(z|x) - log p(z) at each."""
+    if isinstance(beta, Tensor) or beta != 1:
+        raise ValueError(f"beta: expected 1 with bound='iwae', got {_shown_number(beta)}")
+    if reduction not in ("batchmean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none' with bound='iwae', got {reduction!r}")
+    if return_terms:
+        raise ValueError("return_terms: expected False with bound='iwae', which is no sum of terms")
+    bound = functional.importance_weighted_bound(-(p.nll(x, full, weight, "none") + log_ratio))
+    value = -bound if reduction == "none" else -(bound.mean() if reduction == "batchmean" else bound.sum())
+    return _with_gradient_times(value, grad_scale)
+
+
+def _with_gradient_times(value: Tensor, factor: float | Tensor | None) -> Tensor:
+    """The value itself, whose gradient is multiplied by a factor, if there is one."""
+    if factor is None:
+        return value
+    functional._check_number("grad_scale", factor)
+    scaled: Tensor = with_gradient_times(value, factor)
+    return scaled
+
+
+def _shown_number(number: float | Tensor) -> str:
+    return "a tensor" if isinstance(number, Tensor) else repr(number)
+
+
+# --- the module -------------------------------------------------------------------------------------------------------
+
+_ELEMENTS_AT_A_TIME = 2**22
+"""How many elements of x, those of all samples together, an estimate of log p(x) has in memory unless told."""
+
+
 class VAE(nn.Module):
-    """A variational autoencoder with a Gaussian posterior, a Gaussian likelihood and the prior N(0, I).
+    """A variational autoencoder with a Gaussian posterior q(z|x), any of the likelihoods p(x|z) and a Gaussian prior.
 
     Args:
         encoder: a module from x to the posterior q(z|x): one packed tensor ``(batch, 2 * C, *)``, the means
             and then the log-variances along dimension 1, or a pair (mu, logvar) of ``(batch, C, *)`` each.
-        decoder: a module from z to the likelihood p(x|z). What it gives is said by ``recon_logvar``.
+        decoder: a module from z to the likelihood p(x|z). What it gives is said by ``likelihood`` and ``recon_logvar``.
         latent_dim: number of latent variables ``C``, or the sizes ``(C, height, width)`` of a spatial latent.
             A size may be None for an encoder that takes images of any size; :meth:`generate` then cannot know
             it.
-        recon_logvar: where the log-variance of p(x|z) comes from.
+        likelihood: p(x|z), as :func:`fusedvae.functional.elbo_loss` has it: "gaussian" (default) or "laplace", which
+            have a scale; "bernoulli", of which the decoder gives logits, or "bernoulli_probs", probabilities; "mse",
+            the squared error, which is a Gaussian of variance 1/2; "l1", the absolute error, which is a Laplace
+            distribution of scale 1. Where there is no scale, the decoder gives one tensor of x's shape.
+        recon_logvar: where the log-variance of p(x|z) comes from, or what else ``recon_scale`` says.
 
             * ``None`` (default): the decoder gives it, in a packed tensor ``(batch, 2 * channels, *)`` or as
               the second of a pair (mean, logvar), which may be anything that broadcasts to the mean.
             * anything else: the decoder gives the mean only, a tensor of x's shape, and the log-variance is
               a float (fixed), a tensor (fixed, kept in the state_dict), an ``nn.Parameter`` (learned; give it
               shape ``(channels, 1, 1)`` for one value a channel), or ``"learned"`` (one learned number, of shape
-              ``(1,)``, at first 0).
+              ``(1,)``, at first 0; 1 if it is a scale itself, for which 0 is none).
+        recon_scale, recon_clamp, recon_eps: the form of that scale, as in :mod:`fusedvae.functional`: "logvar"
+            (default), "logstd", "std", "var" or "softplus"; of a Laplace likelihood "logscale" (default), "scale" or
+            "softplus"; bounds (low, high) that it is clamped to; and what is added to what the form names.
+        scale, clamp, eps: the form of what the encoder gives beside the mean, likewise.
+        prior: p(z): None for N(0, I); a pair (mean, log-variance) of numbers, tensors (fixed, kept in the state_dict
+            as ``prior_mu`` and ``prior_logvar``) or ``nn.Parameter`` (learned), each of a sample's latent shape or
+            broadcasting to it; or a module that gives such a pair, or a packed tensor ``(batch, 2 * C, *)``, for the
+            condition that it is called with.
+        prior_scale, prior_clamp, prior_eps: the form of what the prior has beside its mean. Without a ``prior_eps``,
+            it is ``eps`` where that is a tensor of the same form, else 0.
 
-    It is this argument, never the shape of a tensor, that tells a packed output from a mean: the two look
+    It is ``recon_logvar``, never the shape of a tensor, that tells a packed output from a mean: the two look
     alike where no x is at hand to compare with. :meth:`loss` and :meth:`forward` do have x, and say so when
     the decoder's output does not fit it.
 
-    The state_dict holds the encoder's and the decoder's entries and, if it is a tensor, ``recon_logvar``: the
-    same under every backend. Modules keep their mode: call ``eval()`` and use ``torch.no_grad()`` as with any
-    other.
+    Methods take a ``condition`` for conditional models (Sohn, Lee & Yan 2015): a tensor, or whatever else the modules
+    take. Unless it is None they are called with it: ``encoder(x, condition)``, ``decoder(z, condition)``,
+    ``prior(condition)``. Where there are several samples of z, those of its tensors whose first dimension is the
+    batch are repeated for the decoder, also in tuples, lists and dicts.
+
+    The state_dict holds the encoder's, the decoder's and the prior's entries and, if they are tensors,
+    ``recon_logvar``, ``prior_mu`` and ``prior_logvar``: the same under every backend. Modules keep their mode: call
+    ``eval()`` and use ``torch.no_grad()`` as with any other.
 
     Raises:
         TypeError: an argument, or what the encoder or decoder returned, is not of the kinds listed above.
-        ValueError: sizes do not fit: those of ``latent_dim``, of the posterior, or of the reconstruction.
+        ValueError: sizes do not fit: those of ``latent_dim``, of the posterior, of the prior, or of the
+            reconstruction; or an option has no such value.
     """
 
     recon_logvar: Tensor | float | None
+    prior: nn.Module | None
+    prior_mu: Tensor | float | None
+    prior_logvar: Tensor | float | None
 
     def __init__(
         self,
@@ -126,171 +392,337 @@ class VAE(nn.Module):
         decoder: nn.Module,
         latent_dim: int | Sequence[int | None],
         *,
+        likelihood: str = "gaussian",
         recon_logvar: float | Tensor | Literal["learned"] | None = None,
+        recon_scale: str | None = None,
+        recon_clamp: Bounds = None,
+        recon_eps: float = 0.0,
+        scale: str = "logvar",
+        clamp: Bounds = None,
+        eps: float = 0.0,
+        prior: nn.Module | tuple[Tensor | float, Tensor | float] | None = None,
+        prior_scale: str = "logvar",
+        prior_clamp: Bounds = None,
+        prior_eps: float | None = None,
     ) -> None:
         super().__init__()
         for name, module in (("encoder", encoder), ("decoder", decoder)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}")
+        form = checked_recon_form(likelihood, recon_scale, recon_clamp, recon_eps)
+        checked_latent_forms(scale, clamp, eps, prior_scale, prior_clamp, prior_eps)
+        if form is None and recon_logvar is not None:
+            raise ValueError(f"recon_logvar: expected None, as the {likelihood} likelihood has no scale")
         self.encoder = encoder
         self.decoder = decoder
         self.latent_shape = _latent_shape(latent_dim)
+        self.likelihood = likelihood
+        self.recon_scale, self.recon_clamp, self.recon_eps = recon_scale, recon_clamp, recon_eps
+        self.scale, self.clamp, self.eps = scale, clamp, eps
+        self.prior_scale, self.prior_clamp, self.prior_eps = prior_scale, prior_clamp, prior_eps
         if isinstance(recon_logvar, str):
             if recon_logvar != "learned":
                 raise ValueError(f"recon_logvar: expected None, a number, a tensor or 'learned', got {recon_logvar!r}")
-            recon_logvar = nn.Parameter(torch.zeros(1))  # FSDP takes no 0-dim parameters
+            assert form is not None
+            first = 1.0 if form.map == "linear" else 0.0
+            recon_logvar = nn.Parameter(torch.full((1,), first))  # FSDP takes no 0-dim parameters
             self.register_load_state_dict_pre_hook(_with_a_dimension)
-        if isinstance(recon_logvar, nn.Parameter):
-            self.recon_logvar = recon_logvar
-        elif isinstance(recon_logvar, Tensor):
-            self.register_buffer("recon_logvar", recon_logvar)
-        elif recon_logvar is None or (isinstance(recon_logvar, Real) and not isinstance(recon_logvar, bool)):
-            self.recon_logvar = recon_logvar if recon_logvar is None else float(recon_logvar)
-        else:
+        if not (recon_logvar is None or _is_number(recon_logvar) or isinstance(recon_logvar, Tensor)):
             raise TypeError(
                 f"recon_logvar: expected None, a number, a tensor or 'learned', got {type(recon_logvar).__name__}"
             )
+        self._register_value("recon_logvar", recon_logvar)
+        if prior is None or isinstance(prior, nn.Module):
+            self.prior, self.prior_mu, self.prior_logvar = prior, None, None
+        elif isinstance(prior, (tuple, list)) and len(prior) == 2:
+            self.prior = None
+            for name, value in zip(("prior_mu", "prior_logvar"), prior, strict=True):
+                if not (_is_number(value) or isinstance(value, Tensor)):
+                    raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+                if isinstance(value, Tensor) and not _broadcasts_to_latent(value.shape, self.latent_shape):
+                    raise ValueError(
+                        f"{name}: expected a shape that broadcasts to latent_dim {_shown(self.latent_shape)}, "
+                        f"got {tuple(value.shape)}"
+                    )
+                self._register_value(name, value)
+        else:
+            raise TypeError(f"prior: expected None, a pair or a torch.nn.Module, got {type(prior).__name__}")
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """The posterior q(z|x) of ``x``: a pair (mu, logvar), each ``(batch, *latent)``."""
-        return _unpacked(self._posterior(x))
+    def _register_value(self, name: str, value: Tensor | float | None) -> None:
+        """Keep a number, a tensor that is fixed or one that is learned."""
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value if value is None or isinstance(value, Tensor) else float(value))
 
-    def decode(self, z: Tensor) -> DiagonalGaussian:
-        """The likelihood p(x|z) of ``z``, ``(batch, *latent)``: a pair (mean, logvar).
+    def encode(self, x: Tensor, condition: Any = None) -> DiagonalGaussian:
+        """The posterior q(z|x) of ``x``: a pair (mu, logvar), each ``(batch, *latent)``.
 
-        The mean has the shape of x; the log-variance has it too, or broadcasts to it.
+        The second is a log-variance, in whatever form the encoder gives it.
         """
-        return _unpacked(self._likelihood(z))
+        return self._gaussian(self._posterior(x, condition))
 
-    def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> VAEOutput:
-        """Encode ``x``, sample the posterior, decode the sample.
+    def decode(self, z: Tensor, condition: Any = None) -> Likelihood:
+        """The likelihood p(x|z) of ``z``, ``(batch, *latent)``; its ``mu``, the mean, has the shape of x.
+
+        A `DiagonalGaussian` (mu, logvar) for "gaussian" and "mse", a `DiagonalLaplace` (mu, log_scale) for "laplace"
+        and "l1", a `Bernoulli` (mu, logits) for the two of these. The second has the mean's shape, or broadcasts to it,
+        and is a log-variance, or logarithm of a scale, in whatever form the decoder gives it.
+        """
+        return self._distribution(self._decoded(z, condition))
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Any = None,
+        *,
+        samples: int = 1,
+        bound: str = "elbo",
+        generator: Generator = None,
+    ) -> VAEOutput:
+        """Encode ``x``, sample the posterior, decode the samples.
 
         To train under a wrapper that must see every call (DistributedDataParallel, FSDP, accelerate's), call the
         wrapper and its output: ``wrapped(x).loss(x)``. Elsewhere :meth:`loss` is the same in one call.
+
+        Args:
+            x, condition, generator: as for :meth:`loss`.
+            samples, bound: what the output's loss is to be, as for :meth:`loss`.
         """
-        posterior = self._posterior(x)
-        latent = functional.latent(*posterior, generator=generator)
-        recon_x, recon_logvar = _unpacked(self._likelihood(latent.z, of=x))
-        if isinstance(recon_logvar, nn.Parameter):
+        posterior, latent, p = self._pass(x, condition, samples, bound, generator)
+        recon_x, recon_logvar = p.mean, p.scale
+        if recon_logvar is None:
+            recon_x, recon_logvar = recon_x.chunk(2, dim=recon_x.dim() - x.dim() + 1)
+        elif isinstance(recon_logvar, nn.Parameter):
             # A function of the parameter: wrappers find out from outputs what was used, and may take it away then.
             recon_logvar = recon_logvar.clone()
-        mu, logvar = _unpacked(posterior)
-        return VAEOutput(recon_x, recon_logvar, mu, logvar, latent.z, latent.kl)
+        elif not isinstance(recon_logvar, Tensor):
+            recon_logvar = recon_x.new_full((), recon_logvar)
+        return VAEOutput(recon_x, recon_logvar, *self._gaussian(posterior), latent.z, latent.kl, p.kind.numbers())
 
     @overload
     def loss(
         self,
         x: Tensor,
+        condition: Any = ...,
         *,
+        samples: int = ...,
+        bound: str = ...,
         beta: float | Tensor = ...,
-        reduction: str = ...,
+        reduction: Reduction = ...,
         full: bool = ...,
+        weight: Tensor | None = ...,
+        grad_scale: float | Tensor | None = ...,
         return_terms: Literal[False] = ...,
-        generator: torch.Generator | None = ...,
+        generator: Generator = ...,
     ) -> Tensor: ...
 
     @overload
     def loss(
         self,
         x: Tensor,
+        condition: Any = ...,
         *,
+        samples: int = ...,
+        bound: str = ...,
         beta: float | Tensor = ...,
-        reduction: str = ...,
+        reduction: Reduction = ...,
         full: bool = ...,
+        weight: Tensor | None = ...,
+        grad_scale: float | Tensor | None = ...,
         return_terms: Literal[True],
-        generator: torch.Generator | None = ...,
+        generator: Generator = ...,
     ) -> ELBOTerms: ...
 
     def loss(
         self,
         x: Tensor,
+        condition: Any = None,
         *,
+        samples: int = 1,
+        bound: str = "elbo",
         beta: float | Tensor = 1.0,
-        reduction: str = "batchmean",
+        reduction: Reduction = "batchmean",
         full: bool = False,
+        weight: Tensor | None = None,
+        grad_scale: float | Tensor | None = None,
         return_terms: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
     ) -> Tensor | ELBOTerms:
-        """The negative ELBO of ``x`` with one sample of the posterior: NLL + beta * KL.
+        """The negative evidence lower bound of ``x``, in nats: NLL + beta * KL.
 
         Args:
             x: data, ``(batch, *)``.
-            beta: weight of the KL term, a float or a 0-dim tensor (Higgins et al. 2017).
-            reduction: "batchmean" (mean over the batch), "sum", or "none" (one value per sample). Within a
-                sample both terms are sums.
-            full: add the NLL's constant, log(2 pi) / 2 per element of x: nats of a normalised density.
-            return_terms: return ``ELBOTerms(loss, nll, kl)``, reduced alike, instead of the loss.
+            condition: what the modules take beside their inputs: see above.
+            samples: how many samples of the posterior there are of each sample of the batch. The decoder sees them all
+                as one batch, the first sample of each first.
+            bound: "elbo", the NLL averaged over the samples; or "iwae", -log mean exp of log p(x|z) + log p(z) -
+                log q(z|x) over them: tighter, the more there are (Burda et al. 2016, equation 8).
+            beta: weight of the KL term, a float or a 0-dim tensor (Higgins et al. 2017); 1 with "iwae".
+            reduction: "batchmean" (mean over the batch), "sum", or "none" (one value per sample): within a sample both
+                terms are sums. Or "mean" (over elements of x, and of the latent), "weighted_mean", or a pair, of
+                the NLL's and of the KL's: these not with "iwae".
+            full: add the NLL's constant, log(2 pi) / 2 per element of x for a Gaussian: nats of a normalised density.
+            weight: of the elements of x: a float or bool tensor that broadcasts to its shape. Where it is 0, values and
+                gradients of the likelihood are exactly 0.
+            grad_scale: what gradients are made times, while the value is what it is: a number or a 0-dim tensor.
+            return_terms: return ``ELBOTerms(loss, nll, kl)``, reduced alike, instead of the loss; not with "iwae".
             generator: where the noise comes from; torch's default generator if None.
+
+        Raises:
+            TypeError, ValueError: an argument is not of these, does not go with the bound, or does not fit.
 
         Where several processes train together, it warns once: it goes past a wrapper around the module, which then
         synchronises no gradients. Call the wrapper, ``wrapped(x).loss(x)``, instead.
         """
         _warn_if_unsynchronised()
-        latent = functional.latent(*self._posterior(x), generator=generator)
-        recon_x, recon_logvar = self._likelihood(latent.z, of=x)
-        return functional.elbo_loss(
-            recon_x,
+        posterior, latent, p = self._pass(x, condition, samples, bound, generator)
+        return _negative_bound(
+            p,
             x,
-            None,
-            None,
-            recon_logvar,
-            kl=latent.kl,
+            latent,
+            latent.z.dim() > posterior[0].dim(),
             beta=beta,
-            full=full,
             reduction=reduction,
+            full=full,
+            weight=weight,
+            grad_scale=grad_scale,
             return_terms=return_terms,
         )
 
-    def reconstruct(self, x: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        x: Tensor,
+        condition: Any = None,
+        *,
+        samples: int = 5000,
+        chunk: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Estimate log p(x), or log p(x|condition), by importance sampling: nats, the likelihood's constant included.
+
+        log mean exp of log p(x|z) + log p(z) - log q(z|x) over samples z of q(z|x): log p(x) in the limit of many, and
+        on average below it, the less the more there are. Source: Burda et al. 2016 (arXiv:1509.00519), equation 8 and
+        section 5, where there are 5000.
+
+        Args:
+            x: data, ``(batch, *)``.
+            condition: what the modules take beside their inputs: see above.
+            samples: how many samples of the posterior there are of each sample of the batch.
+            chunk: how many of them are decoded at a time. It bounds the memory, and changes nothing but rounding.
+                By default chunks have 4 million elements of x, or one sample.
+            generator: where the noise comes from; torch's default generator if None.
+
+        Returns:
+            ``(batch,)``, float32 at least, without a gradient.
+
+        Raises:
+            TypeError, ValueError: ``samples`` or ``chunk`` is not a positive integer; or the modules' outputs do not
+                fit, as for :meth:`loss`.
+        """
+        samples = _checked_count("samples", samples)
+        chunk = None if chunk is None else _checked_count("chunk", chunk)
+        posterior, prior = self._posterior(x, condition), self._prior(condition)
+        if chunk is None:
+            chunk = max(1, _ELEMENTS_AT_A_TIME // max(x.numel(), 1))
+        mu, scale = posterior
+        elements = mu.numel() // (2 if scale is None else 1)
+        # All chunks are of one stream of noise, each from where the one before ended.
+        seed = int(ops.draw_seed(x.device, generator, by_dispatcher=False))
+        stream = torch.Generator(x.device)
+        total = None
+        for start in range(0, samples, chunk):
+            count = min(chunk, samples - start)
+            latent = self._latent(posterior, prior, count, "sample", stream.manual_seed(seed), start * elements)
+            p = self._decoded(latent.z, condition, of=x, samples=count)
+            log_sum = torch.logsumexp(-(p.nll(x, True, None, "none") + latent.kl), 0)
+            total = log_sum if total is None else torch.logaddexp(total, log_sum)
+        assert total is not None
+        return total - math.log(samples)
+
+    def reconstruct(
+        self, x: Tensor, condition: Any = None, *, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
         """What the model makes of ``x``; a tensor of its shape.
 
-        By default the decoder's mean at the posterior's mean; with ``sample`` a draw from p(x|z) with z drawn
+        By default the mean of p(x|z) at the posterior's mean; with ``sample`` a draw from p(x|z) with z drawn
         from q(z|x).
         """
-        posterior = self.encode(x)
+        posterior = self.encode(x, condition)
         z = posterior.sample(generator=generator) if sample else posterior.mu
-        return self._image(_unpacked(self._likelihood(z, of=x)), sample, generator)
+        return self._image(self._distribution(self._decoded(z, condition, of=x)), sample, generator)
 
-    def generate(self, n: int, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Decode ``n`` draws from the prior N(0, I); a tensor ``(n, *)``.
+    def generate(
+        self, n: int, condition: Any = None, *, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Decode ``n`` draws from the prior; a tensor ``(n, *)``.
 
-        Each is the decoder's mean, as usually shown, or with ``sample`` a draw from p(x|z). The generator
-        must be on the model's device.
+        Each is the mean of p(x|z), as usually shown, or with ``sample`` a draw from p(x|z). The generator
+        must be on the model's device. A condition is one of a batch of ``n``.
         """
-        if isinstance(n, bool) or not isinstance(n, Integral):
-            raise TypeError(f"n: expected an integer, got {type(n).__name__}")
-        if n < 1:
-            raise ValueError(f"n: expected at least 1, got {n}")
-        sizes = [size for size in self.latent_shape if size is not None]
-        if len(sizes) < len(self.latent_shape):
+        shape: tuple[int | None, ...] = (_checked_count("n", n), *self.latent_shape)
+        like = next(self.decoder.parameters(), torch.empty(()))
+        prior = self._prior_distribution(condition, like)
+        if _fits(prior.mu.shape, shape):  # it may know the sizes that were left open
+            shape = tuple(prior.mu.shape)
+        sizes = [size for size in shape if size is not None]
+        if len(sizes) < len(shape):
             raise ValueError(
                 f"latent_dim: generate needs every size, got {_shown(self.latent_shape)}; call "
                 "decode(torch.randn(...)) with the sizes wanted"
             )
-        like = next(self.decoder.parameters(), torch.empty(()))
-        z = torch.randn((n, *sizes), generator=generator, dtype=like.dtype, device=like.device)
-        return self._image(self.decode(z), sample, generator)
+        for moment in prior:
+            if not broadcasts(moment.shape, sizes):
+                raise ValueError(
+                    f"prior: expected moments that broadcast to {tuple(sizes)}, got shape {tuple(moment.shape)}"
+                )
+        noise = torch.randn(sizes, generator=generator, dtype=like.dtype, device=like.device)
+        z = (prior.mu + torch.exp(0.5 * prior.logvar) * noise).to(like.dtype)
+        return self._image(self.decode(z, condition), sample, generator)
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, condition: Any = None) -> Tensor:
         """Features of ``x`` for other uses: the posterior means, ``(batch, number of latent variables)``."""
-        return self.encode(x).mu.flatten(1)
+        return self.encode(x, condition).mu.flatten(1)
 
     def extra_repr(self) -> str:
         latent_dim = self.latent_shape[0] if len(self.latent_shape) == 1 else self.latent_shape
-        fixed = "" if isinstance(self.recon_logvar, Tensor) else f", recon_logvar={self.recon_logvar}"
-        return f"latent_dim={latent_dim}{fixed}"
+        shown = [f"latent_dim={latent_dim}"]
+        if self.likelihood != "gaussian":
+            shown.append(f"likelihood={self.likelihood!r}")
+        if LIKELIHOODS[self.likelihood].pairs and not isinstance(self.recon_logvar, Tensor):
+            shown.append(f"recon_logvar={self.recon_logvar}")
+        if self.scale != "logvar":
+            shown.append(f"scale={self.scale!r}")
+        return ", ".join(shown)
 
     @staticmethod
-    def _image(p: DiagonalGaussian, sample: bool, generator: torch.Generator | None) -> Tensor:
+    def _image(p: Likelihood, sample: bool, generator: torch.Generator | None) -> Tensor:
         return p.sample(generator=generator) if sample else p.mu
 
-    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    # --- steps of a pass ---
+
+    def _pass(
+        self, x: Tensor, condition: Any, samples: int, bound: str, generator: Generator
+    ) -> tuple[tuple[Tensor, Tensor | None], Latent, _Decoded]:
+        """Encode, sample and decode. One sample of an ELBO has no dimension of its own; others lie in front."""
+        if bound not in ("elbo", "iwae"):
+            raise ValueError(f"bound: expected 'elbo' or 'iwae', got {bound!r}")
+        draws: int | None = _checked_count("samples", samples)
+        if draws == 1 and bound == "elbo":
+            draws = None
+        posterior = self._posterior(x, condition)
+        estimator = "analytic" if bound == "elbo" else "sample"
+        latent = self._latent(posterior, self._prior(condition), draws, estimator, generator)
+        return posterior, latent, self._decoded(latent.z, condition, of=x, samples=draws)
+
+    def _posterior(self, x: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
         """Run the encoder and check what it gives against ``latent_dim``."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.ndim == 0:
             raise ValueError("x: expected a batch dimension, got a 0-dim tensor")
-        mu, logvar = _mean_and_logvar("encoder", self.encoder(x))
+        mu, logvar = _mean_and_scale("encoder", _called(self.encoder, x, condition))
         if logvar is None:
             channels, *rest = self.latent_shape
             expected = (x.shape[0], None if channels is None else 2 * channels, *rest)
@@ -310,10 +742,62 @@ class VAE(nn.Module):
                     )
         return mu, logvar
 
-    def _likelihood(self, z: Tensor, *, of: Tensor | None = None) -> _Parameters:
-        """Run the decoder and check what it gives against ``recon_logvar`` and, if there is one, the data."""
-        mean, logvar = _mean_and_logvar("decoder", self.decoder(z))
-        packed = logvar is None and self.recon_logvar is None
+    def _prior(self, condition: Any) -> tuple[Tensor | float, Tensor | float | None] | None:
+        """The prior's mean and scale, or both packed and None; None for N(0, I)."""
+        if self.prior is not None:
+            mean, scale = _mean_and_scale("prior", self.prior() if condition is None else self.prior(condition))
+            if scale is None:
+                functional._check_packed("prior", mean, 1)
+            return mean, scale
+        return None if self.prior_mu is None else (self.prior_mu, self.prior_logvar)
+
+    def _latent(
+        self,
+        posterior: tuple[Tensor, Tensor | None],
+        prior: tuple[Tensor | float, Tensor | float | None] | None,
+        samples: int | None,
+        estimator: str,
+        generator: Generator,
+        offset: int = 0,
+    ) -> Latent:
+        prior_mu, prior_logvar = (None, None) if prior is None else prior
+        return functional.latent(
+            *posterior,
+            prior_mu,
+            prior_logvar,
+            scale=self.scale,
+            clamp=self.clamp,
+            eps=self.eps,
+            prior_scale=self.prior_scale,
+            prior_clamp=self.prior_clamp,
+            prior_eps=self.prior_eps,
+            estimator=estimator,
+            samples=samples,
+            offset=offset,
+            generator=generator,
+        )
+
+    def _decoded(self, z: Tensor, condition: Any, *, of: Tensor | None = None, samples: int | None = None) -> _Decoded:
+        """Run the decoder on one sample, or on several that lie in front, and take these apart again."""
+        if samples is None:
+            mean, scale = self._likelihood(z, condition, of)
+        else:
+            mean, scale = self._likelihood(z.flatten(0, 1), _repeated(condition, samples, z.shape[1]), of)
+            if isinstance(scale, Tensor) and scale.dim() == mean.dim() and len(scale) == len(mean):
+                scale = scale.unflatten(0, z.shape[:2])
+            mean = mean.unflatten(0, z.shape[:2])
+        kind = _Kind(self.likelihood, self.recon_scale, self.recon_clamp, self.recon_eps)
+        return _Decoded(mean, scale, kind)
+
+    def _likelihood(self, z: Tensor, condition: Any, of: Tensor | None) -> _Parameters:
+        """Run the decoder and check what it gives against ``recon_logvar`` and, if there are some, the data."""
+        mean, logvar = _mean_and_scale("decoder", _called(self.decoder, z, condition))
+        has_scale = len(LIKELIHOODS[self.likelihood].pairs) > 0
+        packed = has_scale and logvar is None and self.recon_logvar is None
+        if logvar is not None and not has_scale:
+            raise TypeError(
+                f"decoder: expected one tensor, as the {self.likelihood} likelihood has no scale; got a pair"
+            )
         if logvar is not None and self.recon_logvar is not None:
             raise TypeError("decoder: expected the mean only, as recon_logvar is given; got a pair (mean, logvar)")
         if mean.ndim < 2 or mean.shape[0] != z.shape[0]:
@@ -321,24 +805,61 @@ class VAE(nn.Module):
                 f"decoder: expected a tensor of shape (batch, channels, ...) for a batch of {z.shape[0]}, "
                 f"got {tuple(mean.shape)}"
             )
+        word = "log-variance" if self.likelihood == "gaussian" else "scale"
         if packed and mean.shape[1] % 2:
             raise ValueError(
-                "decoder: expected a mean and a log-variance packed along dimension 1, an even size, "
+                f"decoder: expected a mean and a {word} packed along dimension 1, an even size, "
                 f"got {tuple(mean.shape)}; if it gives the mean only, pass recon_logvar to the VAE"
             )
         if of is not None:
-            expected = (of.shape[0], 2 * of.shape[1], *of.shape[2:]) if packed else tuple(of.shape)
-            if tuple(mean.shape) != expected:
-                what, otherwise = (
-                    ("packed mean and log-variance", "the mean only, pass recon_logvar to the VAE")
-                    if packed
-                    else ("mean", "the log-variance too, leave recon_logvar None")
-                )
+            expected = (z.shape[0], (2 if packed else 1) * of.shape[1], *of.shape[2:]) if of.ndim > 1 else z.shape[:1]
+            if tuple(mean.shape) != tuple(expected):
+                what, otherwise = "tensor", ""
+                if packed:
+                    what = f"packed mean and {word}"
+                    otherwise = "; if it gives the mean only, pass recon_logvar to the VAE"
+                elif has_scale:
+                    what, otherwise = "mean", f"; if it gives the {word} too, leave recon_logvar None"
                 raise ValueError(
-                    f"decoder: expected a {what} of shape {expected} for x of shape {tuple(of.shape)}, "
-                    f"got {tuple(mean.shape)}; if it gives {otherwise}"
+                    f"decoder: expected a {what} of shape {tuple(expected)} for x of shape {tuple(of.shape)}, "
+                    f"got {tuple(mean.shape)}{otherwise}"
                 )
+        if not has_scale:
+            return mean, 0.0
         return mean, (None if packed else self.recon_logvar if logvar is None else logvar)
+
+    def _gaussian(self, posterior: tuple[Tensor, Tensor | None]) -> DiagonalGaussian:
+        """The posterior, taken apart and with a log-variance."""
+        mu, scale = posterior
+        if scale is None:
+            mu, scale = mu.chunk(2, dim=1)
+        if self.scale == "logvar" and self.clamp is None and self.eps == 0.0:
+            return DiagonalGaussian(mu, scale)
+        return DiagonalGaussian(mu, _log_of(scale, mu, self._latent_forms(None)[0]))
+
+    def _prior_distribution(self, condition: Any, like: Tensor) -> DiagonalGaussian:
+        """The prior, likewise; where it is of numbers, of tensors like another."""
+        prior = self._prior(condition)
+        if prior is None:
+            return DiagonalGaussian(like.new_zeros(()), like.new_zeros(()))
+        mu, scale = prior
+        if not isinstance(mu, Tensor):
+            mu = like.new_full((), mu)
+        if scale is None:
+            mu, scale = mu.chunk(2, dim=1)
+        return DiagonalGaussian(mu, _log_of(scale, mu, self._latent_forms(scale)[1]))
+
+    def _latent_forms(self, prior_scale: Tensor | float | None) -> tuple[Form, Form]:
+        """Those of the posterior's scale and of the prior's."""
+        return checked_latent_forms(
+            self.scale, self.clamp, self.eps, self.prior_scale, self.prior_clamp, self.prior_eps, prior_scale
+        )
+
+    def _distribution(self, p: _Decoded) -> Likelihood:
+        mean, scale = p.mean, p.scale
+        if scale is None:
+            mean, scale = mean.chunk(2, dim=1)
+        return _DISTRIBUTIONS[p.kind.likelihood](mean, _log_of(scale, mean, p.kind.form))
 
 
 _has_warned = False
@@ -378,7 +899,39 @@ def _latent_shape(latent_dim: int | Sequence[int | None]) -> tuple[int | None, .
     return tuple(None if size is None else int(size) for size in sizes)
 
 
-def _mean_and_logvar(name: str, output: object) -> tuple[Tensor, Tensor | None]:
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _checked_count(name: str, value: object) -> int:
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)
+
+
+def _called(module: nn.Module, argument: Tensor, condition: Any) -> object:
+    return module(argument) if condition is None else module(argument, condition)
+
+
+_Condition = TypeVar("_Condition")
+
+
+def _repeated(condition: _Condition, times: int, batch: int) -> _Condition:
+    """A condition of as many batches, one after the other: tensors of one of them, in tuples, lists and dicts."""
+    found: Any = condition
+    if isinstance(condition, Tensor) and condition.shape[:1] == (batch,):
+        found = condition.expand(times, *condition.shape).flatten(0, 1)
+    elif isinstance(condition, dict):
+        found = {key: _repeated(value, times, batch) for key, value in condition.items()}
+    elif isinstance(condition, (tuple, list)):
+        values = [_repeated(value, times, batch) for value in condition]
+        found = type(condition)(*values) if hasattr(condition, "_fields") else type(condition)(values)
+    return found
+
+
+def _mean_and_scale(name: str, output: object) -> tuple[Tensor, Tensor | None]:
     """Take apart what a module gave: (tensor, None), or a pair of tensors."""
     if isinstance(output, Tensor):
         return output, None
@@ -390,11 +943,20 @@ def _mean_and_logvar(name: str, output: object) -> tuple[Tensor, Tensor | None]:
     raise TypeError(f"{name}: expected a tensor or a pair of tensors (mean, logvar) from it, got {got}")
 
 
-def _unpacked(parameters: _Parameters) -> DiagonalGaussian:
-    mu, logvar = parameters
-    if logvar is None:
-        return DiagonalGaussian(*mu.chunk(2, dim=1))
-    return DiagonalGaussian(mu, logvar if isinstance(logvar, Tensor) else mu.new_full((), logvar))
+def _log_of(scale: Tensor | float, mean: Tensor, form: Form) -> Tensor:
+    """The logarithm of the scale that a tensor, or number, beside a mean is a form of; in its dtype."""
+    if not isinstance(scale, Tensor):
+        return mean.new_full((), Scale(scale, form).log)
+    if form == PLAIN:
+        return scale
+    log: Tensor = Scale(scale.to(working_dtype(scale)), form).log
+    return log.to(scale.dtype)
+
+
+def _broadcasts_to_latent(shape: Sequence[int], latent: Sequence[int | None]) -> bool:
+    """Whether it does to latents of any batch."""
+    lead = len(latent) + 1 - len(shape)
+    return lead >= 0 and all(s in (1, t) or t is None for s, t in zip(shape, (1, *latent)[lead:], strict=True))
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
@@ -407,4 +969,4 @@ def _shown(sizes: Sequence[int | None]) -> str:
     return f"({inside},)" if len(sizes) == 1 else f"({inside})"
 
 
-register_outputs(DiagonalGaussian, VAEOutput, functional.Latent, ELBOTerms)
+register_outputs(DiagonalGaussian, DiagonalLaplace, Bernoulli, VAEOutput, Latent, ELBOTerms)

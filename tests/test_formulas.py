@@ -7,7 +7,6 @@ from conftest import HALF_LOG_2PI
 from torch import Tensor
 from torch.distributions import Laplace, Normal, kl_divergence
 
-from fusedvae.backend import reference
 from fusedvae.backend.reference import FORMULAS, LIKELIHOODS, Form
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 import fusedvae
-from fusedvae import VAE, functional, networks
-from fusedvae.vae import DiagonalGaussian, VAEOutput
+from fusedvae import VAE, Bernoulli, DiagonalLaplace, ELBOLoss, functional, networks
+from fusedvae.backend.reference import LIKELIHOODS
+from fusedvae.vae import _DISTRIBUTIONS, DiagonalGaussian, VAEOutput
 
 BATCH, CHANNELS, LATENT = 5, 3, 2
 SHAPE = (CHANNELS, 4, 4)
@@ -32,12 +34,12 @@ def one_thread() -> Iterator[None]:
 class Apply(nn.Module):
     """A module without parameters, made of a function."""
 
-    def __init__(self, function: Callable[[Tensor], object]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor) -> object:
-        return self.function(x)
+    def forward(self, *arguments: object) -> object:
+        return self.function(*arguments)
 
 
 @pytest.fixture
@@ -252,6 +254,430 @@ def test_a_size_left_open_takes_images_of_several_sizes() -> None:
         assert vae(torch.rand(2, 3, size, size)).z.shape == (2, 4, size // 2, size // 2)
 
 
+# --- likelihoods ------------------------------------------------------------------------------------------------------
+
+DENSITIES: dict[str, Callable[[Tensor, Tensor], torch.distributions.Distribution]] = {
+    # name: what p(x|z) is, of the first and, if it has a scale, the second of what the decoder gives
+    "gaussian": lambda m, s: torch.distributions.Normal(m, torch.exp(0.5 * s)),
+    "laplace": lambda m, s: torch.distributions.Laplace(m, torch.exp(s)),
+    "bernoulli": lambda m, s: torch.distributions.Bernoulli(logits=m),
+    "bernoulli_probs": lambda m, s: torch.distributions.Bernoulli(probs=m),
+    "mse": lambda m, s: torch.distributions.Normal(m, math.sqrt(0.5)),
+    "l1": lambda m, s: torch.distributions.Laplace(m, 1.0),
+}
+every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
+
+SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    # form: the standard deviation (or a Laplace distribution's b) of what the form is of; the eps added is 0.01
+    "logvar": lambda s: (torch.exp(s) + 0.01).sqrt(),
+    "logstd": lambda s: torch.exp(s) + 0.01,
+    "std": lambda s: s + 0.01,
+    "var": lambda s: (s + 0.01).sqrt(),
+    "softplus": lambda s: nn.functional.softplus(s) + 0.01,
+    "logscale": lambda s: torch.exp(s) + 0.01,
+    "scale": lambda s: s + 0.01,
+}
+
+
+def vae_of(likelihood: str, **options: object) -> VAE:
+    """A VAE of this likelihood, in float64; where there is a scale, the decoder gives it, packed."""
+    torch.manual_seed(0)
+    decoder = packed_decoder() if LIKELIHOODS[likelihood].pairs else mean_decoder()
+    if likelihood == "bernoulli_probs":
+        decoder.append(nn.Sigmoid())
+    return VAE(packed_encoder(), decoder, LATENT, likelihood=likelihood, **options).double()
+
+
+def log_density(vae: VAE, z: Tensor, x: Tensor) -> Tensor:
+    """log p(x|z), per sample, by PyTorch's distributions."""
+    decoded = vae.decoder(z)
+    mean, scale = decoded.chunk(2, 1) if LIKELIHOODS[vae.likelihood].pairs else (decoded, None)
+    return DENSITIES[vae.likelihood](mean, scale).log_prob(x).flatten(1).sum(1)
+
+
+def with_gradients(value: Tensor, vae: VAE) -> list[Tensor]:
+    vae.zero_grad()
+    value.sum().backward()
+    return [value.detach(), *[parameter.grad.clone() for parameter in vae.parameters()]]
+
+
+@pytest.fixture
+def bits(x: Tensor) -> Tensor:
+    """Data that every likelihood takes."""
+    return x.round().double()
+
+
+def test_every_likelihood_has_a_distribution_and_a_density_to_compare_with() -> None:
+    assert set(_DISTRIBUTIONS) == set(DENSITIES) == set(LIKELIHOODS)
+
+
+@every_likelihood
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("bound", ["elbo", "iwae"])
+def test_bounds_of_every_likelihood_are_those_of_its_density(
+    bits: Tensor, likelihood: str, samples: int, bound: str
+) -> None:
+    vae = vae_of(likelihood)
+    torch.manual_seed(3)
+    found = with_gradients(vae.loss(bits, samples=samples, bound=bound, full=True), vae)
+    torch.manual_seed(3)
+    by_output = with_gradients(vae(bits, samples=samples, bound=bound).loss(bits, full=True), vae)
+
+    mu, logvar = vae.encoder(bits).chunk(2, 1)
+    torch.manual_seed(3)
+    shape = mu.shape if samples == 1 and bound == "elbo" else (samples, *mu.shape)
+    noise = functional.reparameterize(
+        torch.zeros_like(mu), torch.zeros_like(mu), samples=None if len(shape) == 2 else samples
+    )
+    z = (mu + torch.exp(logvar / 2) * noise).view(samples, BATCH, LATENT)
+    log_p = torch.stack([log_density(vae, one, bits) for one in z])
+    q = torch.distributions.Normal(mu, torch.exp(logvar / 2))
+    prior = torch.distributions.Normal(0.0, 1.0)
+    if bound == "elbo":
+        values = log_p.mean(0) - kl(mu, logvar)
+    else:
+        log_weights = log_p + (prior.log_prob(z) - q.log_prob(z)).sum(-1)
+        values = torch.logsumexp(log_weights, 0) - math.log(samples)
+    expected = with_gradients(-values.mean(), vae)
+    for f, b, e in zip(found, by_output, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-6, atol=1e-9)  # noise is of float32
+        torch.testing.assert_close(b, f, rtol=1e-12, atol=1e-12)
+
+
+@every_likelihood
+def test_a_decoded_latent_is_a_distribution_of_its_likelihood(likelihood: str) -> None:
+    vae = vae_of(likelihood)
+    z = torch.randn(2, LATENT, dtype=torch.float64)
+    p = vae.decode(z)
+    decoded = vae.decoder(z)
+    mean, scale = decoded.chunk(2, 1) if LIKELIHOODS[likelihood].pairs else (decoded, None)
+    expected = DENSITIES[likelihood](mean, scale)
+    assert type(p) is {"gaussian": DiagonalGaussian, "mse": DiagonalGaussian}.get(
+        likelihood, DiagonalLaplace if likelihood in ("laplace", "l1") else Bernoulli
+    )
+    torch.testing.assert_close(p.mu, expected.mean.expand(p.mu.shape))
+    if isinstance(p, DiagonalGaussian):
+        torch.testing.assert_close(torch.exp(p.logvar).expand_as(p.mu), expected.variance)
+    elif isinstance(p, DiagonalLaplace):
+        torch.testing.assert_close(torch.exp(p.log_scale).expand_as(p.mu), expected.scale)
+    else:
+        torch.testing.assert_close(p.logits, expected.logits)
+    with torch.no_grad():
+        drawn = vae.decode(z.repeat(4000, 1)).sample(generator=torch.Generator().manual_seed(0))
+    drawn = drawn.view(4000, *p.mu.shape)
+    error = drawn.mean(0) - expected.mean
+    assert drawn.dtype == torch.float64
+    assert (error.abs() < 5 * (expected.variance / 4000).sqrt()).all()
+    torch.testing.assert_close(drawn.var(0), expected.variance, rtol=0.2, atol=0.01)
+    images = vae.generate(3, generator=torch.Generator().manual_seed(1))
+    again = torch.randn(3, LATENT, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(images, vae.decode(again).mu)
+
+
+def test_samples_of_laplace_distributions_are_differentiable_and_decided_by_the_generator() -> None:
+    mu, log_scale = torch.zeros(3, 4, requires_grad=True), torch.full((4,), 0.5, requires_grad=True)
+    p, generator = DiagonalLaplace(mu, log_scale), torch.Generator()
+    drawn = p.sample(generator=generator.manual_seed(1))
+    assert torch.equal(drawn, p.sample(generator=generator.manual_seed(1)))
+    drawn.sum().backward()
+    torch.testing.assert_close(mu.grad, torch.ones(3, 4))
+    torch.testing.assert_close(log_scale.grad, drawn.detach().sum(0))
+
+
+@pytest.mark.parametrize("scale", ["logvar", "logstd", "std", "var", "softplus"])
+@pytest.mark.parametrize("prior_scale", ["logvar", "softplus"])
+def test_forms_of_the_latents_scales(bits: Tensor, scale: str, prior_scale: str) -> None:
+    prior = (nn.Parameter(torch.tensor([0.5, -0.5])), nn.Parameter(torch.tensor([0.3, 0.7])))
+    vae = vae_of("mse", scale=scale, clamp=(0.1, 0.4), eps=0.01, prior=prior, prior_scale=prior_scale, prior_eps=0.01)
+    mu, s = vae.encoder(bits).chunk(2, 1)
+    sigma = SCALES[scale](s.clamp(0.1, 0.4))
+    q = torch.distributions.Normal(mu, sigma)
+    p = torch.distributions.Normal(vae.prior_mu, SCALES[prior_scale](vae.prior_logvar))
+    torch.manual_seed(3)
+    out = vae(bits)
+    torch.testing.assert_close(out.kl, torch.distributions.kl_divergence(q, p).sum(1))
+    for found in (vae.encode(bits), out):
+        torch.testing.assert_close(found.mu, mu)
+        torch.testing.assert_close(found.logvar, 2 * sigma.log())
+    torch.manual_seed(3)
+    noise = functional.reparameterize(torch.zeros_like(mu), torch.zeros_like(mu))
+    torch.testing.assert_close(out.z, mu + sigma * noise)
+    torch.manual_seed(3)
+    terms = vae.loss(bits, return_terms=True)
+    torch.testing.assert_close(terms.kl, out.kl.mean())
+    found = torch.autograd.grad(terms.kl, prior)
+    expected = torch.autograd.grad(torch.distributions.kl_divergence(q, p).sum(1).mean(), prior)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "scale"),
+    [("gaussian", s) for s in ("logvar", "logstd", "std", "var", "softplus")]
+    + [("laplace", s) for s in ("logscale", "scale", "softplus")],
+)
+@pytest.mark.parametrize("source", ["decoder", "learned", 0.3])
+def test_forms_of_the_likelihoods_scale(bits: Tensor, likelihood: str, scale: str, source: str | float) -> None:
+    options: dict = {"likelihood": likelihood, "recon_scale": scale, "recon_clamp": (0.1, 0.4), "recon_eps": 0.01}
+    if source == "decoder":
+        vae = VAE(packed_encoder(), packed_decoder(), LATENT, **options).double()
+    else:
+        vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=source, **options).double()
+    if source == "learned":
+        assert vae.recon_logvar.tolist() == [1.0 if scale in ("std", "var", "scale") else 0.0]
+        with torch.no_grad():
+            vae.recon_logvar.fill_(0.2)
+    torch.manual_seed(3)
+    out = vae(bits)
+    decoded = vae.decoder(out.z)
+    mean, s = decoded.chunk(2, 1) if source == "decoder" else (decoded, torch.as_tensor(vae.recon_logvar).double())
+    sigma = SCALES[scale](s.clamp(0.1, 0.4))
+    density = (torch.distributions.Normal if likelihood == "gaussian" else torch.distributions.Laplace)(mean, sigma)
+    expected = -density.log_prob(bits).flatten(1).sum(1)
+    torch.manual_seed(3)
+    terms = vae.loss(bits, return_terms=True, full=True, reduction="none")
+    torch.testing.assert_close(terms.nll, expected)
+    torch.testing.assert_close(out.loss(bits, return_terms=True, full=True, reduction="none").nll, expected)
+    p = vae.decode(out.z)
+    torch.testing.assert_close(p.mu, mean)
+    torch.testing.assert_close(
+        p[1].expand_as(mean), (sigma.log() * (2 if likelihood == "gaussian" else 1)).expand_as(mean)
+    )
+    if source == "learned":
+        (found,) = torch.autograd.grad(terms.nll.sum(), vae.recon_logvar)
+        torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), vae.recon_logvar)[0])
+
+
+# --- priors and conditions --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prior", "keys"),
+    [
+        ((nn.Parameter(torch.tensor([1.0, -1.0])), nn.Parameter(torch.tensor([0.5]))), ["prior_mu", "prior_logvar"]),
+        ((torch.tensor([[1.0, -1.0]]), 0.5), ["prior_mu"]),
+        ((0.5, -0.25), []),
+    ],
+)
+def test_a_prior_may_be_a_pair(x: Tensor, prior: tuple, keys: list[str]) -> None:
+    vae = make_vae(prior=prior)
+    assert [key for key in vae.state_dict() if "prior" in key] == keys
+    assert ("prior_mu" in dict(vae.named_parameters())) == isinstance(prior[0], nn.Parameter)
+    mean, logvar = (torch.as_tensor(t).expand(1, LATENT) for t in prior)
+    out = vae(x)
+    q = torch.distributions.Normal(out.mu, torch.exp(out.logvar / 2))
+    p = torch.distributions.Normal(mean, torch.exp(logvar / 2))
+    torch.testing.assert_close(out.kl, torch.distributions.kl_divergence(q, p).sum(1))
+    noise = torch.randn(6, LATENT, generator=torch.Generator().manual_seed(5))
+    images = vae.generate(6, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(images, vae.decode(mean + torch.exp(logvar / 2) * noise).mu)
+
+
+class Conditional(nn.Module):
+    """A linear layer over its argument and a condition."""
+
+    def __init__(self, sizes: int, condition: int, out: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(sizes + condition, math.prod(out)), nn.Unflatten(1, out))
+        self.batches: list[int] = []
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        return self.layers(torch.cat([x.flatten(1), condition], 1))
+
+
+def conditional_vae() -> VAE:
+    """With a prior of the condition, in float64."""
+    torch.manual_seed(0)
+    encoder, decoder = Conditional(math.prod(SHAPE), 3, (2 * LATENT,)), Conditional(LATENT, 3, (2 * CHANNELS, 4, 4))
+    return VAE(encoder, decoder, LATENT, prior=nn.Linear(3, 2 * LATENT)).double()
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("bound", ["elbo", "iwae"])
+def test_a_condition_goes_to_every_module(bits: Tensor, samples: int, bound: str) -> None:
+    vae, condition = conditional_vae(), torch.randn(BATCH, 3, dtype=torch.float64)
+    torch.manual_seed(3)
+    found = vae.loss(bits, condition, samples=samples, bound=bound, reduction="none")
+    torch.manual_seed(3)
+    out = vae(bits, condition, samples=samples, bound=bound)
+    torch.testing.assert_close(out.loss(bits, reduction="none"), found)
+    assert vae.decoder.batches == [samples * BATCH] * 2
+    z = out.z.view(samples, BATCH, LATENT)
+    q = torch.distributions.Normal(out.mu, torch.exp(out.logvar / 2))
+    mean, logvar = vae.prior(condition).chunk(2, 1)
+    p = torch.distributions.Normal(mean, torch.exp(logvar / 2))
+    torch.testing.assert_close(torch.cat([out.mu, out.logvar], 1), vae.encoder(bits, condition))
+    nlls = torch.stack([nll(bits, *vae.decoder(one, condition).chunk(2, 1)) for one in z])
+    if bound == "elbo":
+        expected = nlls.mean(0) + torch.distributions.kl_divergence(q, p).sum(1)
+    else:
+        log_weights = (p.log_prob(z) - q.log_prob(z)).sum(-1) - nlls
+        expected = math.log(samples) - torch.logsumexp(log_weights, 0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_condition_goes_with_every_method(bits: Tensor) -> None:
+    vae, condition = conditional_vae(), torch.randn(BATCH, 3, dtype=torch.float64)
+    mu, logvar = vae.encoder(bits, condition).chunk(2, 1)
+    torch.testing.assert_close(vae.encode(bits, condition).logvar, logvar)
+    torch.testing.assert_close(vae.embed(bits, condition), mu)
+    torch.testing.assert_close(vae.reconstruct(bits, condition), vae.decoder(mu, condition)[:, :CHANNELS])
+    torch.testing.assert_close(vae.decode(mu, condition).logvar, vae.decoder(mu, condition)[:, CHANNELS:])
+    noise = torch.randn(BATCH, LATENT, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    mean, logvar = vae.prior(condition).chunk(2, 1)
+    images = vae.generate(BATCH, condition, generator=torch.Generator().manual_seed(5))
+    z = mean + torch.exp(logvar / 2) * noise
+    torch.testing.assert_close(images, vae.decoder(z, condition)[:, :CHANNELS])
+    with pytest.raises(ValueError, match=r"prior: expected moments that broadcast to \(3, 2\), got shape \(5, 2\)"):
+        vae.generate(3, condition)
+
+
+def test_conditions_may_be_of_several_tensors(x: Tensor) -> None:
+    seen: list = []
+
+    def decode(z: Tensor, condition: dict) -> Tensor:
+        seen.append(condition)
+        return (z.sum(1) + condition["label"]).view(-1, 1, 1, 1).expand(-1, *SHAPE)
+
+    encode = Apply(lambda x, condition: (x[:, :LATENT, 0, 0], x[:, :LATENT, 0, 1]))
+    vae = VAE(encode, Apply(decode), LATENT, recon_logvar=0.0)
+    condition = {"label": torch.arange(BATCH), "pair": (torch.ones(1, 7), torch.tensor(2.0)), "name": "digits"}
+    vae.loss(x, condition, samples=3)
+    assert torch.equal(seen[0]["label"], torch.arange(BATCH).repeat(3))
+    assert seen[0]["pair"][0].shape == (1, 7)  # of no batch
+    assert seen[0]["name"] == "digits"
+
+
+def test_a_prior_of_no_condition_may_be_a_module_and_know_the_sizes_left_open() -> None:
+    prior = Apply(lambda *condition: (torch.full((2, 4, 3, 3), 0.5), torch.full((1,), -60.0)))
+    vae = VAE(nn.Conv2d(3, 8, 2, stride=2), nn.ConvTranspose2d(4, 6, 2, stride=2), (4, None, None), prior=prior)
+    images = vae.generate(2)
+    torch.testing.assert_close(images, vae.decode(torch.full((2, 4, 3, 3), 0.5)).mu)
+    x = torch.rand(2, 3, 6, 6)
+    out = vae(x)
+    q = torch.distributions.Normal(out.mu, torch.exp(out.logvar / 2))
+    p = torch.distributions.Normal(0.5, math.exp(-30))
+    torch.testing.assert_close(out.kl, torch.distributions.kl_divergence(q, p).flatten(1).sum(1))
+
+
+# --- options of the loss ----------------------------------------------------------------------------------------------
+
+EVERY_REDUCTION = ["batchmean", "sum", "mean", "weighted_mean", "none", ("mean", "batchmean"), ["sum", "mean"]]
+
+
+@pytest.mark.parametrize("reduction", EVERY_REDUCTION, ids=str)
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reductions_are_those_of_all_elements(
+    bits: Tensor, reduction: str | tuple, samples: int, weighted: bool
+) -> None:
+    vae = vae_of("gaussian")
+    weight = (bits[:, :1] + 0.5) if weighted else None
+    torch.manual_seed(3)
+    found = vae.loss(
+        bits, samples=samples, reduction=reduction, beta=0.7, weight=weight, return_terms=True, grad_scale=4.0
+    )
+    torch.manual_seed(3)
+    out = vae(bits, samples=samples)
+    by_output = out.loss(bits, reduction=reduction, beta=0.7, weight=weight, return_terms=True, grad_scale=4.0)
+
+    w = torch.ones_like(bits) if weight is None else weight.expand_as(bits)
+    mean, logvar = out.recon_x.view(samples, *bits.shape), out.recon_logvar.view(samples, *bits.shape)
+    nlls = (w * (logvar + (mean - bits) ** 2 * torch.exp(-logvar)) / 2).mean(0)
+    kls = (out.mu**2 + torch.expm1(out.logvar) - out.logvar) / 2
+    reduce = {
+        "batchmean": lambda t, w: t.sum() / BATCH,
+        "sum": lambda t, w: t.sum(),
+        "mean": lambda t, w: t.mean(),
+        "weighted_mean": lambda t, w: t.sum() / w.sum(),
+        "none": lambda t, w: t.flatten(1).sum(1),
+    }
+    of_nll, of_kl = (reduction, reduction) if isinstance(reduction, str) else reduction
+    expected_nll, expected_kl = reduce[of_nll](nlls, w), reduce[of_kl](kls, torch.ones_like(kls))
+    expected = (expected_nll + 0.7 * expected_kl, expected_nll, expected_kl)
+    for f, b, e in zip(found, by_output, expected, strict=True):
+        torch.testing.assert_close(f, e)
+        torch.testing.assert_close(b, e)
+        weights = vae.encoder[1].weight
+        gradients = [torch.autograd.grad(t.sum(), weights, retain_graph=True)[0] for t in (b, e)]
+        torch.testing.assert_close(gradients[0], 4 * gradients[1])  # grad_scale
+    torch.testing.assert_close(with_gradients(found.loss, vae), with_gradients(by_output.loss, vae))
+
+
+@pytest.mark.parametrize("bound", ["elbo", "iwae"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_where_the_weight_is_0_x_may_be_anything(bits: Tensor, bound: str, samples: int) -> None:
+    vae = vae_of("gaussian")
+    weight = torch.rand(BATCH, *SHAPE) > 0.3
+    broken = torch.where(weight, bits, torch.nan)
+    results = []
+    for x in (bits, broken):
+        torch.manual_seed(3)
+        results.append(with_gradients(vae(bits, samples=samples, bound=bound).loss(x, weight=weight), vae))
+    for f, e in zip(*results, strict=True):
+        assert torch.equal(f, e)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+@pytest.mark.parametrize("factor", [8.0, torch.tensor(8.0)])
+def test_the_gradient_of_an_importance_weighted_bound_may_be_scaled(
+    bits: Tensor, reduction: str, factor: float | Tensor
+) -> None:
+    vae, results = vae_of("bernoulli"), []
+    for scale in (None, factor):
+        torch.manual_seed(3)
+        loss = vae.loss(bits, samples=3, bound="iwae", reduction=reduction, grad_scale=scale)
+        results.append(with_gradients(loss, vae))
+    values = {"batchmean": Tensor.mean, "sum": Tensor.sum, "none": Tensor.clone}[reduction]
+    torch.manual_seed(3)
+    each = vae.loss(bits, samples=3, bound="iwae", reduction="none")
+    torch.testing.assert_close(results[0][0], values(each).detach())
+    (value, *gradients), (plain, *plain_gradients) = results[1], results[0]
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(gradients, [8 * gradient for gradient in plain_gradients])
+
+
+@pytest.mark.parametrize("recon_logvar", [None, 0.3, "learned", torch.full((3, 1, 1), 0.2)])
+@pytest.mark.parametrize("pair", [False, True])
+def test_several_samples_take_every_form_of_a_decoder(x: Tensor, recon_logvar: object, pair: bool) -> None:
+    torch.manual_seed(0)
+    decoder = packed_decoder() if recon_logvar is None else mean_decoder()
+    if pair and recon_logvar is None:
+        decoder = AsPair(decoder)
+    vae = VAE(packed_encoder(), decoder, LATENT, recon_logvar=recon_logvar)
+    torch.manual_seed(3)
+    found = vae.loss(x, samples=4, reduction="none", full=True)
+    torch.manual_seed(3)
+    out = vae(x, samples=4)
+    expected = torch.stack([nll(x, *vae.decode(z)) for z in out.z]).mean(0) + out.kl
+    constant = math.prod(SHAPE) * math.log(2 * math.pi) / 2
+    torch.testing.assert_close(found, expected + constant)
+    torch.testing.assert_close(out.loss(x, reduction="none", full=True), found)
+
+
+def test_a_second_of_a_pair_that_broadcasts_goes_with_several_samples(x: Tensor) -> None:
+    for spread in (lambda z: z[:, :1, None, None], lambda z: z[:1, :1, None, None] * 0 + 0.5, lambda z: z[0, 0] * 0):
+        decoder = Apply(lambda z, spread=spread: (z[:, :1, None, None].expand(-1, *SHAPE), spread(z)))
+        vae = VAE(packed_encoder(), decoder, LATENT)
+        torch.manual_seed(3)
+        found = vae.loss(x, samples=2, reduction="none")
+        torch.manual_seed(3)
+        out = vae(x, samples=2)
+        expected = torch.stack([nll(x, *vae.decode(z)) for z in out.z]).mean(0) + out.kl
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bound", ["elbo", "iwae"])
+def test_a_compiled_step_of_several_samples_agrees(bits: Tensor, bound: str) -> None:
+    vae = vae_of("laplace", scale="softplus", eps=1e-3, recon_clamp=(-3.0, None))
+    results = []
+    for loss in (vae.loss, torch.compile(vae.loss, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        results.append(with_gradients(loss(bits, samples=3, bound=bound), vae))
+    torch.testing.assert_close(*results)
+
+
 # --- use --------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +843,12 @@ def test_repr_names_the_options() -> None:
     assert "latent_dim=2, recon_logvar=None" in repr(make_vae())
     spatial = VAE(nn.Identity(), nn.Identity(), (4, None, None), recon_logvar="learned")
     assert "latent_dim=(4, None, None)" in repr(spatial)
+    bernoulli = VAE(nn.Identity(), nn.Identity(), 2, likelihood="bernoulli", scale="softplus")
+    assert "latent_dim=2, likelihood='bernoulli', scale='softplus'" in repr(bernoulli)
+    assert repr(ELBOLoss()) == "ELBOLoss(beta=1.0, reduction='batchmean')"
+    criterion = ELBOLoss(torch.tensor(0.5), ("mean", "sum"), likelihood="l1", clamp=(-30, 20), grad_scale=2.0)
+    shown = "beta=tensor, reduction=('mean', 'sum'), likelihood='l1', clamp=(-30, 20), grad_scale=2.0"
+    assert repr(criterion) == f"ELBOLoss({shown})"
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -437,6 +869,31 @@ def test_repr_names_the_options() -> None:
         ((nn.Identity(), nn.Identity(), 2), {"recon_logvar": "fixed"}, ValueError, r"recon_logvar: .* 'fixed'"),
         ((nn.Identity(), nn.Identity(), 2), {"recon_logvar": [0.0]}, TypeError, r"recon_logvar: .* got list"),
         ((nn.Identity(), nn.Identity(), 2), {"recon_logvar": True}, TypeError, r"recon_logvar: .* got bool"),
+        *[
+            ((nn.Identity(), nn.Identity(), 2), options, error, message)
+            for options, error, message in [
+                ({"likelihood": "cauchy"}, ValueError, r"likelihood: expected one of 'gaussian', .* got 'cauchy'"),
+                (
+                    {"likelihood": "mse", "recon_logvar": 0.0},
+                    ValueError,
+                    r"recon_logvar: expected None, as the mse likelihood has no scale",
+                ),
+                ({"likelihood": "bernoulli", "recon_scale": "std"}, ValueError, r"recon_scale: .* bernoulli .* 'std'"),
+                ({"likelihood": "laplace", "recon_scale": "std"}, ValueError, r"recon_scale: .*'logscale'.* 'std'"),
+                ({"recon_clamp": 3.0}, TypeError, r"recon_clamp: expected a pair"),
+                ({"recon_eps": -1.0}, ValueError, r"recon_eps: expected at least 0"),
+                ({"scale": "sigma"}, ValueError, r"scale: expected one of 'logvar', .* 'sigma'"),
+                ({"clamp": (2.0, -2.0)}, ValueError, r"clamp: expected low <= high"),
+                ({"eps": "small"}, TypeError, r"eps: expected a number"),
+                ({"prior_scale": "sigma"}, ValueError, r"prior_scale: expected one of"),
+                ({"prior_clamp": (1,)}, TypeError, r"prior_clamp: expected a pair"),
+                ({"prior_eps": -1.0}, ValueError, r"prior_eps: expected at least 0"),
+                ({"prior": 0.0}, TypeError, r"prior: expected None, a pair or a torch.nn.Module, got float"),
+                ({"prior": (0.0, None)}, TypeError, r"prior_logvar: expected a number or a tensor, got NoneType"),
+                ({"prior": (torch.zeros(3), 0.0)}, ValueError, r"prior_mu: .* broadcasts to latent_dim \(2,\)"),
+                ({"prior": (0.0, torch.zeros(4, 2))}, ValueError, r"prior_logvar: .* got \(4, 2\)"),
+            ]
+        ],
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple, options: dict, error: type[Exception], message: str) -> None:
@@ -486,12 +943,47 @@ def test_what_an_encoder_gives_is_checked(
         (Apply(lambda z: None), None, TypeError, r"decoder: expected a tensor or a pair.* got NoneType"),
     ],
 )
-@pytest.mark.parametrize("method", ["loss", "reconstruct", "forward"])
+@pytest.mark.parametrize("method", ["loss", "reconstruct", "forward", "log_likelihood"])
 def test_what_a_decoder_gives_is_checked(
     x: Tensor, method: str, decoder: nn.Module, recon_logvar: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        getattr(VAE(packed_encoder(), decoder, LATENT, recon_logvar=recon_logvar), method)(x)
+        getattr(VAE(packed_encoder(), decoder, LATENT, recon_logvar=recon_logvar), method)(
+            x, **({"samples": 1} if method == "log_likelihood" else {})
+        )
+
+
+@pytest.mark.parametrize(
+    ("decoder", "likelihood", "error", "message"),
+    [
+        (AsPair(packed_decoder()), "bernoulli", TypeError, r"decoder: expected one tensor, as the bernoulli .* a pair"),
+        (packed_decoder(), "l1", ValueError, r"decoder: expected a tensor of shape \(5, 3, 4, 4\) .*\(5, 6, 4, 4\)$"),
+        (mean_decoder(), "laplace", ValueError, r"decoder: expected a mean and a scale packed .* pass recon_logvar"),
+    ],
+)
+@pytest.mark.parametrize("method", ["loss", "reconstruct", "forward"])
+def test_what_a_decoder_gives_is_checked_for_every_likelihood(
+    x: Tensor, method: str, decoder: nn.Module, likelihood: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        getattr(VAE(packed_encoder(), decoder, LATENT, likelihood=likelihood), method)(x)
+
+
+@pytest.mark.parametrize(
+    ("prior", "error", "message"),
+    [
+        (lambda *c: None, TypeError, r"prior: expected a tensor or a pair of tensors .* got NoneType"),
+        (lambda *c: torch.zeros(2 * LATENT), ValueError, r"prior: packed .* got shape \(4,\)"),
+        (lambda *c: torch.zeros(1, 2 * LATENT + 2), ValueError, r"prior.*: .*expected .*broadcast to \(5, 2\)"),
+        (lambda *c: (torch.zeros(3), torch.zeros(2)), ValueError, r"prior.*: .*broadcasts? to \(5, 2\), got .*\(3,\)"),
+    ],
+)
+@pytest.mark.parametrize("call", [VAE.loss, VAE.forward, lambda vae, x: vae.generate(len(x))])
+def test_what_a_prior_gives_is_checked(
+    x: Tensor, call: Callable, prior: Callable, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call(make_vae(prior=Apply(prior)), x)
 
 
 def test_an_even_number_of_channels_is_told_from_a_packed_output_by_the_data() -> None:
@@ -513,8 +1005,34 @@ def test_an_even_number_of_channels_is_told_from_a_packed_output_by_the_data() -
         (lambda vae: vae.generate(2.0), TypeError, r"n: expected an integer, got float"),
         (lambda vae: vae.loss([1.0]), TypeError, r"x: expected a tensor, got list"),
         (lambda vae: vae.encode(torch.tensor(1.0)), ValueError, r"x: expected a batch dimension"),
-        (lambda vae: vae.loss(torch.rand(2, *SHAPE), reduction="mean"), ValueError, r"reduction: 'mean'"),
+        (lambda vae: vae.loss(torch.rand(2, *SHAPE), reduction="median"), ValueError, r"reduction: .* got 'median'"),
         (lambda vae: vae.loss(torch.rand(2, *SHAPE), beta="1"), TypeError, r"beta: expected a number"),
+        (lambda vae: vae.loss(torch.rand(2, *SHAPE), samples=2, beta="1"), TypeError, r"beta: expected a number"),
+        (lambda vae: vae.loss(torch.rand(2, *SHAPE), samples=0), ValueError, r"samples: expected at least 1, got 0"),
+        (lambda vae: vae.loss(torch.rand(2, *SHAPE), samples=None), TypeError, r"samples: .* got NoneType"),
+        (lambda vae: vae(torch.rand(2, *SHAPE), bound="vi"), ValueError, r"bound: expected 'elbo' or 'iwae', got 'vi'"),
+        (lambda vae: vae.loss(torch.rand(2, *SHAPE), grad_scale="2"), TypeError, r"grad_scale: expected a number"),
+        (lambda vae: vae.loss(torch.rand(2, *SHAPE), samples=2, grad_scale=[2.0]), TypeError, r"grad_scale: .* list"),
+        (lambda vae: vae.loss(torch.rand(2, *SHAPE), weight=0.5), TypeError, r"weight: expected a tensor"),
+        (lambda vae: vae.loss(torch.rand(2, *SHAPE), weight=torch.ones(7)), ValueError, r"weight: .* broadcasts"),
+        (lambda vae: vae.loss(torch.rand(2, *SHAPE), bound="iwae", beta=0.5), ValueError, r"beta: .*'iwae', got 0.5"),
+        (
+            lambda vae: vae.loss(torch.rand(2, *SHAPE), bound="iwae", beta=torch.tensor(1.0)),
+            ValueError,
+            r"beta: .* got a tensor",
+        ),
+        (
+            lambda vae: vae.loss(torch.rand(2, *SHAPE), bound="iwae", reduction="mean"),
+            ValueError,
+            r"reduction: .* with bound='iwae', got 'mean'",
+        ),
+        (
+            lambda vae: vae.loss(torch.rand(2, *SHAPE), bound="iwae", return_terms=True),
+            ValueError,
+            r"return_terms: expected False",
+        ),
+        (lambda vae: vae.log_likelihood(torch.rand(2, *SHAPE), samples=0), ValueError, r"samples: .* got 0"),
+        (lambda vae: vae.log_likelihood(torch.rand(2, *SHAPE), chunk=2.5), TypeError, r"chunk: .* got float"),
     ],
 )
 def test_wrong_calls_are_named(call: Callable, error: type[Exception], message: str) -> None:
@@ -560,14 +1078,46 @@ def test_a_loss_past_a_wrapper_is_said_once(x: Tensor, monkeypatch: pytest.Monke
     vae.loss(x)  # warnings are errors
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of its reducer
+@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_the_loss_of_a_distributed_modules_output(bits: Tensor, tmp_path: Path, options: dict) -> None:
+    vae = conditional_vae()
+    vae.likelihood, vae.recon_scale, vae.recon_clamp = "laplace", "softplus", (None, 3.0)
+    condition = torch.randn(BATCH, 3, dtype=torch.float64)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(vae, **options)
+        for _ in range(2):
+            torch.manual_seed(3)
+            found = with_gradients(wrapped(bits, condition, samples=3, bound="iwae").loss(bits), vae)
+        torch.manual_seed(3)
+        expected = with_gradients(vae.loss(bits, condition, samples=3, bound="iwae"), vae)
+        torch.testing.assert_close(found, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, of its exporter
-def test_an_exported_vae_can_be_saved_and_moved(x: Tensor) -> None:
-    vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=0.0).eval()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recon_logvar": 0.0},
+        {"likelihood": "bernoulli", "scale": "softplus", "prior": (0.5, 0.0)},
+        {"likelihood": "laplace", "recon_logvar": 0.5, "recon_scale": "softplus", "recon_clamp": (None, 3.0)},
+    ],
+    ids=str,
+)
+def test_an_exported_vae_can_be_saved_and_moved(x: Tensor, options: dict) -> None:
+    vae = VAE(packed_encoder(), mean_decoder(), LATENT, **options).eval()
     program, buffer = torch.export.export(vae, (x,)), io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
-    assert torch.export.load(buffer).module()(x).kl.shape == (BATCH,)
+    loaded = torch.export.load(buffer).module()
+    torch.manual_seed(3)
+    expected = vae(x).loss(x, full=True)
+    torch.manual_seed(3)
+    torch.testing.assert_close(loaded(x).loss(x, full=True), expected)
     moved = move_to_device_pass(program, "meta")
     drawn = [node for node in moved.graph.nodes if "draw_seed" in str(node.target)]
     assert [str(node.kwargs["device"]) for node in drawn] == ["meta"]
@@ -594,3 +1144,80 @@ def test_a_tensor_beta_may_become_a_number_and_back() -> None:
         assert [name for name, _ in criterion.named_buffers()] == ["beta"]
         with pytest.raises(TypeError, match="beta"):
             criterion.beta = "one"
+
+
+# --- the loss as a module ---------------------------------------------------------------------------------------------
+
+
+def test_the_loss_as_a_module_takes_all_options_of_the_function() -> None:
+    forms: dict = {
+        "scale": "softplus",
+        "clamp": (-1.0, 1.0),
+        "eps": 0.1,
+        "recon_scale": "scale",
+        "recon_clamp": (0.5, None),
+        "recon_eps": 0.2,
+        "prior_scale": "std",
+        "prior_clamp": (0.3, 0.9),
+        "prior_eps": 0.05,
+    }
+    options: dict = {"likelihood": "laplace", "full": True, "reduction": ("mean", "weighted_mean"), "packed_dim": -1}
+    moments, decoded, x = torch.randn(4, 2, 6), torch.randn(4, 5, 6), torch.randn(4, 5, 3)
+    moments.requires_grad_()
+    operands = {
+        "prior_mu": torch.randn(3),
+        "prior_logvar": torch.rand(2, 3),
+        "extra": torch.rand(4, 1, 1),
+        "weight": torch.rand(5, 1),
+        "latent_weight": torch.rand(4, 2, 1),
+    }
+    results = []
+    for function in (
+        lambda *t, **k: functional.elbo_loss(*t, **k, **forms, **options, beta=0.3, grad_scale=2.0, return_terms=True),
+        ELBOLoss(0.3, **forms, **options, grad_scale=2.0, return_terms=True),
+    ):
+        terms = function(decoded, x, moments, None, None, **operands)
+        results.append([*terms, *torch.autograd.grad(terms.loss, moments)])
+    for f, e in zip(*results, strict=True):
+        assert torch.equal(f, e)
+    logits = torch.randn(4, 3)
+    loss = ELBOLoss(likelihood="bernoulli")(logits, logits > 0, None, None, kl=torch.ones(4), pos_weight=2.0)
+    expected = nn.functional.binary_cross_entropy_with_logits(
+        logits, (logits > 0).float(), pos_weight=torch.tensor(2.0), reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected / 4 + 1)
+
+
+def test_the_scale_of_gradients_may_be_assigned() -> None:
+    t, mu = torch.zeros(4, 3), torch.ones(4, 3, requires_grad=True)
+    for scale in (None, torch.tensor(4.0), 0.5):
+        criterion = ELBOLoss(grad_scale=scale)
+        for factor in (2.0, torch.tensor(8.0), None):
+            criterion.grad_scale = factor
+            loss = criterion(t, t, mu, t)
+            assert loss.item() == 1.5
+            (gradient,) = torch.autograd.grad(loss, mu)
+            torch.testing.assert_close(gradient, torch.full((4, 3), 0.25 * (1.0 if factor is None else float(factor))))
+        assert not list(criterion.buffers())
+        with pytest.raises(TypeError, match="grad_scale"):
+            criterion.grad_scale = "two"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reduction": ("none", "sum")}, ValueError, r"reduction: expected 'none' for both"),
+        ({"scale": "sigma"}, ValueError, r"scale: expected one of"),
+        ({"clamp": 3}, TypeError, r"clamp: expected a pair"),
+        ({"eps": -1}, ValueError, r"eps: expected at least 0"),
+        ({"likelihood": "laplace", "recon_scale": "logvar"}, ValueError, r"recon_scale: expected one of 'logscale'"),
+        ({"likelihood": "mse", "recon_eps": 0.1}, ValueError, r"recon_eps: expected none, as the mse likelihood"),
+        ({"prior_scale": 3}, ValueError, r"prior_scale: expected one of"),
+        ({"prior_eps": "1"}, TypeError, r"prior_eps: expected a number"),
+        ({"grad_scale": torch.ones(2)}, ValueError, r"grad_scale: expected a number or a 0-dim float tensor"),
+        ({"packed_dim": 1.0}, TypeError, r"packed_dim: expected an integer, got float"),
+    ],
+)
+def test_wrong_options_of_the_module_are_named(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ELBOLoss(**options)

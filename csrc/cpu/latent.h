@@ -18,16 +18,20 @@ FUSEDVAE_INLINE Derived<P> deviation_and_spreads(const P* inputs, const Form* fo
     *spreads = spreads_of<Divergence>(inputs, forms, false);
     return deviation_of(forms[0], inputs[1]);
   }
-  if constexpr (std::is_same_v<P, vf> && std::is_same_v<Divergence, KlStandardNormal>) {
-    // Both from one exponential: expm1(l) = t^2 + 2t with t = expm1(l/2). What overflows in t^2 does so in e^l.
+  P deviation;
+  if constexpr (std::is_same_v<P, vf>) {
     const ExpPair half = exp_pair(0.5f * inputs[1]);
-    *spreads = {{inputs[1], half.expm1 * half.expm1 + (half.expm1 + half.expm1)}, {}};
-    return {half.exp, 0.5f * half.exp};
+    deviation = half.exp;
+    // Both from one exponential: expm1(l) = t^2 + 2t with t = expm1(l/2). What overflows in t^2 does so in e^l.
+    if constexpr (std::is_same_v<Divergence, KlStandardNormal>)
+      *spreads = {{inputs[1], half.expm1 * half.expm1 + (half.expm1 + half.expm1)}, {}};
+    else
+      *spreads = spreads_of<Divergence>(inputs, forms, true);
   } else {
+    deviation = exponential(0.5f * inputs[1]);
     *spreads = spreads_of<Divergence>(inputs, forms, true);
-    const P deviation = exponential(0.5f * inputs[1]);
-    return {deviation, 0.5f * deviation};
   }
+  return {deviation, 0.5f * deviation};
 }
 
 // A divergence and the sample beside it, on the elements of a tile.

@@ -20,6 +20,13 @@ struct Derived {
   T value, slope;
 };
 
+// A gradient by what a form has made of x, as one by x: none where the form is level, whatever it would be multiplied
+// with.
+template <class T>
+FUSEDVAE_INLINE T through(T gradient, T slope) {
+  return slope == 0.0f ? number<T>(0) : gradient * slope;
+}
+
 // log(1 + e^x) and its derivative, the logistic function.
 template <class T>
 FUSEDVAE_INLINE Derived<T> softplus(T x) {
@@ -28,9 +35,10 @@ FUSEDVAE_INLINE Derived<T> softplus(T x) {
   return {x < 0.0f ? log : x + log, x < 0.0f ? t * inverse : inverse};
 }
 
-// x within its bounds, and 1 if it was; NaN stays NaN, and counts as outside.
+// x within its bounds, and 1 if it was. NaN stays NaN; where there are bounds it counts as outside, as for torch.clamp.
 template <class T>
 FUSEDVAE_INLINE Derived<T> bounded(const Form& form, T x) {
+  if (form.low == -INFINITY && form.high == INFINITY) return {x, number<T>(1)};
   const T low = number<T>(form.low), high = number<T>(form.high);
   const T above = x < low ? low : x;
   const T inside = x >= low ? number<T>(1) : number<T>(0);
@@ -66,7 +74,7 @@ FUSEDVAE_INLINE Scale<T> scale_of(const Form& form, T given) {
     return {log, exponential(power > 0 ? log : -log), form.squared ? x.slope + x.slope : x.slope};
   }
   const Derived<T> base = base_of(form, x.value);
-  const T inverse = 1.0f / base.value, log = logarithm(base.value), slope = base.slope * inverse * x.slope;
+  const T inverse = 1.0f / base.value, log = logarithm(base.value), slope = through(base.slope * inverse, x.slope);
   if (form.squared) return {log + log, power > 0 ? base.value * base.value : inverse * inverse, slope + slope};
   return {log, power > 0 ? base.value : inverse, slope};
 }
@@ -83,19 +91,12 @@ FUSEDVAE_INLINE Derived<T> deviation_of(const Form& form, T given) {
   const Derived<T> x = bounded(form, given);
   if (form.map == Map::exponential && form.eps == 0) {
     const T deviation = exponential(form.squared ? x.value : 0.5f * x.value);
-    return {deviation, (form.squared ? deviation : 0.5f * deviation) * x.slope};
+    return {deviation, through(form.squared ? deviation : 0.5f * deviation, x.slope)};
   }
   const Derived<T> base = base_of(form, x.value);
-  if (form.squared) return {base.value, base.slope * x.slope};
+  if (form.squared) return {base.value, through(base.slope, x.slope)};
   const T deviation = root(base.value);
-  return {deviation, 0.5f * base.slope / deviation * x.slope};
-}
-
-// A gradient by what a form has made of x, as one by x: none where the form is level, whatever it would be multiplied
-// with.
-template <class T>
-FUSEDVAE_INLINE T through(T gradient, T slope) {
-  return slope == 0.0f ? number<T>(0) : gradient * slope;
+  return {deviation, through(0.5f * base.slope / deviation, x.slope)};
 }
 
 }  // namespace FUSEDVAE_NAMESPACE

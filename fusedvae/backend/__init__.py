@@ -86,7 +86,7 @@ class TermWork(NamedTuple):
     forms: tuple[reference.Form, ...] = ()
     """Of the formula's scales, in the order of its pairs."""
     gains: tuple[float, ...] | None = None
-    """What each gradient is multiplied by besides."""
+    """What each gradient of a divergence is multiplied by besides."""
     factor: float = 1.0
     """What the sum, and so the gradients, are multiplied by."""
     normalizer: Part | None = None
@@ -96,10 +96,11 @@ class TermWork(NamedTuple):
     coefficient: Part | None = None
     """What the loss has the term times: one value; 1 without."""
     weight: Part | None = None
-    """Of each element, in value and gradients; broadcasts to the shape. Where it is 0, so are these, whatever the inputs
-    hold."""
+    """Of each element, in value and gradients; broadcasts to the shape. Where it is 0, so are these, whatever the
+    inputs hold."""
     incoming: Part | None = None
-    """A further weight of each element, in the gradients alone; broadcasts to the shape."""
+    """A further weight of each element, in gradients alone, so that a term has this or values; broadcasts to the shape.
+    (Beside a sample there may be both.)"""
     value: Part | None = None
     """Of the elements, summed over what it is broadcast along; where there is no objective of totals or samples."""
     out: Part | None = None

@@ -107,7 +107,7 @@ class Scale:
         else:
             x = max(form.low, min(form.high, x))
         self._x = x
-        self._base = None if self.has_log else self._base_of(x)
+        self._base: Any = None if self.has_log else self._base_of(x)
 
     @property
     def has_log(self) -> bool:

@@ -37,6 +37,7 @@ class Copy(NamedTuple):
         """Complete an output that was computed in the stand-in, summed over what it is broadcast along."""
         if self.is_output:
             original: torch.Tensor = self.part.of(sources)
+            assert self.part.shape is not None
             original.copy_(made.sum_to_size(self.part.shape).view(original.shape))
 
 
@@ -55,7 +56,7 @@ class Walk(NamedTuple):
 
 
 CanSum = Callable[[Extent, tuple[Strides | None, ...]], bool]
-"""Whether kernels can sum a value and gradients, of these strides over an extent, over what they are broadcast along."""
+"""Whether kernels can sum a value and gradients of these strides over an extent."""
 
 
 def walk(
