@@ -157,12 +157,12 @@ class _LatentFunction(torch.autograd.Function):
 
     @staticmethod
     def keep(
-        ctx: Any, gradient: SamplingGradient, operands: Operands, numbers: list[int], call: LatentCall | None = None
+        ctx: Any, gradient: SamplingGradient, operands: Operands, numbers: list[int], call: RecordedLatent | None = None
     ) -> None:
         ctx.gradient = gradient
         # The call that the operands are those of, unless they may come back as something else.
         ctx.call = None if has_hooks_on_saved_tensors() else call
-        ctx.numbers = [(k, operands[k]) for k in numbers]
+        ctx.numbers = [(k, operands[k]) for k in numbers] if numbers else ()
         if numbers:
             operands = [None if k in numbers else t for k, t in enumerate(operands)]
         ctx.save_for_backward(*operands)
@@ -181,7 +181,7 @@ class _Latent(_LatentFunction):
     @staticmethod
     def forward(ctx: Any, call: RecordedLatent, *operands: Any) -> Any:
         assert call.forward is not None
-        _LatentFunction.keep(ctx, call.gradient, operands, call.numbers, call.forward)
+        _LatentFunction.keep(ctx, call.gradient, operands, call.numbers, call)
         return tuple(call.forward.outputs(operands))
 
 
@@ -200,12 +200,11 @@ def _latent_gradients(
     operands: Sequence[Any],
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
-    call: LatentCall | None,
+    call: RecordedLatent | None,
 ) -> _Grads:
     """Gradients of a pass's operands. A call says what these are like."""
-    grads: list[Tensor | None] = [None] * len(operands)
     if grad_z is None and grad_kl is None:
-        return tuple(grads)
+        return (None,) * len(operands)
     *inputs, seed, offset, noise = operands
     # Hardly anybody asks for the noise's gradient: the formula will do.
     if torch.is_grad_enabled() or is_transformed((grad_z, grad_kl)) or (noise is not None and noise.requires_grad):
@@ -221,10 +220,10 @@ def _latent_gradients(
         return _second_order(formula, [*inputs, seed, offset, noise], [grad_z, grad_kl][: 1 if kl_dtype is None else 2])
     given = (*operands, grad_z, grad_kl)
     told = given if call is None else (grad_z, grad_kl)
-    found = find(_unrecorded, told, LatentGradientCall, ops.latent_gradient, spec, call, whole=given).outputs(given)
-    for k, gradient in zip(positions(spec.needed), found, strict=True):
-        grads[k] = gradient
-    return tuple(grads)
+    # A call is quicker to compare than all that it is.
+    found = find(_latent_gradient, told, spec if call is None else call, whole=given).outputs(given)
+    made = iter(found)
+    return (*[next(made) if needed else None for needed in spec.needed], None, None, None)
 
 
 class _Dispatched:
@@ -237,10 +236,14 @@ class _Dispatched:
         return self._operator(operands, self._spec)
 
 
-def _unrecorded(
-    operands: Operands, make: Callable[..., Any], operator: ops.Operator, spec: Any, forward: Any = None
-) -> Any:
-    """A call of a backward pass, which records no derivative; perhaps that of a forward pass, which says more."""
+def _latent_gradient(operands: Operands, what: SamplingGradient | RecordedLatent) -> Any:
+    """The call of a latent's backward pass; its forward pass says what it is."""
+    spec = what.gradient if isinstance(what, RecordedLatent) else what
+    return _unrecorded(operands, LatentGradientCall, ops.latent_gradient, spec)
+
+
+def _unrecorded(operands: Operands, make: Callable[..., Any], operator: ops.Operator, spec: Any) -> Any:
+    """A call of a backward pass, which records no derivative."""
     return _Dispatched(operator, spec) if ops.needs_dispatcher(operands) else make(operands, spec)
 
 

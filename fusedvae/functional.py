@@ -91,11 +91,8 @@ class _Written(NamedTuple):
     eps: float
 
 
-_PLAIN = _Written("logvar", None, 0.0)
-
-
 def _written(scale: str | None, clamp: Bounds, eps: float) -> _Written:
-    """As users wrote it; hashable, as calls are found by it."""
+    """As users wrote it; hashable, as calls are found by it. (What they write by saying nothing is None.)"""
     return _Written(scale, tuple(clamp) if isinstance(clamp, list) else clamp, eps)
 
 
@@ -183,9 +180,9 @@ def _check_divergence(inputs: Operands, packed_dim: int) -> None:
     _check_parameter("prior_logvar", prior_logvar, shape, "mu", mu)
 
 
-def _checked_form(names: tuple[str, str, str], written: _Written, formula: Formula) -> Form:
+def _checked_form(names: tuple[str, str, str], written: _Written | None, formula: Formula) -> Form:
     """The form of a formula's scale, of the arguments of these names."""
-    scale, clamp, eps = written
+    scale, clamp, eps = written or (None, None, 0.0)
     try:
         form = next(iter(formula.forms.values())) if scale is None else formula.forms[scale]
     except (KeyError, TypeError):
@@ -209,14 +206,18 @@ def _checked_form(names: tuple[str, str, str], written: _Written, formula: Formu
     return form._replace(low=low, high=high, eps=float(eps))
 
 
-def _checked_forms(formula: Formula, posterior: _Written, prior: _Written, prior_scale: Operand) -> list[Form]:
+def _checked_forms(
+    formula: Formula, posterior: _Written | None, prior: _Written | None, prior_scale: Operand
+) -> list[Form]:
     """The forms of a divergence's scales. ``eps`` is the prior's too, where that comes from a network as well."""
     forms = [_checked_form(("scale", "clamp", "eps"), posterior, formula)]
     if len(formula.pairs) > 1:
+        prior = prior or _Written("logvar", None, None)  # type: ignore[arg-type]
         eps = prior.eps
-        if eps is None:
+        if posterior is not None and eps is None:
             is_alike = posterior.scale == prior.scale and (prior_scale is None or isinstance(prior_scale, Tensor))
             eps = posterior.eps if is_alike else 0.0
+        eps = 0.0 if eps is None else eps
         forms.append(_checked_form(("prior_scale", "prior_clamp", "prior_eps"), prior._replace(eps=eps), formula))
     return forms
 
@@ -371,9 +372,9 @@ def reparameterize(
     Returns:
         z, of mu's shape (half a packed one's; ``samples`` in front) and the promoted dtype of mu and logvar.
     """
-    written = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    written = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
     return _sampled(
-        (mu, logvar), None, False, written, _PLAIN, samples, None, offset, generator, noise, packed_dim, backend
+        (mu, logvar), None, False, written, None, samples, None, offset, generator, noise, packed_dim, backend
     )[0]
 
 
@@ -422,11 +423,13 @@ def latent(
     if estimator != "analytic" and estimator != "sample":
         raise ValueError(f"estimator: expected 'analytic' or 'sample', got {estimator!r}")
     formula, inputs = _divergence_of(mu, logvar, prior_mu, prior_logvar)
-    posterior = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
-    prior = _written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
+    posterior = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    prior = None
+    if prior_scale != "logvar" or prior_clamp is not None or prior_eps is not None:
+        prior = _written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
     if estimator == "analytic" and samples is not None:  # the samples have one divergence
         options = (generator, noise, packed_dim, backend)
-        z = _sampled(inputs[:2], None, False, posterior, _PLAIN, samples, None, offset, *options)[0]
+        z = _sampled(inputs[:2], None, False, posterior, None, samples, None, offset, *options)[0]
         return Latent(z, _divergence(inputs, formula, posterior, prior, None, None, "none", dim, packed_dim, backend))
     z, kl = _sampled(
         inputs,
@@ -449,8 +452,8 @@ def _sampled(
     inputs: tuple[Operand, ...],
     divergence: str | None,
     at_sample: bool,
-    posterior: _Written,
-    prior: _Written,
+    posterior: _Written | None,
+    prior: _Written | None,
     samples: int | None,
     dim: Dim,
     offset: int,
@@ -487,8 +490,8 @@ def _latent_call(
     operands: Operands,
     divergence: str | None,
     at_sample: bool,
-    posterior: _Written,
-    prior: _Written,
+    posterior: _Written | None,
+    prior: _Written | None,
     samples: int | None,
     dim: Dim,
     packed_dim: int,
@@ -591,9 +594,9 @@ def kl_standard_normal(
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    posterior = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    posterior = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
     return _divergence(
-        (mu, logvar), "kl_standard_normal", posterior, _PLAIN, weight, None, reduction, dim, packed_dim, backend
+        (mu, logvar), "kl_standard_normal", posterior, None, weight, None, reduction, dim, packed_dim, backend
     )
 
 
@@ -639,8 +642,10 @@ def kl_normal(
         backend: overrides the process's choice for this call.
     """
     formula, inputs = _divergence_of(mu, logvar, prior_mu, prior_logvar)
-    posterior = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
-    prior = _written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
+    posterior = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    prior = None
+    if prior_scale != "logvar" or prior_clamp is not None or prior_eps is not None:
+        prior = _written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
     return _divergence(inputs, formula, posterior, prior, weight, balance, reduction, dim, packed_dim, backend)
 
 
@@ -658,8 +663,8 @@ def _divergence_of(
 def _divergence(
     inputs: tuple[Operand, ...],
     formula: str,
-    posterior: _Written,
-    prior: _Written,
+    posterior: _Written | None,
+    prior: _Written | None,
     weight: Tensor | None,
     balance: float | None,
     reduction: str,
@@ -710,8 +715,8 @@ def _weighting(
 def _divergence_call(
     operands: Operands,
     name: str,
-    posterior: _Written,
-    prior: _Written,
+    posterior: _Written | None,
+    prior: _Written | None,
     weighting: int,
     balance: float | None,
     reduction: str,
@@ -770,7 +775,7 @@ def gaussian_nll(
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    written = _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    written = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
     return _likelihood(
         "gaussian", (recon_x, x, recon_logvar), written, full, weight, reduction, dim, packed_dim, backend
     )
@@ -812,7 +817,7 @@ def laplace_nll(
         backend: overrides the process's choice for this call.
     """
     inputs = (recon_x, x, log_scale, 0.0 if extra is None else extra)
-    written = _written(scale, clamp, eps)
+    written = None if scale == "logscale" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
     return _likelihood("laplace", inputs, written, full, weight, reduction, dim, packed_dim, backend)
 
 
@@ -850,13 +855,13 @@ def bernoulli_nll(
     elif pos_weight is not None:
         raise ValueError("pos_weight: expected None with probabilities; it is for logits")
     name = "bernoulli" if from_logits else "bernoulli_probs"
-    return _likelihood(name, inputs, _PLAIN, False, weight, reduction, dim, 1, backend)
+    return _likelihood(name, inputs, None, False, weight, reduction, dim, 1, backend)
 
 
 def _likelihood(
     likelihood: str,
     inputs: tuple[Operand, ...],
-    written: _Written,
+    written: _Written | None,
     full: bool,
     weight: Tensor | None,
     reduction: str,
@@ -880,7 +885,7 @@ def _likelihood(
 def _likelihood_call(
     operands: Operands,
     likelihood: str,
-    written: _Written,
+    written: _Written | None,
     weighting: int,
     full: bool,
     reduction: str,
@@ -1089,9 +1094,13 @@ def elbo_loss(
         operands,
         likelihood,
         divergence,
-        _PLAIN if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps),
-        _written(recon_scale, recon_clamp, recon_eps),
-        _written(prior_scale, prior_clamp, prior_eps),  # type: ignore[arg-type]
+        None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps),
+        None
+        if recon_scale is None and recon_clamp is None and recon_eps == 0.0
+        else _written(recon_scale, recon_clamp, recon_eps),
+        None
+        if prior_scale == "logvar" and prior_clamp is None and prior_eps is None
+        else _written(prior_scale, prior_clamp, prior_eps),  # type: ignore[arg-type]
         weightings,
         grad_scale is not None,
         full,
@@ -1135,9 +1144,9 @@ def _elbo_call(
     operands: Operands,
     likelihood: str,
     divergence: str,
-    posterior: _Written,
-    recon: _Written,
-    prior: _Written,
+    posterior: _Written | None,
+    recon: _Written | None,
+    prior: _Written | None,
     weightings: tuple[int, int],
     is_grad_scaled: bool,
     full: bool,
@@ -1155,7 +1164,7 @@ def _elbo_call(
         recon_forms = [_checked_form(names_of_form, recon, formula)]
     else:
         recon_forms = []
-        for name, value, absent in zip(names_of_form, recon, (None, None, 0.0), strict=True):
+        for name, value, absent in zip(names_of_form, recon or (None, None, 0.0), (None, None, 0.0), strict=True):
             if value != absent:
                 raise ValueError(f"{name}: expected none, as the {likelihood} likelihood has no scale; got {value!r}")
     x = operands[1]

@@ -26,7 +26,19 @@ from ..errors import CommandError, require
 from ..options import integer, number, usable_device
 from ..trainer import Interruption
 from . import report
-from .cases import DIRECTIONS, DTYPES, MEMORY_FORMATS, MODELS, OPERATIONS, PRESETS, SWEEP, SWEEP_EXPONENTS, Case
+from .cases import (
+    DIRECTIONS,
+    DTYPES,
+    MEMORY_FORMATS,
+    MODELS,
+    OPERATIONS,
+    PRESETS,
+    STANDARD,
+    SWEEP,
+    SWEEP_EXPONENTS,
+    Case,
+    groups,
+)
 from .compare import verdict_lines, verdicts
 from .contestants import methods, usual_idiom
 from .suite import FORMAT, Result, Settings, counts, measure, new_result
@@ -38,7 +50,7 @@ REPORT = "report.html"
 _SWEEP_PRESETS = [f"2^{exponent}" for exponent in SWEEP_EXPONENTS]
 _STANDARD: dict[str, Any] = {
     "presets": list(MODELS),
-    "operations": list(OPERATIONS),
+    "operations": list(STANDARD),
     "dtypes": ["float32"],
     "memory_formats": ["contiguous"],
     "directions": ["both"],
@@ -59,7 +71,7 @@ _QUICK: dict[str, Any] = {
 _FULL: dict[str, Any] = {**_STANDARD, "presets": list(PRESETS), "contestants": ["*"]}
 
 
-def _names(choices: list[str], aliases: dict[str, list[str]] | None = None) -> Callable[[str], list[str]]:
+def some_of(choices: list[str], aliases: dict[str, list[str]] | None = None) -> Callable[[str], list[str]]:
     """A parser of comma-separated choices."""
 
     def parse(text: str) -> list[str]:
@@ -84,13 +96,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--quick", action="store_true", help="a few cases, within a minute")
     size.add_argument("--full", action="store_true", help="every preset, the sweep over sizes, every contestant")
     aliases = {SWEEP: _SWEEP_PRESETS, "models": list(MODELS)}
-    what.add_argument("--presets", type=_names(list(PRESETS), aliases), metavar="LIST", help="shapes (default: models)")
-    what.add_argument("--operations", type=_names(list(OPERATIONS)), metavar="LIST", help="(default: all)")
-    what.add_argument("--dtypes", type=_names(list(DTYPES)), metavar="LIST", help="(default: float32)")
     what.add_argument(
-        "--memory-formats", type=_names(list(MEMORY_FORMATS)), metavar="LIST", help="(default: contiguous)"
+        "--presets", type=some_of(list(PRESETS), aliases), metavar="LIST", help="shapes (default: models)"
     )
-    what.add_argument("--directions", type=_names(list(DIRECTIONS)), metavar="LIST", help="(default: both)")
+    what.add_argument(
+        "--operations",
+        type=some_of(list(OPERATIONS), groups()),
+        metavar="LIST",
+        help=f"names, or {', '.join(groups())} (default: standard)",
+    )
+    what.add_argument("--dtypes", type=some_of(list(DTYPES)), metavar="LIST", help="(default: float32)")
+    what.add_argument(
+        "--memory-formats", type=some_of(list(MEMORY_FORMATS)), metavar="LIST", help="(default: contiguous)"
+    )
+    what.add_argument("--directions", type=some_of(list(DIRECTIONS)), metavar="LIST", help="(default: both)")
     what.add_argument(
         "--contestants",
         type=lambda text: text.split(","),

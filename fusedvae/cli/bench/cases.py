@@ -13,34 +13,163 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...backend.reference import LIKELIHOODS, Formula
+from ...backend.reference import FORMULAS, LIKELIHOODS, Form, Formula, Number
 
 GAUSSIAN = "gaussian"
 """The likelihood that people write in several ways, and that is part of the ELBO here."""
+KL = FORMULAS["kl_standard_normal"]
+"""The divergence whose forms of a scale the latent's operations have."""
+CLAMP = (-30.0, 20.0)
+"""What diffusers and CompVis/latent-diffusion bound log-variances by."""
+DEFAULTS: dict[str, float] = {"extra": 0.0, "pos_weight": 1.0}
+"""Inputs of likelihoods that hardly anybody gives, and what they are then."""
 
 
-def likelihoods() -> dict[str, str]:
-    """The operations that are a likelihood alone, and which of the registry's: "nll" and, of all others, "nll-NAME"."""
-    return {"nll" if name == GAUSSIAN else f"nll-{name}": name for name in LIKELIHOODS}
+class Operation(NamedTuple):
+    """What is done, but for the shapes it is done on."""
+
+    kind: Literal["reparameterize", "kl", "nll", "latent", "elbo", "step"]
+    description: str
+    likelihood: str | None = None
+    """The likelihood that it is or has in it, by the registry's name."""
+    scale: str | None = "logvar"
+    """The form of the scale, by the registry's name; None where there is no scale."""
+    clamp: tuple[float, float] | None = None
+    prior: bool = False
+    """Whether the divergence is that to another normal distribution, with a mean and a variance an element."""
+    at_sample: bool = False
+    """Whether it is that at the sample, log q(z) - log p(z)."""
+    weighted: bool = False
+    """Whether elements have weights: a mask, of the data's shape."""
+    reduction: Literal["batchmean", "mean", "weighted_mean"] = "batchmean"
+
+    @property
+    def form(self) -> str | None:
+        """What the scale comes from, in one word: the name of the form, or that the usual one is clamped."""
+        return self.scale if self.clamp is None else "clamp"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its scale has the form that it has without a word, if any."""
+        found = self.formula
+        return not found.pairs or (self.scale == next(iter(found.forms)) and self.clamp is None)
+
+    @property
+    def forms(self) -> list[Form]:
+        """Those of the scales of its likelihood, or of its posterior, as formulas take them."""
+        found = self.formula
+        low, high = (-math.inf, math.inf) if self.clamp is None else self.clamp
+        return [found.forms[self.scale]._replace(low=low, high=high) for _ in found.pairs] if self.scale else []
+
+    @property
+    def formula(self) -> Formula:
+        """That of its likelihood, or of the divergence to the standard normal."""
+        return KL if self.likelihood is None else LIKELIHOODS[self.likelihood]
 
 
-def operations() -> dict[str, str]:
-    """Every operation, and what it is."""
-    alone = {
-        operation: f"{name.capitalize()} negative log-likelihood, mean over the batch"
-        for operation, name in likelihoods().items()
+_TITLES = {
+    "bernoulli": "binary cross-entropy of logits",
+    "bernoulli_probs": "binary cross-entropy of probabilities",
+    "mse": "squared error",
+    "l1": "absolute error",
+}
+"""What to call likelihoods whose names say little."""
+
+
+def _plain_form(formula: Formula) -> str | None:
+    return next(iter(formula.forms)) if formula.pairs else None
+
+
+def _other_forms(formula: Formula) -> dict[str, tuple[str, tuple[float, float] | None]]:
+    """The forms of a formula's scale but for the first, by what operations are called: their names, and bounds."""
+    if not formula.pairs:
+        return {}
+    first, *others = formula.forms
+    found: dict[str, tuple[str, tuple[float, float] | None]] = {name: (name, None) for name in others}
+    if first == "logvar":
+        found["clamp"] = first, CLAMP
+    return found
+
+
+def _of_form(scale: str, clamp: tuple[float, float] | None) -> str:
+    return f"scale={scale!r}" if clamp is None else f"clamp={clamp}"
+
+
+def operations() -> dict[str, Operation]:
+    """Every operation: those that everything has, then more of the same in other forms, to priors, with weights.
+
+    What the registry has more of, likelihoods and forms, has its operations by itself.
+    """
+    kl, both = "KL of the posterior to the standard normal, mean over the batch", "sample and KL (a value per sample)"
+    alone, formed = {}, {}
+    for name, formula in LIKELIHOODS.items():
+        operation = "nll" if name == GAUSSIAN else f"nll-{name.replace('_', '-')}"
+        title = _TITLES.get(name, f"{name.capitalize()} negative log-likelihood")
+        alone[operation] = Operation("nll", f"{title}, mean over the batch", name, _plain_form(formula))
+        for form, (scale, clamp) in _other_forms(formula).items():
+            description = f"{title}, {_of_form(scale, clamp)}"
+            formed[f"nll-{name.replace('_', '-')}-{form}"] = Operation("nll", description, name, scale, clamp)
+    for form, (scale, clamp) in _other_forms(KL).items():
+        formed[f"kl-{form}"] = Operation("kl", f"{kl}, {_of_form(scale, clamp)}", None, scale, clamp)
+    for form, (scale, clamp) in _other_forms(KL).items():
+        formed[f"latent-{form}"] = Operation("latent", f"{both} together, {_of_form(scale, clamp)}", None, scale, clamp)
+    to_priors = {
+        "kl-prior": Operation("kl", "KL of the posterior to a learned prior, mean over the batch", prior=True),
+        "latent-prior": Operation("latent", f"{both} together, to a learned prior", prior=True),
+        "latent-sample": Operation("latent", "sample z and log q(z) - log p(z) (a value per sample)", at_sample=True),
+        "latent-prior-sample": Operation(
+            "latent", "sample z and log q(z) - log p(z), of a learned prior", prior=True, at_sample=True
+        ),
+    }
+    reduced = {
+        "nll-gaussian-weight": Operation(
+            "nll", "Gaussian negative log-likelihood under a mask, mean over the batch", GAUSSIAN, weighted=True
+        ),
+        "nll-gaussian-mean": Operation(
+            "nll", "Gaussian negative log-likelihood, mean over the elements", GAUSSIAN, reduction="mean"
+        ),
+        "nll-mse-mean": Operation("nll", "squared error, mean over the elements", "mse", None, reduction="mean"),
+        "nll-l1-weighted-mean": Operation(
+            "nll", "absolute error, mean over what a mask leaves", "l1", None, weighted=True, reduction="weighted_mean"
+        ),
     }
     return {
-        "reparameterize": "sample z = mu + exp(logvar / 2) * eps",
-        "kl": "KL of the posterior to the standard normal, mean over the batch",
+        "reparameterize": Operation("reparameterize", "sample z = mu + exp(logvar / 2) * eps"),
+        "kl": Operation("kl", kl),
         **alone,
-        "latent": "sample and KL (a value per sample) together",
-        "elbo": "negative ELBO of given decoder and encoder outputs, mean over the batch",
-        "step": "a whole training step: networks, sampling, loss, backward pass, fused Adam",
+        "latent": Operation("latent", f"{both} together"),
+        "elbo": Operation("elbo", "negative ELBO of given decoder and encoder outputs, mean over the batch", GAUSSIAN),
+        "step": Operation("step", "a whole training step: networks, sampling, loss, backward pass, fused Adam"),
+        **formed,
+        **to_priors,
+        **reduced,
     }
 
 
-OPERATIONS = operations()
+SPECS = operations()
+"""Every operation, by its name."""
+OPERATIONS = {name: operation.description for name, operation in SPECS.items()}
+"""What each is, for people."""
+STANDARD = ("reparameterize", "kl", "nll", "nll-laplace", "latent", "elbo", "step")
+"""Those that are measured where nothing is said: the others say little more about a machine, and take much longer."""
+
+
+def groups() -> dict[str, list[str]]:
+    """Names that stand for several operations."""
+    return {
+        "standard": list(STANDARD),
+        "likelihoods": [
+            name
+            for name, o in SPECS.items()
+            if o.kind == "nll" and o.is_plain and not o.weighted and o.reduction == "batchmean"
+        ],
+        "forms": [name for name, o in SPECS.items() if not o.is_plain],
+        "priors": [name for name, o in SPECS.items() if o.prior or o.at_sample],
+        "reductions": [name for name, o in SPECS.items() if o.weighted or o.reduction != "batchmean"],
+        "all": list(SPECS),
+    }
+
+
 DIRECTIONS = {
     "both": "forward and backward pass",
     "forward": "forward pass of training (where gradients are made in it, with them)",
@@ -69,13 +198,11 @@ class Preset(NamedTuple):
     objective_latent: tuple[int, ...] | None = None
     """The latent of the elbo operation, if it is another."""
 
-    @property
-    def operations(self) -> tuple[str, ...]:
-        of_x = likelihoods() if self.x is not None else ()
-        found = ("reparameterize", "kl", *of_x, "latent")
-        if self.x is not None:
-            found = (*found, "elbo")
-        return (*found, "step") if self.steps else found
+    def has(self, operation: Operation) -> bool:
+        """Whether there are shapes for an operation."""
+        if operation.kind == "step":
+            return self.steps
+        return self.x is not None or operation.likelihood is None
 
 
 MODELS = {
@@ -164,6 +291,10 @@ class Case:
         return " ".join(parts)
 
     @property
+    def spec(self) -> Operation:
+        return SPECS[self.operation]
+
+    @property
     def shapes(self) -> Preset:
         preset = PRESETS[self.preset]
         if self.operation == "elbo" and preset.objective_latent is not None:
@@ -177,12 +308,12 @@ class Case:
     @property
     def samples(self) -> bool:
         """Whether the operation draws noise."""
-        return self.operation in ("reparameterize", "latent")
+        return self.spec.kind in ("reparameterize", "latent")
 
     @property
     def likelihood(self) -> str | None:
         """The likelihood that the operation is or has in it, by the registry's name."""
-        return GAUSSIAN if self.operation == "elbo" else likelihoods().get(self.operation)
+        return self.spec.likelihood
 
     @property
     def formula(self) -> Formula | None:
@@ -195,7 +326,7 @@ class Case:
 
     @property
     def uses_latent(self) -> bool:
-        return self.operation not in likelihoods()
+        return self.spec.kind != "nll"
 
     @property
     def elements(self) -> int:
@@ -204,6 +335,16 @@ class Case:
         assert shape is not None
         return math.prod(shape)
 
+    @property
+    def operand_count(self) -> int:
+        """How many operands have so many elements, at most."""
+        count = 0
+        if self.uses_latent:
+            count += 4 if self.spec.prior else 2
+        if self.formula is not None:
+            count += 2 + len(self.formula.pairs) + self.spec.weighted
+        return count
+
     def traffic(self) -> int | None:
         """Bytes that a perfect implementation moves; None where that has no simple answer.
 
@@ -211,29 +352,32 @@ class Case:
         Samples read mu and logvar and write z; their backward pass reads what it needs again. Values that are fewer
         than the elements (a loss, a log-variance per feature) count as nothing.
         """
-        if self.operation == "step" or self.direction in ("forward", "backward"):
+        kind = self.spec.kind
+        if kind == "step" or self.direction in ("forward", "backward"):
             return None
         m = math.prod(self.shapes.latent)
         n = math.prod(self.shapes.x or ())
+        moments = 4 if self.spec.prior else 2
         # (read, written) by the values alone, then by everything.
         per_latent = {
             "reparameterize": ((2, 1), (4, 3)),
-            "kl": ((2, 0), (2, 2)),
-            "latent": ((2, 1), (5, 3)),
+            "kl": ((moments, 0), (moments, moments)),
+            "latent": ((moments, 1), (2 * moments + 1, moments + 1)),
             "elbo": ((2, 0), (2, 2)),
         }
         which = 0 if self.direction == "evaluate" else 1
-        count = sum(per_latent[self.operation][which]) * m if self.uses_latent else 0
+        count = sum(per_latent[kind][which]) * m if self.uses_latent else 0
         if self.formula is not None:
-            # recon_x, x and maybe the scale; all of them but x want a gradient.
-            read = 3 if len(self.formula.inputs) > 2 and self.shapes.recon_logvar == "each" else 2
-            count += (read, read + read - 1)[which] * n
+            # recon_x and maybe the scale, which want gradients; x and maybe a weight.
+            learned = 2 if self.formula.pairs and self.shapes.recon_logvar == "each" else 1
+            read = learned + 1 + self.spec.weighted
+            count += (read, read + learned)[which] * n
         return count * DTYPES[self.dtype].itemsize
 
     def possible(self) -> bool:
         """Whether the preset has the operation, and the tensors such a memory format."""
         preset = PRESETS[self.preset]
-        if self.operation not in preset.operations:
+        if not preset.has(self.spec):
             return False
         if self.operation == "step" and (self.dtype, self.memory_format, self.direction) != (
             "float32", "contiguous", "both",
@@ -271,19 +415,24 @@ class Operands:
     mu: Tensor | None = None
     """The mean, or mean and log-variance packed."""
     logvar: Tensor | None = None
+    """Or what the operation's form has in its place; so with the other log-variances."""
     recon_x: Tensor | None = None
     x: Tensor | None = None
     recon_logvar: Tensor | None = None
     """Or the scale of another likelihood."""
     extra: Tensor | None = None
-    """What a likelihood takes beside it: a value per sample."""
+    """What a likelihood takes beside these, if it has no default: a value per sample."""
+    prior_mu: Tensor | None = None
+    """Of another prior than the standard normal: packed where the posterior is."""
+    prior_logvar: Tensor | None = None
+    weight: Tensor | None = None
     grad_z: Tensor | None = None
     grad_kl: Tensor | None = None
 
     @property
     def leaves(self) -> dict[str, Tensor]:
         """What gradients are wanted of."""
-        names = ("mu", "logvar", "recon_x", "recon_logvar", "extra")
+        names = ("mu", "logvar", "recon_x", "recon_logvar", "extra", "prior_mu", "prior_logvar")
         found = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -294,7 +443,8 @@ class Operands:
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
         """What contestants take."""
-        return self.mu, self.logvar, self.recon_x, self.x, self.recon_logvar, self.extra
+        names = ("mu", "logvar", "recon_x", "x", "recon_logvar", "extra", "prior_mu", "prior_logvar", "weight")
+        return tuple(getattr(self, name) for name in names)
 
     def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Of the leaves, by a backward pass."""
@@ -320,6 +470,24 @@ class Operands:
         return replace(self, recon_logvar=recon_logvar, **batched)
 
 
+def likelihood_inputs(
+    formula: Formula, recon_x: Tensor, x: Tensor, scale: Tensor | None, extra: Tensor | None
+) -> tuple[Number, ...]:
+    """The inputs of a likelihood: the scale if it has one, and what else it takes."""
+    first = (recon_x, x, scale) if formula.pairs else (recon_x, x)
+    others = [DEFAULTS.get(name, extra) for name in formula.inputs[len(first) :]]
+    return (*first, *others)
+
+
+def in_form(logarithm: Tensor, form: Form) -> Tensor:
+    """What a scale with this logarithm is in a form."""
+    log_base = 0.5 * logarithm if form.squared else logarithm
+    if form.map == "exponential":
+        return log_base
+    base = torch.exp(log_base)
+    return torch.log(torch.expm1(base)) if form.map == "softplus" else base
+
+
 def operands(case: Case, generator: torch.Generator) -> Operands:
     """Fresh random inputs of the sizes that trained models have: data in [0, 1], variances below 1."""
     device, shapes, formula = generator.device, case.shapes, case.formula
@@ -331,32 +499,47 @@ def operands(case: Case, generator: torch.Generator) -> Operands:
             tensor = tensor.to(memory_format=form)
         return tensor
 
-    def normal(shape: tuple[int, ...], mean: float = 0.0, deviation: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=generator, device=device)
-        return arranged(values.mul_(deviation).add_(mean).to(dtype))
+    def normal(shape: tuple[int, ...], mean: float = 0.0, deviation: float = 1.0, form: Form | None = None) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=device).mul_(deviation).add_(mean)
+        return arranged((values if form is None else in_form(values, form)).to(dtype))
 
-    def uniform(shape: tuple[int, ...]) -> Tensor:
-        return arranged(torch.rand(shape, generator=generator, device=device).to(dtype))
+    def uniform(shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Tensor:
+        values = torch.rand(shape, generator=generator, device=device).mul_(high - low).add_(low)
+        return arranged(values.to(dtype))
+
+    def moments(mean: float = -1.0) -> tuple[Tensor, Tensor | None]:
+        """Of normal distributions, packed or not, with log-variances around ``mean``."""
+        form = case.spec.forms[0]
+        halves = normal(shapes.latent), normal(shapes.latent, mean, 0.5, form)
+        if shapes.packed:
+            return arranged(torch.cat(halves, dim=1)).requires_grad_(), None
+        return halves[0].requires_grad_(), halves[1].requires_grad_()
 
     made = Operands()
     if case.uses_latent:
-        if shapes.packed:
-            halves = [normal(shapes.latent), normal(shapes.latent, -1.0, 0.5)]
-            made.mu = arranged(torch.cat(halves, dim=1)).requires_grad_()
-        else:
-            made.mu = normal(shapes.latent).requires_grad_()
-            made.logvar = normal(shapes.latent, -1.0, 0.5).requires_grad_()
+        made.mu, made.logvar = moments()
+    if case.spec.prior:
+        made.prior_mu, made.prior_logvar = moments(-0.5)
     if formula is not None:
         assert shapes.x is not None
-        made.x, made.recon_x = uniform(shapes.x), uniform(shapes.x).requires_grad_()
-        if len(formula.inputs) > 2:
+        made.x = uniform(shapes.x)
+        if case.likelihood == "bernoulli":
+            made.recon_x = normal(shapes.x, 0.0, 2.0)
+        elif case.likelihood == "bernoulli_probs":  # in no dtype rounded to 0 or 1
+            made.recon_x = uniform(shapes.x, 0.01, 0.99)
+        else:
+            made.recon_x = uniform(shapes.x)
+        made.recon_x.requires_grad_()
+        if formula.pairs:
             scale = {"each": shapes.x, "feature": shapes.x[1:], "scalar": ()}[shapes.recon_logvar]
-            made.recon_logvar = normal(scale, -2.0, 0.5).requires_grad_()
-        if len(formula.inputs) > 3:
+            made.recon_logvar = normal(scale, -2.0, 0.5, case.spec.forms[0]).requires_grad_()
+        if len(formula.inputs) > 2 + len(formula.pairs) + sum(name in DEFAULTS for name in formula.inputs):
             made.extra = uniform((case.batch, *[1] * (len(shapes.x) - 1))).requires_grad_()
+        if case.spec.weighted:
+            made.weight = arranged((torch.rand(shapes.x, generator=generator, device=device) < 0.8).to(dtype))
     if case.samples:
         made.grad_z = normal(shapes.latent)
-    if case.operation == "latent":
+    if case.spec.kind == "latent":
         # Of the precision that losses are computed in.
         made.grad_kl = torch.rand(shapes.latent[:1], generator=generator, device=device)
     return made

@@ -1,9 +1,9 @@
 """Whether a contestant's answer is right: its values and gradients against the formulas in float64.
 
 The formulas are written down here once more, with their gradients, and share nothing with the contestants; but those of
-likelihoods other than the Gaussian are the registry's, in float64, and their gradients autograd's. Noise is recovered
-from the sample, eps = (z - mu) / exp(logvar / 2): the gradients must be those of that very noise, and it must look like
-noise.
+likelihoods other than the Gaussian are the registry's, in float64, and their gradients autograd's, and so is what makes
+a log-variance of another form of a scale. Noise is recovered from the sample, eps = (z - mu) / exp(logvar / 2): the
+gradients must be those of that very noise, and it must look like noise.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cases import GAUSSIAN, Case, Operands
+from ...backend.reference import Form, Scale
+from .cases import GAUSSIAN, Case, Operands, likelihood_inputs
 from .contestants import MLP, Function
 
 TOLERANCES = {"float32": 2e-4, "bfloat16": 2.0**-5, "float16": 2.0**-8}
@@ -47,11 +49,11 @@ def check(
         constant: whether the likelihood has the constant log(2 pi) / 2 per element.
     """
     errors = _Errors(TOLERANCES[case.dtype])
-    loss, loss_size = 0.0, 0.0
+    loss, loss_size, factor = 0.0, 0.0, _factor(case, operands)
     summed: dict[str, tuple[Tensor, Tensor]] = {}
     """Gradients that all samples have a part in, so far, and the sizes of their terms."""
     z = outputs[0] if case.samples else None
-    kl = outputs[1] if case.operation == "latent" else None
+    kl = outputs[1] if case.spec.kind == "latent" else None
     noise: list[Tensor] = []
     for start, end in _chunks(operands):
         part = operands.rows(start, end)
@@ -59,43 +61,26 @@ def check(
         slack: dict[str, Tensor] = {}
         size: dict[str, Tensor] = {}
         if case.uses_latent:
-            assert part.mu is not None
-            mu, logvar = (t.detach().double() for t in _moments(part.mu, part.logvar))
-            elements = 0.5 * (mu.square() + torch.expm1(logvar) - logvar)
-            weight = torch.zeros((), dtype=torch.float64)
-            if case.operation in ("kl", "elbo"):
-                loss += elements.sum().item() / case.batch
-                loss_size += elements.abs().sum().item() / case.batch
-                weight = torch.tensor(1.0 / case.batch, dtype=torch.float64)
-            elif part.grad_kl is not None:
-                assert kl is not None
-                errors.compare("the KL", kl[start:end], elements.flatten(1).sum(1))
-                weight = part.grad_kl.double().view(-1, *[1] * (mu.dim() - 1))
-            d_mu, d_logvar = weight.to(mu) * mu, weight.to(mu) * 0.5 * torch.expm1(logvar)
-            rounding = torch.zeros_like(mu)
-            if z is not None:
-                assert part.grad_z is not None
-                std, grad_z = torch.exp(0.5 * logvar), part.grad_z.double()
-                sample = z[start:end].detach().double()
-                eps = (sample - mu) / std
-                noise.append(eps.flatten().float())
-                d_mu = d_mu + grad_z
-                d_logvar = d_logvar + 0.5 * grad_z * eps * std
-                # z is rounded, and so is the noise that is recovered from it.
-                rounding = torch.finfo(z.dtype).eps * (sample.abs() + mu.abs()) * grad_z.abs()
-            if part.logvar is None:
-                expected["mu"] = torch.cat([d_mu, d_logvar], dim=1)
-                slack["mu"] = torch.cat([torch.zeros_like(rounding), rounding], dim=1)
-            else:
-                expected["mu"], expected["logvar"] = d_mu, d_logvar
-                slack["logvar"] = rounding
+            sample = None if z is None else z[start:end]
+            found = _latent(case, part, sample, factor)
+            expected, slack = found.gradients, found.slack
+            if found.noise is not None:
+                noise.append(found.noise)
+            if kl is not None:
+                per_sample, of_rounding = (t.flatten(1).sum(1) for t in (found.elements, found.rounding))
+                errors.compare("the KL", kl[start:end], per_sample, of_rounding)
+            loss += found.elements.sum().item() * factor
+            loss_size += found.elements.abs().sum().item() * factor
         if case.uses_x:
             elements, gradients = _likelihood(case, part)
             elements = elements + constant * HALF_LOG_2PI
-            loss += elements.sum().item() / case.batch
-            loss_size += elements.abs().sum().item() / case.batch
+            if part.weight is not None:
+                weight = part.weight.double()
+                elements, gradients = elements * weight, {name: g * weight for name, g in gradients.items()}
+            loss += elements.sum().item() * factor
+            loss_size += elements.abs().sum().item() * factor
             for name, per_element in gradients.items():
-                gradient, shape = per_element / case.batch, part.leaves[name].shape
+                gradient, shape = per_element * factor, part.leaves[name].shape
                 if shape == gradient.shape:
                     expected[name] = gradient
                     continue
@@ -107,8 +92,9 @@ def check(
                     expected[name], size[name] = total, total_size
         if grads is not None:
             for name, gradient in expected.items():
-                found = grads[name][start:end]
-                errors.compare(f"the gradient of {name}", found, gradient, slack.get(name), size.get(name))
+                errors.compare(
+                    f"the gradient of {name}", grads[name][start:end], gradient, slack.get(name), size.get(name)
+                )
     if noise:
         _check_noise(torch.cat(noise))
     if not case.samples:
@@ -120,6 +106,89 @@ def check(
     return errors.largest()
 
 
+def _factor(case: Case, operands: Operands) -> float:
+    """What the sum over everything is multiplied by."""
+    if case.spec.reduction == "weighted_mean":
+        assert operands.weight is not None
+        return 1.0 / operands.weight.double().sum().item()
+    return 1.0 / (case.elements if case.spec.reduction == "mean" else case.batch)
+
+
+def _logarithm(scale: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """The logarithm of a scale, and its derivative."""
+    leaf = scale.detach().double().requires_grad_()
+    logarithm: Tensor = Scale(leaf, form).log
+    (slope,) = torch.autograd.grad(logarithm.sum(), leaf)
+    return logarithm.detach(), slope
+
+
+class _Latent(NamedTuple):
+    """What is right for some samples of the latent."""
+
+    elements: Tensor
+    """Of the divergence."""
+    rounding: Tensor
+    """How far off they may be, as the sample that they are taken at is rounded."""
+    gradients: dict[str, Tensor]
+    slack: dict[str, Tensor]
+    """How far off gradients may be for the same reason."""
+    noise: Tensor | None
+
+
+def _latent(case: Case, part: Operands, sample: Tensor | None, factor: float) -> _Latent:
+    """The divergence to the prior, and the gradients that come of it and of the sample."""
+    assert part.mu is not None
+    form = case.spec.forms[0]
+    mu, scale = _moments(part.mu, part.logvar)
+    mu = mu.detach().double()
+    logvar, slope = _logarithm(scale, form)
+    std = torch.exp(0.5 * logvar)
+    prior_mu = prior_logvar = prior_slope = torch.zeros_like(mu)
+    if part.prior_mu is not None:
+        prior_mu, prior_scale = _moments(part.prior_mu, part.prior_logvar)
+        prior_mu = prior_mu.detach().double()
+        prior_logvar, prior_slope = _logarithm(prior_scale, form)
+    precision = torch.exp(-prior_logvar)
+    weight = torch.full((), 0.0 if case.samples else factor, dtype=mu.dtype, device=mu.device)
+    if part.grad_kl is not None:
+        weight = part.grad_kl.double().view(-1, *[1] * (mu.dim() - 1))
+    z, noise, rounding, d_z = mu, *[torch.zeros_like(mu)] * 3
+    if sample is not None:
+        assert part.grad_z is not None
+        z, d_z = sample.detach().double(), part.grad_z.double()
+        noise = (z - mu) / std
+        # z is rounded, and so is the noise that is recovered from it.
+        rounding = torch.finfo(sample.dtype).eps * (z.abs() + mu.abs())
+    distance = (z if case.spec.at_sample else mu) - prior_mu
+    square, pull = distance.square() * precision, weight * distance * precision
+    d_mu = d_z + pull
+    if case.spec.at_sample:
+        elements = 0.5 * (prior_logvar - logvar - noise.square() + square)
+        d_logvar = 0.5 * (d_mu * noise * std - weight)  # along the path of z, on which the noise stays as it is
+        d_prior_logvar = 0.5 * weight * (1 - square)
+        off = rounding * (noise.abs() / std + distance.abs() * precision)
+        off_pull = rounding * weight * precision
+    else:
+        growth = torch.expm1(logvar - prior_logvar)
+        elements = 0.5 * (growth - (logvar - prior_logvar) + square)
+        d_logvar = 0.5 * (d_z * noise * std + weight * growth)
+        d_prior_logvar = -0.5 * weight * (growth + square)
+        off = off_pull = torch.zeros_like(mu)
+    off_logvar = rounding * d_z.abs() + 0.5 * off_pull * (noise.abs() * std + distance.abs())
+    gradients = _by_name("mu", "logvar", part.logvar, d_mu, d_logvar * slope)
+    slack = _by_name("mu", "logvar", part.logvar, off_pull, off_logvar * slope.abs())
+    if part.prior_mu is not None:
+        names = "prior_mu", "prior_logvar", part.prior_logvar
+        gradients |= _by_name(*names, -pull, d_prior_logvar * prior_slope)
+        slack |= _by_name(*names, off_pull, off_pull * distance.abs() * prior_slope.abs())
+    return _Latent(elements, off, gradients, slack, None if sample is None else noise.flatten().float())
+
+
+def _by_name(mean: str, scale: str, given: Tensor | None, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """What belongs to a mean and to its scale, whether they came as two tensors or packed as one."""
+    return {mean: torch.cat([first, second], dim=1)} if given is None else {mean: first, scale: second}
+
+
 def _likelihood(case: Case, part: Operands) -> tuple[Tensor, dict[str, Tensor]]:
     """A likelihood's elements and, of each leaf that it depends on, the gradient of each element."""
     assert part.recon_x is not None
@@ -127,17 +196,20 @@ def _likelihood(case: Case, part: Operands) -> tuple[Tensor, dict[str, Tensor]]:
     x = part.x.double()
     if case.likelihood == GAUSSIAN:
         assert part.recon_logvar is not None
-        logvar = part.recon_logvar.detach().double()
+        logvar, slope = _logarithm(part.recon_logvar, case.spec.forms[0])
         difference = part.recon_x.detach().double() - x
         precision = torch.exp(-logvar)
         weighted = difference.square() * precision
-        return 0.5 * (logvar + weighted), {"recon_x": difference * precision, "recon_logvar": 0.5 * (1 - weighted)}
+        gradients = {"recon_x": difference * precision, "recon_logvar": 0.5 * (1 - weighted) * slope}
+        return 0.5 * (logvar + weighted), gradients
     assert case.formula is not None
     names = [name for name in part.leaves if name in ("recon_x", "recon_logvar", "extra")]
     # Of x's shape, so that the gradients of what is broadcast come element by element.
-    leaves = [part.leaves[name].detach().double().expand(x.shape).requires_grad_() for name in names]
-    elements = case.formula((leaves[0], x, *leaves[1:]), 0.0)
-    return elements.detach(), dict(zip(names, torch.autograd.grad(elements.sum(), leaves), strict=True))
+    leaves = {name: part.leaves[name].detach().double().expand(x.shape).requires_grad_() for name in names}
+    inputs = likelihood_inputs(case.formula, leaves["recon_x"], x, leaves.get("recon_logvar"), leaves.get("extra"))
+    elements = case.formula(inputs, case.spec.forms)
+    found = torch.autograd.grad(elements.sum(), list(leaves.values()))
+    return elements.detach(), dict(zip(leaves, found, strict=True))
 
 
 def check_fresh_noise(first: Tensor, second: Tensor) -> None:

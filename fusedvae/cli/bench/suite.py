@@ -184,7 +184,7 @@ def _measure_case(
     """The case's entry; None if it was stopped too early to say anything."""
     entry: Result = {**vars(case), "elements": case.elements, "status": "done", "contestants": []}
     generator = torch.Generator(device).manual_seed(settings.seed)
-    work = _StepWork(device, generator) if case.operation == "step" else _OperationWork(case, device, generator)
+    work = _StepWork(device, generator) if case.operation == "step" else OperationWork(case, device, generator)
     problem = work.problem()
     if problem:
         return {**entry, "status": "skipped", "reason": problem}
@@ -243,7 +243,7 @@ def _autocast(case: Case, device: torch.device) -> AbstractContextManager[object
     return torch.autocast(device.type, DTYPES[case.dtype])
 
 
-def _enter(work: _OperationWork | _StepWork, method: Method, device: torch.device) -> _Entrant:
+def _enter(work: OperationWork | _StepWork, method: Method, device: torch.device) -> _Entrant:
     """Check a method's answer and see what it asks of the machine."""
     contestant, error = work.enter(method)
     prepared = 0 if contestant.prepare is None else contestant.prepare(0)
@@ -284,7 +284,7 @@ def _record(entry: Result, entrants: list[_Entrant], timings: Timings) -> None:
         entry["contestants"].append(figures)
 
 
-class _OperationWork:
+class OperationWork:
     """An operation on given operands: several sets of them, so that none is in a cache when its turn comes again,
     unless all of them fit into half of it. Such cases run from the cache, as they do in training, where the network
     has written the operands a moment ago."""
@@ -292,8 +292,7 @@ class _OperationWork:
     def __init__(self, case: Case, device: torch.device, generator: torch.Generator) -> None:
         self.case, self.device, self._generator = case, device, generator
         elements = case.elements * DTYPES[case.dtype].itemsize
-        operand_count = 2 * case.uses_latent + (0 if case.formula is None else min(3, len(case.formula.inputs)))
-        self.set_bytes = operand_count * elements
+        self.set_bytes = case.operand_count * elements
         cache = cache_bytes(device)
         if 3 * self.set_bytes <= cache // 2:
             self.source, self.sets = "cache", 3

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .cases import DIRECTIONS, DTYPES, MEMORY_FORMATS, MODELS, OPERATIONS, SWEEP, SWEEP_EXPONENTS, Case
+from .cases import DIRECTIONS, DTYPES, MEMORY_FORMATS, MODELS, OPERATIONS, SWEEP, SWEEP_EXPONENTS, Case, groups
 from .suite import Result, counts
 
 COLUMNS = (
@@ -191,7 +191,10 @@ def list_text(names: list[str]) -> str:
     first, last = SWEEP_EXPONENTS[0], SWEEP_EXPONENTS[-1]
     lines += [f"  {SWEEP:18} 2^{first}, 2^{first + SWEEP_EXPONENTS.step}, ... 2^{last} elements, also one by one"]
     for title, choices in (("operations", OPERATIONS), ("directions", DIRECTIONS)):
-        lines += ["", title, *(f"  {name:18} {meaning}" for name, meaning in choices.items())]
+        width = max(18, *map(len, choices))
+        lines += ["", title, *(f"  {name:{width}} {meaning}" for name, meaning in choices.items())]
+    lines += ["", "groups of operations"]
+    lines += [f"  {name:18} {'all of these' if name == 'all' else ', '.join(them)}" for name, them in groups().items()]
     lines += ["", f"dtypes             {', '.join(DTYPES)}", f"memory formats     {', '.join(MEMORY_FORMATS)}"]
     lines += ["", "contestants", *(f"  {name}" for name in names)]
     return "\n".join(lines)
