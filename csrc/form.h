@@ -21,10 +21,10 @@ struct Form {
   bool squared = false;
   double low = -INFINITY, high = INFINITY, eps = 0;
 
-  // Whether x is the logarithm that formulas are written in.
-  FUSEDVAE_INLINE bool is_plain() const {
-    return map == Map::exponential && !squared && low == -INFINITY && high == INFINITY && eps == 0;
-  }
+  // Whether the logarithm that formulas are written in is at hand, but for bounds and a factor.
+  FUSEDVAE_INLINE bool has_log() const { return map == Map::exponential && eps == 0; }
+  // Whether x is that logarithm.
+  FUSEDVAE_INLINE bool is_plain() const { return has_log() && !squared && low == -INFINITY && high == INFINITY; }
 };
 
 }  // namespace fusedvae

@@ -35,12 +35,16 @@ struct ElementwiseTask {
   Operand value;
   Operand grads[kMostInputs];
 
+  FUSEDVAE_INLINE bool has_gains() const {
+    bool found = false;
+    for (const double gain : gains) found = found || gain != 1;
+    return found;
+  }
   // Whether scales are what formulas are written in, and gradients what formulas give.
   FUSEDVAE_INLINE bool is_plain() const {
     bool plain = true;
     for (const Form& form : forms) plain = plain && form.is_plain();
-    for (const double gain : gains) plain = plain && gain == 1;
-    return plain;
+    return plain && !has_gains();
   }
 };
 

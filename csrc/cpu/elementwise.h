@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
+#include <type_traits>
 
 #include "broadcast.h"
 #include "cpu/memory.h"
@@ -28,7 +28,9 @@ struct Arrays {
   T* grads[kMostInputs];
   T factor;  // of the gradients
   T constant;
-  const T *noise, *grad_z;  // beside a sample
+  const T *logs[kMostScales], *powers[kMostScales], *slopes[kMostScales];  // of scales, unless the task is plain
+  const T *deviation, *deviation_slope;                                    // beside a sample, likewise
+  const T *noise, *grad_z;
   T* z;
 };
 
@@ -47,18 +49,72 @@ struct Spreads {
   P slopes[kMostScales];
 };
 
-template <class Formula, class P, size_t... k>
-FUSEDVAE_INLINE Spreads<Formula, P> spreads_in_forms(const P* inputs, const Form* forms, std::index_sequence<k...>) {
-  const Scale<P> scales[] = {scale_of<Formula::kPowers[k]>(forms[k], inputs[Formula::kScaleOf[k]])...};
-  return {Formula::derive(scales), {scales[k].slope...}};
+// Of a formula's inputs if these are plain, else of the scales that they were mapped to.
+template <class Formula, class P>
+FUSEDVAE_INLINE Spreads<Formula, P> spreads_of(const P* inputs, const Scale<P>* scales, bool is_plain) {
+  Spreads<Formula, P> spreads = {};
+  if (is_plain) spreads.derived = Formula::plain(inputs);
+  if constexpr (Formula::kScales > 0) {
+    if (is_plain) return spreads;
+    spreads.derived = Formula::derive(scales);
+    for (int k = 0; k < Formula::kScales; ++k) spreads.slopes[k] = scales[k].slope;
+  }
+  return spreads;
 }
 
-template <class Formula, class P>
-FUSEDVAE_INLINE Spreads<Formula, P> spreads_of(const P* inputs, const Form* forms, bool is_plain) {
-  if constexpr (Formula::kScales > 0) {
-    if (!is_plain) return spreads_in_forms<Formula>(inputs, forms, std::make_index_sequence<Formula::kScales>());
+// What a scale in some form is, for the elements of a tile.
+template <class T>
+struct ScaleBuffers {
+  alignas(kLine) T log[kTile], power[kTile], slope[kTile];
+};
+template <class T>
+struct DeviationBuffers {
+  alignas(kLine) T value[kTile], slope[kTile];
+};
+
+// Calls map(form, x, pack's position) for the packs of an array; what map stores may be more than the array has. In the
+// form the map is a constant to the compiler.
+template <class T, class Visit>
+FUSEDVAE_INLINE void map_packs(const Form& form, const T* x, int64_t count, const Visit& visit) {
+  using P = typename Pack<T>::type;
+  constexpr int64_t w = Pack<T>::lanes;
+  const auto over_all = [&](Map map) FUSEDVAE_LAMBDA {
+    Form known = form;
+    known.map = map;
+    for (int64_t i = 0; i < count; i += w)
+      visit(known, i + w <= count ? load<P>(x + i) : load_part<P>(x + i, count - i), i);
+  };
+  switch (form.map) {
+    case Map::exponential:
+      return over_all(Map::exponential);
+    case Map::linear:
+      return over_all(Map::linear);
+    case Map::softplus:
+      return over_all(Map::softplus);
+    case Map::bounded:
+      return over_all(Map::bounded);
   }
-  return {Formula::plain(inputs), {}};
+}
+
+template <int power, class T>
+void map_scale(const Form& form, const T* x, int64_t count, ScaleBuffers<T>* out) {
+  using P = typename Pack<T>::type;
+  map_packs(form, x, count, [=](const Form& known, P given, int64_t i) FUSEDVAE_LAMBDA {
+    const Scale<P> scale = scale_of<power>(known, given);
+    store(out->log + i, scale.log);
+    store(out->power + i, scale.power);
+    store(out->slope + i, scale.slope);
+  });
+}
+
+template <class T>
+void map_deviation(const Form& form, const T* x, int64_t count, DeviationBuffers<T>* out) {
+  using P = typename Pack<T>::type;
+  map_packs(form, x, count, [=](const Form& known, P given, int64_t i) FUSEDVAE_LAMBDA {
+    const Derived<P> deviation = deviation_of(known, given);
+    store(out->value + i, deviation.value);
+    store(out->slope + i, deviation.slope);
+  });
 }
 
 // Gradients by what a formula is written in, as gradients by its inputs.
@@ -70,8 +126,19 @@ FUSEDVAE_INLINE void through_forms(const ElementwiseTask& task, const P* slopes,
       P& grad = grads[Formula::kScaleOf[k]];
       grad = through(grad, slopes[k]);
     }
+    if (task.has_gains()) {
 #pragma GCC unroll 4
-    for (int k = 0; k < Formula::kInputs; ++k) grads[k] *= static_cast<T>(task.gains[k]);
+      for (int k = 0; k < Formula::kInputs; ++k) grads[k] *= static_cast<T>(task.gains[k]);
+    }
+  }
+}
+
+// The scales that were mapped, at some elements.
+template <class Formula, class T, class Load, class P>
+FUSEDVAE_INLINE void fetch_scales(const Arrays<T>& a, int64_t i, const Load& load, Scale<P>* scales) {
+#pragma GCC unroll 2
+  for (int k = 0; k < Formula::kScales; ++k) {
+    scales[k] = {load(a.logs[k] + i), load(a.powers[k] + i), load(a.slopes[k] + i)};
   }
 }
 
@@ -89,9 +156,13 @@ struct OfElements {
     constexpr bool is_uniform = kind == Scales::uniform;
     const P zero = {}, one = number<P>(1), factor = P{} + a.factor, constant = P{} + a.constant;
     const P none = number<P>(a.selects ? 0.0 : NAN);  // the weight that does away with an element
-    const bool is_plain = kind == Scales::plain || a.is_plain;
+    // (In one dtype's only instance it is not known before.)
+    const bool is_plain = kind == Scales::any       ? kHasOneInstance<T> && a.is_plain
+                          : kind == Scales::uniform ? Formula::kScales != 1 || a.is_plain
+                                                    : true;
     struct Fetched {
       P inputs[n], weight;
+      Scale<P> scales[kMostScales];
     };
     Fetched uniform = {};
     if constexpr (is_uniform) uniform.inputs[Formula::kUniform] = P{} + a.inputs[Formula::kUniform][0];
@@ -99,19 +170,22 @@ struct OfElements {
     // out of the loop what does not change in it.
     constexpr bool is_derived_once = is_uniform && Formula::kScales == 1;
     Spreads<Formula, P> once = {};
-    if constexpr (is_derived_once) once = spreads_of<Formula>(uniform.inputs, a.task->forms, is_plain);
+    if constexpr (is_derived_once) {
+      const Scale<P> scale = scale_of<Formula::kPowers[0]>(a.task->forms[0], uniform.inputs[Formula::kUniform]);
+      once = spreads_of<Formula>(uniform.inputs, &scale, is_plain);
+    }
 
     const auto fetch = [=](int64_t i, const auto& load) FUSEDVAE_LAMBDA {
-      Fetched fetched;
+      Fetched fetched = {};
 #pragma GCC unroll 4
       for (int k = 0; k < n; ++k)
         fetched.inputs[k] = is_uniform && k == Formula::kUniform ? uniform.inputs[k] : load(a.inputs[k] + i);
       fetched.weight = has_weights ? load(a.weight + i) : one;
+      if (kind == Scales::any && !is_plain) fetch_scales<Formula>(a, i, load, fetched.scales);
       return fetched;
     };
     const auto visit = [=](int64_t i, const Fetched& in, const auto& store) FUSEDVAE_LAMBDA {
-      const Spreads<Formula, P> spreads =
-          is_derived_once ? once : spreads_of<Formula>(in.inputs, a.task->forms, is_plain);
+      const Spreads<Formula, P> spreads = is_derived_once ? once : spreads_of<Formula>(in.inputs, in.scales, is_plain);
       Element<P, n> element = Formula::element(in.inputs, spreads.derived, has_weights ? factor * in.weight : factor);
       if (!is_plain) through_forms<Formula, T>(*a.task, spreads.slopes, element.grads);
       P value = element.value;
@@ -167,6 +241,7 @@ struct Buffers {
 // Of one that samples, besides.
 template <class T>
 struct SampleBuffers {
+  DeviationBuffers<T> deviation;
   alignas(kLine) T noise[kTile], grad_z[kTile], z[kTile];
   alignas(kLine) float scratch[kTile + kNoisePad], made[kTile + kNoisePad];
 };
@@ -177,6 +252,7 @@ template <class Work, class T>
 bool is_unbuffered(const ElementwiseTask& task, const Outputs& outputs) {
   using Formula = typename Work::Formula;
   if (kHasOneInstance<T> || Work::kSamples || (task.weight && task.incoming)) return false;
+  if (Formula::kScales > 0 && !task.is_plain()) return false;
   const Extent& e = task.extent;
   const auto fits = [&](Output kind, const Operand& operand) {
     return kind == Output::none || (kind == Output::element && is_array<T>(operand, e));
@@ -199,6 +275,21 @@ const T* read_weights(const ElementwiseTask& task, const Tile& t, Buffers<T>& bu
   const int64_t n = t.count();
   for (int64_t i = 0; i < n; ++i) buffers.incoming[i] = weight[i] == 0 ? T(0) : weight[i] * incoming[i];
   return buffers.incoming;
+}
+
+// Maps the scales of a tile.
+template <class Formula, class T>
+void map_scales(const ElementwiseTask& task, int64_t count, ScaleBuffers<T>* buffers, Arrays<T>* a) {
+  if constexpr (Formula::kScales > 0) {
+    const auto map = [&](auto power, int k) {
+      map_scale<decltype(power)::value>(task.forms[k], a->inputs[Formula::kScaleOf[k]], count, &buffers[k]);
+      a->logs[k] = buffers[k].log;
+      a->powers[k] = buffers[k].power;
+      a->slopes[k] = buffers[k].slope;
+    };
+    map(std::integral_constant<int, Formula::kPowers[0]>(), 0);
+    if constexpr (Formula::kScales > 1) map(std::integral_constant<int, Formula::kPowers[1]>(), 1);
+  }
 }
 
 // Runs the task (beside a sample, if `latent` is given), its loop by way of `run_loop`. The gradients are times
@@ -235,6 +326,7 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
   const auto body = [&](int64_t first, int64_t last) {
     Buffers<T> buffers;
     std::conditional_t<Work::kSamples, SampleBuffers<T>, NoBuffers> sample_buffers;
+    ScaleBuffers<T> scale_buffers[Formula::kScales + 1];  // (none of a formula without: not an array of 0)
     Columns<T> columns[n + 1];
     if (kHasOneInstance<T>)
       for (T& weight : buffers.weight) weight = 1;
@@ -268,11 +360,12 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
       for (int j = 0; j < n; ++j)
         a.inputs[j] =
             is_uniform && j == Formula::kUniform ? buffers.inputs[j] : read(task.inputs[j], t, buffers.inputs[j]);
+      if constexpr (Work::kSamples) sample_operands(*latent, t, sample_buffers, &a);
+      if (!a.is_plain && !is_uniform) map_scales<Formula>(task, t.count(), scale_buffers, &a);
       a.weight = read_weights<Work>(task, t, buffers);
       const bool needs_values = values.needs_values(t);
       a.value = needs_values ? buffers.value : place(outputs.value, task.value, t, buffers.value, false);
       for (int j = 0; j < n; ++j) a.grads[j] = place(outputs.grads[j], task.grads[j], t, buffers.grads[j], past_caches);
-      if constexpr (Work::kSamples) sample_operands(*latent, t, sample_buffers, &a);
       const double total = Work::template apply_for<T>(a, t.count(), is_uniform, values.wanted() && !needs_values);
       values.take(k, t, total, a.value);
       deliver(value_sum, task.value, k, t, a.value, buffers.value, false, block, is_last, columns[n]);

@@ -12,12 +12,7 @@ namespace FUSEDVAE_NAMESPACE {
 // A sample's standard deviation and its derivative by what the scale is a form of, and what the divergence derives of
 // the scales.
 template <class Divergence, class P>
-FUSEDVAE_INLINE Derived<P> deviation_and_spreads(const P* inputs, const Form* forms, bool is_plain,
-                                                 Spreads<Divergence, P>* spreads) {
-  if (!is_plain) {
-    *spreads = spreads_of<Divergence>(inputs, forms, false);
-    return deviation_of(forms[0], inputs[1]);
-  }
+FUSEDVAE_INLINE Derived<P> plain_deviation_and_spreads(const P* inputs, Spreads<Divergence, P>* spreads) {
   P deviation;
   if constexpr (std::is_same_v<P, vf>) {
     const ExpPair half = exp_pair(0.5f * inputs[1]);
@@ -26,10 +21,10 @@ FUSEDVAE_INLINE Derived<P> deviation_and_spreads(const P* inputs, const Form* fo
     if constexpr (std::is_same_v<Divergence, KlStandardNormal>)
       *spreads = {{inputs[1], half.expm1 * half.expm1 + (half.expm1 + half.expm1)}, {}};
     else
-      *spreads = spreads_of<Divergence>(inputs, forms, true);
+      spreads->derived = Divergence::plain(inputs);
   } else {
     deviation = exponential(0.5f * inputs[1]);
-    *spreads = spreads_of<Divergence>(inputs, forms, true);
+    spreads->derived = Divergence::plain(inputs);
   }
   return {deviation, 0.5f * deviation};
 }
@@ -46,23 +41,33 @@ struct BesideSample {
     using P = typename Pack<T>::type;
     constexpr int n = Formula::kInputs;
     const P factor = P{} + a.factor;
-    const bool is_plain = plain || a.is_plain;
+    const bool is_plain = plain || (kHasOneInstance<T> && a.is_plain);
     const bool has_gradients = a.grads[0] || a.grads[1] || (n == 4 && (a.grads[n - 2] || a.grads[n - 1]));
     struct Fetched {
       P inputs[n], incoming, noise, grad_z;
+      Scale<P> scales[kMostScales];
+      Derived<P> deviation;
     };
     const auto fetch = [=](int64_t i, const auto& load) FUSEDVAE_LAMBDA {
-      Fetched fetched;
+      Fetched fetched = {};
 #pragma GCC unroll 4
       for (int k = 0; k < n; ++k) fetched.inputs[k] = load(a.inputs[k] + i);
       fetched.incoming = a.weight ? load(a.weight + i) : P{};
       fetched.noise = a.noise ? load(a.noise + i) : P{};
       fetched.grad_z = a.grad_z ? load(a.grad_z + i) : P{};
+      if (!is_plain) {
+        fetch_scales<Formula>(a, i, load, fetched.scales);
+        fetched.deviation = {load(a.deviation + i), load(a.deviation_slope + i)};
+      }
       return fetched;
     };
     const auto visit = [=](int64_t i, const Fetched& in, const auto& store) FUSEDVAE_LAMBDA {
       Spreads<Formula, P> spreads;
-      const Derived<P> deviation = deviation_and_spreads<Formula>(in.inputs, a.task->forms, is_plain, &spreads);
+      Derived<P> deviation = in.deviation;
+      if (is_plain)
+        deviation = plain_deviation_and_spreads<Formula>(in.inputs, &spreads);
+      else
+        spreads = spreads_of<Formula>(in.inputs, in.scales, false);
       const P z = in.inputs[0] + deviation.value * in.noise;
       AtSample<P, n> at = divergence_at<Formula>(in.inputs, spreads.derived, z, in.noise, factor * in.incoming);
       if (a.value) store(a.value + i, at.element.value);
@@ -113,6 +118,11 @@ void sample_operands(const LatentTask& task, const Tile& t, SampleBuffers<T>& bu
       widen_array(noise, buffers.noise, t.count());
       a->noise = buffers.noise;
     }
+  }
+  if (!a->is_plain) {
+    map_deviation(task.divergence.forms[0], a->inputs[1], t.count(), &buffers.deviation);
+    a->deviation = buffers.deviation.value;
+    a->deviation_slope = buffers.deviation.slope;
   }
   a->grad_z = task.grad_z ? read(task.grad_z, t, buffers.grad_z) : nullptr;
   a->z = task.z ? array_for(task.z, t, buffers.z, false) : nullptr;

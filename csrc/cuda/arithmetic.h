@@ -12,6 +12,11 @@
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
+template <class T>
+FUSEDVAE_INLINE T number(double value) {
+  return static_cast<T>(value);
+}
+
 FUSEDVAE_INLINE float exponential(float x) {
   return expf(x);
 }
@@ -37,8 +42,26 @@ FUSEDVAE_INLINE double logarithm(double x) {
   return log(x);
 }
 
+// ln(1 + x).
+FUSEDVAE_INLINE float logarithm_of_1_plus(float x) {
+  return log1pf(x);
+}
+FUSEDVAE_INLINE double logarithm_of_1_plus(double x) {
+  return log1p(x);
+}
+// The same for x in [0, 1], with 1 / (1 + x), which CUDA's has no use for.
+FUSEDVAE_INLINE float logarithm_of_1_plus(float x, float /*inverse*/) {
+  return log1pf(x);
+}
+FUSEDVAE_INLINE double logarithm_of_1_plus(double x, double /*inverse*/) {
+  return log1p(x);
+}
+
 FUSEDVAE_INLINE float root(float x) {
   return sqrtf(x);
+}
+FUSEDVAE_INLINE double root(double x) {
+  return sqrt(x);
 }
 
 // ln u for u in [2^-32, 1].

@@ -13,7 +13,8 @@
 //
 // T is a number or a SIMD vector of numbers; a formula does not know which. It is written in terms of these functions,
 // which are declared before its header is included: exponential(x), exponential(x, factor) for e^x times a constant
-// (which costs nothing more), exponential_minus_1(x), logarithm(x), logarithm_of_1_plus(x) for x in [-1, 1], root(x),
+// (which costs nothing more), exponential_minus_1(x), logarithm(x), logarithm_of_1_plus(x) for x in [-1, 1], the
+// same of an x in [0, 1] whose 1 / (1 + x) is known, root(x),
 // and number<T>(value), a T that is this number in all lanes.
 //
 // A divergence can be taken beside a sample (math/sample.h), and says so: kIsAtSample is whether it depends on that.

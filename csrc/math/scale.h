@@ -31,7 +31,7 @@ FUSEDVAE_INLINE T through(T gradient, T slope) {
 template <class T>
 FUSEDVAE_INLINE Derived<T> softplus(T x) {
   const T t = exponential(x < 0.0f ? x : -x), inverse = 1.0f / (1.0f + t);
-  const T log = logarithm_of_1_plus(t);
+  const T log = logarithm_of_1_plus(t, inverse);
   return {x < 0.0f ? log : x + log, x < 0.0f ? t * inverse : inverse};
 }
 
@@ -65,14 +65,21 @@ FUSEDVAE_INLINE Derived<T> base_of(const Form& form, T x) {
   }
 }
 
+// The logarithm of the scale, of a form that has it.
+template <class T>
+FUSEDVAE_INLINE Derived<T> log_of(const Form& form, T given) {
+  const Derived<T> x = bounded(form, given);
+  return form.squared ? Derived<T>{x.value + x.value, x.slope + x.slope} : x;
+}
+
 // The scale of x, with its first power or with its inverse (power = -1).
 template <int power, class T>
 FUSEDVAE_INLINE Scale<T> scale_of(const Form& form, T given) {
-  const Derived<T> x = bounded(form, given);
-  if (form.map == Map::exponential && form.eps == 0) {  // the logarithm is there already
-    const T log = form.squared ? x.value + x.value : x.value;
-    return {log, exponential(power > 0 ? log : -log), form.squared ? x.slope + x.slope : x.slope};
+  if (form.has_log()) {
+    const Derived<T> log = log_of(form, given);
+    return {log.value, exponential(power > 0 ? log.value : -log.value), log.slope};
   }
+  const Derived<T> x = bounded(form, given);
   const Derived<T> base = base_of(form, x.value);
   const T inverse = 1.0f / base.value, log = logarithm(base.value), slope = through(base.slope * inverse, x.slope);
   if (form.squared) return {log + log, power > 0 ? base.value * base.value : inverse * inverse, slope + slope};
@@ -89,7 +96,7 @@ FUSEDVAE_INLINE Scale<T> scale_of_log(T log) {
 template <class T>
 FUSEDVAE_INLINE Derived<T> deviation_of(const Form& form, T given) {
   const Derived<T> x = bounded(form, given);
-  if (form.map == Map::exponential && form.eps == 0) {
+  if (form.has_log()) {
     const T deviation = exponential(form.squared ? x.value : 0.5f * x.value);
     return {deviation, through(form.squared ? deviation : 0.5f * deviation, x.slope)};
   }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from math import prod
+from math import inf, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 from fusedvae.layout import Strides
 
 from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork
-from .reference import GIVEN
-from .walk import Copy, Extent, walk, walk_term, with_copies
+from .reference import GIVEN, Form
+from .walk import Copy, Extent, Walk, walk_latent, walk_term, with_copies
 
 try:
     import triton
@@ -96,22 +96,24 @@ _LANES = 64 if torch.version.hip else 32
 """Threads of a warp: those of a wavefront on AMD's CDNA chips, so that a thread takes as much there."""
 
 
-def _warps(elements: int) -> int:
-    """Warps of a program: a thread takes 8 elements, which is 128 bits of a 16-bit dtype and twice that of float32.
-
-    More would take registers (with 16, a few kernels spill) that the threads to hide memory's latency behind need.
-    """
-    return max(1, elements // (8 * _LANES))
-
-
 _REGISTERS = 128
-"""More than any kernel needs. Without a bound, NVIDIA's assembler spills to fit in one more program at a time."""
+"""Enough for all kernels. Without a bound, NVIDIA's assembler spills to fit in one more program at a time."""
 
 
-def _options(elements: int) -> dict[str, Any]:
-    """How the kernels are compiled for tiles of so many elements."""
-    options = {"num_warps": _warps(elements)}
+def _options(elements: int, *, is_heavy: bool = False) -> dict[str, Any]:
+    """How the kernels are compiled for tiles of so many elements.
+
+    A thread takes 8 elements, which is 128 bits of a 16-bit dtype and twice that of float32. More would take registers
+    (with 16, a few kernels spill) that the threads to hide memory's latency behind need; and what is heavy, as float64
+    is, takes more of them for each element, and 4 elements.
+    """
+    options = {"num_warps": max(1, elements // ((4 if is_heavy else 8) * _LANES))}
     return options if _LANES == 64 else {**options, "maxnreg": _REGISTERS}
+
+
+def _is_heavy(term: TermWork) -> bool:
+    """Whether an element takes many registers: it is float64, or has two scales that are not logarithms."""
+    return term.in_double or sum(form != Form() for form in term.forms) == 2
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -129,6 +131,7 @@ class _KernelLauncher:
         parts: dict[str, Part | None],
         workspace: dict[str, tuple[int, torch.dtype]] | None = None,
         counters: int = 0,
+        factors: dict[str, Part] | None = None,
     ) -> None:
         """Prepare a launch.
 
@@ -137,6 +140,7 @@ class _KernelLauncher:
             parts: the operands, by parameter.
             workspace: how many partial sums there is room for, of what dtype, by parameter.
             counters: how many there are.
+            factors: numbers that a fixed argument is multiplied by, by parameter.
         """
         self.fixed: dict[str, Any] = dict.fromkeys(kernel.arg_names) | fixed
         self._kernel, self._programs, self._device = kernel, programs, device
@@ -146,37 +150,55 @@ class _KernelLauncher:
         self._halves = [(name, part) for name, part in given if part.half is not None]
         self._workspace = [(name, *size) for name, size in (workspace or {}).items()]
         self._counters = counters
+        self._factors = [(name, part.source) for name, part in (factors or {}).items()]
 
     def __call__(self, sources: tuple[Any, ...]) -> None:
-        device, arguments = self._device, self.fixed.copy()
-        for name, source in self._tensors:
-            arguments[name] = sources[source]
-        for name, source in self._numbers:
-            arguments[name] = float(sources[source])
-        for name, part in self._halves:
-            arguments[name] = part.of(sources)
-        for name, size, dtype in self._workspace:
-            arguments[name] = torch.empty(size, dtype=dtype, device=device)
-        if self._counters:
-            arguments["counters"] = _counters(self._counters, device)
+        device, arguments = self._device, self._arguments(sources)
         if _is_traced:
             torch.library.wrap_triton(self._kernel)[(self._programs,)](**arguments)
         else:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 _launch(self._kernel, self._programs, arguments)
 
+    def _arguments(self, sources: tuple[Any, ...]) -> dict[str, Any]:
+        device, arguments = self._device, self.fixed.copy()
+        for name, source in self._tensors:
+            arguments[name] = sources[source]
+        for name, source in self._numbers:
+            arguments[name] = float(sources[source])
+        for name, source in self._factors:
+            arguments[name] *= float(sources[source])
+        for name, part in self._halves:
+            arguments[name] = part.of(sources)
+        for name, size, dtype in self._workspace:
+            arguments[name] = torch.empty(size, dtype=dtype, device=device)
+        if self._counters:
+            arguments["counters"] = _counters(self._counters, device)
+        return arguments
+
+
+class _LatentLauncher(_KernelLauncher):
+    """A launch over the latent, whose noise may begin anywhere in its stream."""
+
+    def __init__(self, *arguments: Any, offset: Part | None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._offset = None if offset is None else offset.source
+
+    def _arguments(self, sources: tuple[Any, ...]) -> dict[str, Any]:
+        arguments = super()._arguments(sources)
+        if self._offset is None:
+            return arguments
+        offset = sources[self._offset]
+        if isinstance(offset, Tensor):  # which only the kernel looks at
+            arguments["offset"] = offset
+        elif offset:
+            arguments["offset"] = int(offset)
+            arguments["in_quads"] = arguments["in_quads"] and offset % 4 == 0
+        return arguments
+
 
 def _nothing(sources: tuple[Any, ...]) -> None:
     """The launcher of no work."""
-
-
-def _zeros_in(part: Part) -> Launcher:
-    """What fills an output with zeros: sums of nothing."""
-
-    def launch(sources: tuple[Any, ...]) -> None:
-        part.of(sources).zero_()
-
-    return launch
 
 
 def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
@@ -224,18 +246,80 @@ _MOST_INPUTS = 4
 _INPUTS = tuple([f"in{k}" for k in range(_MOST_INPUTS)])
 _GRADS = tuple([f"g{k}" for k in range(_MOST_INPUTS)])
 
+# The operands whose axes the kernels are told, in this order: see triton_kernels.
+_SUMMED = ("value", *_GRADS)
+_TERM_AXES = (*_INPUTS, "incoming", *_SUMMED, "weight")
+_LATENT_AXES = (*_INPUTS, "incoming", *_SUMMED, "noise", "grad_z")
 
-def _strides(
-    names: Sequence[str], strides: Sequence[Strides], extent: Extent, with_axes: Sequence[str]
-) -> dict[str, Any]:
-    """The strides of operands, and the axes of some: the dimensions that these vary along, or that have size 1."""
-    arguments: dict[str, Any] = {}
+
+def _strides(names: Sequence[str], strides: Sequence[Strides]) -> dict[str, int]:
+    """The strides of operands."""
+    arguments: dict[str, int] = {}
     for name, steps in zip(names, strides, strict=True):
         if steps:
             arguments[f"{name}_0"], arguments[f"{name}_1"] = steps[:2]
-            if name in with_axes:
-                arguments[f"{name}_axes"] = sum(1 << d for d in range(3) if steps[d] != 0 or extent[d] == 1)
     return arguments
+
+
+def _axes(names: Sequence[str], walked: Walk) -> dict[str, int]:
+    """The dimensions that operands vary along, or that have size 1; of a number, none."""
+    return {
+        name: sum(1 << d for d in range(3) if steps[d] != 0 or walked.extent[d] == 1) if steps else 0
+        for name, part, steps in zip(names, walked.parts, walked.strides, strict=True)
+        if part is not None
+    }
+
+
+class _Sums(NamedTuple):
+    """The sums that tiles share, of some outputs."""
+
+    slots: tuple[int | None, ...]
+    """Of each of `_SUMMED`."""
+    partials: int
+    """How many partial sums a slot has room for."""
+    counters: int
+    """How many it takes."""
+
+    @property
+    def total(self) -> int:
+        """How many slots there are."""
+        return sum(slot is not None for slot in self.slots)
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        return {"slots": self.slots, "partials_step": self.partials, "counters_step": self.counters}
+
+
+def _sums(axes: dict[str, int], tiles: _Tiles) -> _Sums:
+    """Those of the outputs among operands with these axes."""
+    slots: list[int | None] = []
+    sizes = [(0, 0)]
+    for name in _SUMMED:
+        size = _partial_sums(tiles, axes[name]) if name in axes else (0, 0)
+        slots.append(len(sizes) - 1 if size[0] else None)
+        sizes += [size] if size[0] else []
+    return _Sums(tuple(slots), max(partials for partials, _ in sizes), max(counters for _, counters in sizes))
+
+
+def _tiles_for(extent: Extent, axes: dict[str, int]) -> _Tiles:
+    """Tiles for operands with these axes."""
+    return _tiles(extent, [_ALL & ~axes[name] for name in _SUMMED if name in axes])
+
+
+_ScaleForm = tuple[str, bool, float | None, float | None, float] | None
+"""The form of a scale as triton_math has it."""
+
+
+def _scale_form(form: Form) -> _ScaleForm:
+    bounds = tuple([None if bound in (-inf, inf) else float(bound) for bound in (form.low, form.high)])
+    name = "log" if form.map == "exponential" and form.eps == 0 else form.map
+    if (name, form.squared, *bounds) == ("log", False, None, None):
+        return None
+    return name, form.squared, *bounds, float(form.eps)  # type: ignore[return-value]
+
+
+def _forms(term: TermWork) -> dict[str, _ScaleForm]:
+    return {f"form{k}": _scale_form(form) for k, form in enumerate(term.forms)}
 
 
 def _shape(extent: Extent, tiles: _Tiles, in_double: bool) -> dict[str, Any]:
@@ -275,25 +359,29 @@ class _Term(NamedTuple):
 
     fixed: dict[str, Any]
     parts: dict[str, Part | None]
+    factors: dict[str, Part]
     copies: list[Copy]
     tiles: _Tiles
     is_wide: bool = False
-    partials: int = 0
-    counters: int = 0
+    sums: _Sums = _Sums((), 0, 0)
 
 
 def _absent_term() -> _Term:
     """No term; its numbers are there all the same, since a kernel's numbers have a type."""
-    fixed = {"parameter": 0.0, "factor": 0.0, "constant": 0.0, "coefficient_value": 1.0}
-    fixed.update({f"{name}_value": 0.0 for name in _INPUTS})
-    return _Term(fixed, {}, [], _Tiles((1, 1, 1), (0, 0, 0)))
+    fixed: dict[str, Any] = {"factor": 0.0, "constant": 0.0, "coefficient_value": 1.0}
+    fixed.update({f"{name}_value": 0.0 for name in (*_INPUTS[1:], "weight")})
+    return _Term(fixed, {}, {}, [], _Tiles((1, 1, 1), (0, 0, 0)))
 
 
-def _term(term: TermWork, sources: int, first_counter: int, *, keep_batch: bool) -> _Term:
-    """A term that is walked, or whose values are given; its counters begin at ``first_counter``."""
+def _term(term: TermWork, sources: int, *, keep_batch: bool) -> _Term:
+    """A term that is walked, or whose values are given."""
     found = _absent_term()
-    found.fixed.update(parameter=term.parameter, factor=term.factor)
+    found.fixed.update(factor=term.factor, axes=(None,) * len(_TERM_AXES))
     found.parts.update(coefficient=term.coefficient)
+    if term.normalizer is not None and term.normalizer.is_number:
+        found.factors.update(factor=term.normalizer)
+    else:
+        found.parts.update(normalizer=term.normalizer)
     if term.formula is GIVEN:
         (values,) = term.inputs
         assert values.shape is not None
@@ -302,30 +390,40 @@ def _term(term: TermWork, sources: int, first_counter: int, *, keep_batch: bool)
         return found
     walked = walk_term(term, sources, keep_batch=keep_batch, can_sum=lambda extent, strides: True)
     extent, inputs = walked.extent, len(term.inputs)
-    names = (*_INPUTS[:inputs], "weight", "value", *_GRADS[:inputs])
-    strides = _strides(names, walked.strides, extent, (*_INPUTS, "weight", *_GRADS))
-    axes = {name: strides[f"{name}_axes"] for name in _GRADS if f"{name}_axes" in strides}
-    tiles = _tiles(extent, [_ALL & ~along for along in axes.values()])
-    fixed = {**found.fixed, **_shape(extent, tiles, term.in_double), **strides, "formula": term.formula.name}
-    partials = counters = 0
-    for name, along in axes.items():
-        more, more_counters = _partial_sums(tiles, along)
-        if more:
-            fixed[f"{name}_partials"], fixed[f"{name}_counters"] = partials, first_counter + counters
-            partials, counters = partials + more, counters + more_counters
-    return _Term(
-        fixed,
-        {**found.parts, **dict(zip(names, walked.parts, strict=True))},
-        walked.copies,
-        tiles,
-        _is_wide(extent, walked.strides),
-        partials,
-        counters,
+    names = (*_INPUTS[:inputs], "weight", "incoming", "value", *_GRADS[:inputs])
+    axes = _axes(names, walked)
+    tiles = _tiles_for(extent, axes)
+    sums = _sums(axes, tiles)
+    fixed = {
+        **found.fixed,
+        **_shape(extent, tiles, term.in_double),
+        **_strides(names, walked.strides),
+        **_forms(term),
+        **sums.fixed,
+        "formula": term.formula.name,
+        "gains": _gains(term),
+        "axes": tuple([axes.get(name) for name in _TERM_AXES]),
+    }
+    return found._replace(
+        fixed=fixed,
+        parts={**found.parts, **dict(zip(names, walked.parts, strict=True))},
+        copies=walked.copies,
+        tiles=tiles,
+        is_wide=_is_wide(extent, walked.strides),
+        sums=sums,
     )
 
 
-def _sums(prefix: str, count: int, in_double: bool) -> dict[str, tuple[int, torch.dtype]]:
-    """The workspace of so many partial sums, in the dtype of the arithmetic."""
+def _gains(term: TermWork) -> tuple[float, ...] | None:
+    """What the gradients are multiplied by, one for every input that kernels have; None for nothing."""
+    if term.gains is None or set(term.gains) == {1.0}:
+        return None
+    return (*term.gains, *[1.0] * (_MOST_INPUTS - len(term.gains)))
+
+
+def _workspace(prefix: str, sums: _Sums, in_double: bool) -> dict[str, tuple[int, torch.dtype]]:
+    """That of shared sums, in the dtype of the arithmetic."""
+    count = sums.total * sums.partials
     return {f"{prefix}partials": (count, torch.float64 if in_double else torch.float32)} if count else {}
 
 
@@ -367,40 +465,43 @@ class _Triton:
             _KernelLauncher(kernels.normal_kernel, -(-count // fixed["tile"]), out.device, fixed, {})(())
 
     def prepare_latent(self, work: LatentWork, sources: int, device: torch.device) -> Launcher:
-        shape, kl = work.mu.shape, work.kl
-        assert shape is not None
-        if shape.numel() == 0:
-            return _nothing if kl is None else _zeros_in(kl)
-        inputs, outputs = ("mu", "logvar", "noise", "grad_z"), ("z", "grad_mu", "grad_logvar")
-        names = (*inputs, *outputs)
-        walked = walk(
-            shape,
-            [getattr(work, name) for name in names],
-            len(inputs),
-            sources,
-            in_double=work.in_double,
-            keep_batch=kl is not None or work.grad_kl is not None,
-            indexed=work.seed is not None,
-        )
-        tiles = _tiles(walked.extent)
+        term, inputs = work.divergence, len(work.divergence.inputs)
+        walked = walk_latent(work, sources, can_sum=lambda extent, strides: True)
+        extent = walked.extent
+        names = (*_INPUTS[:inputs], "noise", "grad_z", "incoming", "z", "value", *_GRADS[:inputs])
+        axes = _axes(names, walked)
+        tiles = _tiles_for(extent, axes)
+        if not tiles.total:
+            return with_copies(_nothing, walked.copies)
+        sums = _sums(axes, tiles)
         l0, l1, l2 = walked.logical
         fixed = {
-            **_shape(walked.extent, tiles, work.in_double),
-            **_strides(names, walked.strides, walked.extent, inputs),
-            **_options(tiles.elements),
+            **{f"{name}_value": 0.0 for name in (*_INPUTS[1:], "incoming")},
+            **_shape(extent, tiles, term.in_double),
+            **_strides(names, walked.strides),
+            **_forms(term),
+            **sums.fixed,
+            **_options(tiles.elements, is_heavy=_is_heavy(term)),
+            "formula": term.formula.name,
+            "at_sample": work.at_sample,
+            "axes": tuple([axes.get(name) for name in _LATENT_AXES]),
             "l0": l0,
             "l1": l1,
             "l2": l2,
-            "kl_0": _stride(kl),
-            "grad_kl_0": _stride(work.grad_kl),
             "in_quads": l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and tiles.shape[2] >= 4,
-            "wide": _is_wide(walked.extent, [*walked.strides, walked.logical]),
+            "wide": _is_wide(extent, [*walked.strides, walked.logical]),
         }
-        parts = dict(zip(names, walked.parts, strict=True))
-        parts.update(seed=work.seed, grad_kl=work.grad_kl, kl=kl)
-        partials, counters = (0, 0) if kl is None else _partial_sums(tiles, _BATCH)
-        workspace = _sums("", partials, work.in_double)
-        launch = _KernelLauncher(kernels.latent_kernel, tiles.total, device, fixed, parts, workspace, counters)
+        parts = {**dict(zip(names, walked.parts, strict=True)), "seed": work.seed}
+        launch = _LatentLauncher(
+            kernels.latent_kernel,
+            tiles.total,
+            device,
+            fixed,
+            parts,
+            _workspace("", sums, term.in_double),
+            sums.total * sums.counters,
+            offset=work.offset,
+        )
         return with_copies(launch, walked.copies)
 
     def prepare_objective(self, work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
@@ -425,14 +526,20 @@ class _Triton:
 def _prepare_elements(work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
     """A term element by element."""
     (term,) = work.terms
-    task = _term(term, sources, 0, keep_batch=False)
+    task = _term(term, sources, keep_batch=False)
     if not task.tiles.total:
         return with_copies(_nothing, task.copies)
-    fixed = {"weight_value": 1.0, **task.fixed, "constant": term.constant}
-    fixed.update(wide=task.is_wide, **_options(task.tiles.elements))
-    workspace = _sums("", task.partials, term.in_double)
+    fixed = {"incoming_value": 0.0, "grad_scale_value": 1.0, **task.fixed, "constant": term.constant}
+    fixed.update(wide=task.is_wide, **_options(task.tiles.elements, is_heavy=_is_heavy(term)))
     launch = _KernelLauncher(
-        kernels.elementwise_kernel, task.tiles.total, device, fixed, task.parts, workspace, task.counters
+        kernels.elementwise_kernel,
+        task.tiles.total,
+        device,
+        fixed,
+        {**task.parts, "grad_scale": work.grad_scale},
+        _workspace("", task.sums, term.in_double),
+        task.sums.total * task.sums.counters,
+        task.factors,
     )
     return with_copies(launch, task.copies)
 
@@ -443,7 +550,9 @@ def _prepare_values(work: ObjectiveWork, sources: int, device: torch.device) -> 
     assert loss is not None
     assert loss.shape is not None
     fixed: dict[str, Any] = {"values": loss.shape.numel(), "loss_0": _stride(loss), "by_sample": by_sample}
-    parts: dict[str, Part | None] = {"loss": loss}
+    fixed["grad_scale_value"] = 1.0
+    parts: dict[str, Part | None] = {"loss": loss, "grad_scale": work.grad_scale}
+    factors: dict[str, Part] = {}
     workspace: dict[str, tuple[int, torch.dtype]] = {}
     copies: list[Copy] = []
     tasks: list[_Term] = []
@@ -451,23 +560,30 @@ def _prepare_values(work: ObjectiveWork, sources: int, device: torch.device) -> 
     for prefix, term in zip_longest("ab", work.terms):
         task = _absent_term()
         if term is not None:
-            task = _term(term, sources + len(copies), counters, keep_batch=by_sample)
+            assert term.incoming is None, "what comes in for each element comes for values of elements"
+            assert term.value is None
+            task = _term(term, sources + len(copies), keep_batch=by_sample)
             shape = term.inputs[0].shape
             assert shape is not None
-            task.fixed.update(constant=term.constant * (shape[1:] if by_sample else shape).numel())
+            addends = (shape[1:] if by_sample else shape).numel() if term.weight is None else 1
+            task.fixed.update(constant=term.constant * addends, counters=counters)
             task.fixed.update(out_0=_stride(term.out), tiles=task.tiles.total)
             task.parts.update(out=term.out)
-            workspace.update(_sums(f"{prefix}_", task.partials, term.in_double))
+            workspace.update(_workspace(f"{prefix}_", task.sums, term.in_double))
         fixed.update({f"{prefix}_{name}": value for name, value in task.fixed.items()})
         parts.update({f"{prefix}_{name}": part for name, part in task.parts.items()})
-        counters += task.counters
+        factors.update({f"{prefix}_{name}": part for name, part in task.factors.items()})
+        counters += task.sums.total * task.sums.counters
         copies += task.copies
         tasks.append(task)
     programs = sum(task.tiles.total for task in tasks)
     totals = sum(task.tiles.total * (task.tiles.shape[0] if by_sample else 1) for task in tasks)
     workspace["totals"] = max(totals, 1), torch.float64
-    fixed.update(wide=any(task.is_wide for task in tasks), **_options(max(task.tiles.elements for task in tasks)))
-    launch = _KernelLauncher(kernels.objective_kernel, max(programs, 1), device, fixed, parts, workspace, counters)
+    elements, is_heavy = max(task.tiles.elements for task in tasks), any(map(_is_heavy, work.terms))
+    fixed.update(wide=any(task.is_wide for task in tasks), **_options(elements, is_heavy=is_heavy))
+    launch = _KernelLauncher(
+        kernels.objective_kernel, max(programs, 1), device, fixed, parts, workspace, counters, factors
+    )
     return with_copies(launch, copies)
 
 

@@ -1,13 +1,17 @@
 """The Triton kernels: one launch a stage over operands in canonical form, the formulas those of `triton_math`.
 
 A program takes a tile of (tile_b, tile_o, tile_i) elements of the extent (batch, outer, inner). An operand comes as its
-address, its strides over batch and outer, and ``axes``: the dimensions it varies along, one bit each (BATCH, OUTER,
+address, its strides over batch and outer, and its axes: the dimensions it varies along, one bit each (BATCH, OUTER,
 INNER); it is read as a block of size 1 along the others. A number comes as ``..._value`` instead. An operand that was
-not given is None, and everything about it disappears when the kernel is compiled.
+not given is None, its axes too, and everything about it disappears when the kernel is compiled.
 
-The inputs of a term's formula are in0 to in3, the gradients by them g0 to g3. Their axes are those of their inputs: a
-gradient is summed over the others. Where it shares its sums with other tiles, it has ``partials`` and ``counters`` of
-its own, which begin at these offsets into those of the launch.
+The inputs of a formula are in0 to in3, the gradients by them g0 to g3; ``form0`` and ``form1`` are the forms of its
+scales, as triton_math has them. ``axes`` are those of the inputs, and of
+what the constants below say, in this order.
+
+A value or gradient is summed over the dimensions that are not among its axes. Where it shares its sums with other
+tiles, it has one of the launch's ``slots``, else None: slot k of ``partials`` begins at k * ``partials_step``, that of
+``counters`` at k * ``counters_step``.
 
 Sums are the same on every run. A tile's is a tree, in the dtype of the arithmetic; the tiles' sums go to a workspace,
 each at an offset of its own, and the program that finishes last adds them in order, in float64. The counter that tells
@@ -21,11 +25,11 @@ import triton.language as tl
 
 from .triton_math import (
     box_muller,
+    deviation_of,
+    element_at_sample,
     formula_element,
-    kl_standard_normal,
     philox4x32,
-    sample,
-    sigma_and_expm1,
+    through,
     unit_interval,
 )
 
@@ -33,6 +37,14 @@ BATCH = tl.constexpr(1)
 OUTER = tl.constexpr(2)
 INNER = tl.constexpr(4)
 ALL = tl.constexpr(7)
+
+# Positions in ``axes``.
+INCOMING = tl.constexpr(4)
+VALUE = tl.constexpr(5)
+GRADS = tl.constexpr(6)  # the first of four
+WEIGHT = tl.constexpr(10)  # of a term
+NOISE = tl.constexpr(10)  # of the latent
+GRAD_Z = tl.constexpr(11)
 
 COMBINED = tl.constexpr(1024)
 """Partial sums that are read at once when they are added up."""
@@ -207,6 +219,26 @@ def publish_sum(
 
 
 @triton.jit
+def store_output(
+    data, s0, s1, value, tile, b, o, i, batch, outer, inner,
+    partials, counters, partials_step, counters_step, axes: tl.constexpr, slot: tl.constexpr,
+    tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
+):  # fmt: skip
+    """Write a value or a gradient where it was given, summed over the dimensions that are not in ``axes``."""
+    if data is not None:
+        if axes == ALL:
+            store(data, s0, s1, value, b, o, i, batch, outer, inner, ALL)
+        elif slot is None:
+            store_sum(data, s0, s1, value, tile, b, o, i, batch, outer, inner, None, None, axes, tile_b, tile_o, tile_i)
+        else:
+            store_sum(
+                data, s0, s1, value, tile, b, o, i, batch, outer, inner,
+                partials + slot * number(partials_step, tl.int64), counters + slot * number(counters_step, tl.int64),
+                axes, tile_b, tile_o, tile_i,
+            )  # fmt: skip
+
+
+@triton.jit
 def store_sum(
     data, s0, s1, value, tile, b, o, i, batch, outer, inner, partials, counters, axes: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
@@ -243,28 +275,55 @@ def words_of(quad, seed, wide: tl.constexpr):
 
 
 @triton.jit
+def noise_in_quads(seed, quad, wide: tl.constexpr):
+    """The noise of elements 4 * quad to 4 * quad + 3 of the stream, one after the other along inner."""
+    w0, w1, w2, w3 = words_of(quad, seed, wide)
+    n0, n1 = box_muller(unit_interval(w0), unit_interval(w1))
+    n2, n3 = box_muller(unit_interval(w2), unit_interval(w3))
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def noise_one_by_one(seed, index, wide: tl.constexpr):
+    """The noise of the elements ``index`` of the stream: each makes its own four, and picks its lane."""
+    w0, w1, w2, w3 = words_of(index >> 2, seed, wide)
+    second_pair = (index & 2) != 0
+    n0, n1 = box_muller(unit_interval(tl.where(second_pair, w2, w0)), unit_interval(tl.where(second_pair, w3, w1)))
+    return tl.where((index & 1) != 0, n1, n0)
+
+
+@triton.jit
 def noise_tile(
-    seed, l0, l1, l2, b, o, i, tile, inner, in_quads: tl.constexpr, tile_i: tl.constexpr, wide: tl.constexpr
+    seed, offset, l0, l1, l2, b, o, i, tile, inner, in_quads: tl.constexpr, tile_i: tl.constexpr, wide: tl.constexpr
 ):  # fmt: skip
-    """The noise of a tile, in float32; l0, l1, l2 are the strides of the logical index.
+    """The noise of a tile, in float32; l0, l1, l2 are the strides of the logical index, which begins at ``offset``.
 
     ``in_quads``: inner is logically contiguous, and its rows begin at multiples of 4. Then a counter makes four
-    neighbours; otherwise every element makes its own and picks its lane.
+    neighbours, as long as ``offset`` is a multiple of 4 too: one that came as a number is.
     """
     if in_quads:
         first = (tile % tl.cdiv(inner, tile_i)) * (tile_i // 4)
         if wide:
             first = first.to(tl.int64)
         quad = (b * l0 + o * l1) // 4 + (first + tl.arange(0, tile_i // 4)[None, None, :])
-        w0, w1, w2, w3 = words_of(quad, seed, wide)
-        n0, n1 = box_muller(unit_interval(w0), unit_interval(w1))
-        n2, n3 = box_muller(unit_interval(w2), unit_interval(w3))
-        return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
-    index = b * l0 + o * l1 + i * l2
-    w0, w1, w2, w3 = words_of(index >> 2, seed, wide)
-    second_pair = (index & 2) != 0
-    n0, n1 = box_muller(unit_interval(tl.where(second_pair, w2, w0)), unit_interval(tl.where(second_pair, w3, w1)))
-    return tl.where((index & 1) != 0, n1, n0)
+        if offset is None:
+            noise = noise_in_quads(seed, quad, wide)
+        elif offset.dtype.is_ptr():
+            start = tl.load(offset).to(tl.int64)
+            if start % 4 == 0:
+                noise = noise_in_quads(seed, quad + start // 4, True)
+            else:
+                noise = noise_one_by_one(seed, b * l0 + o * l1 + i + start, True)
+        else:
+            noise = noise_in_quads(seed, quad + offset.to(tl.int64) // 4, True)
+    else:
+        index = b * l0 + o * l1 + i * l2
+        if offset is None:
+            noise = noise_one_by_one(seed, index, wide)
+        else:
+            start = tl.load(offset).to(tl.int64) if offset.dtype.is_ptr() else offset.to(tl.int64)
+            noise = noise_one_by_one(seed, index + start, True)
+    return noise
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -277,176 +336,226 @@ def normal_kernel(
     """The noise stream of ``seed`` in a contiguous tensor."""
     program = tl.program_id(0)
     b, o, i = positions(program, 1, count, 1, 1, tile, wide)
-    noise = noise_tile(tl.load(seed), 0, 0, 1, b, o, i, program, count, True, tile, wide)
+    noise = noise_tile(tl.load(seed), None, 0, 0, 1, b, o, i, program, count, True, tile, wide)
     store(out, 0, 0, noise, b, o, i, 1, 1, count, ALL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def latent_kernel(
-    batch, outer, inner, l0, l1, l2, seed,
-    mu, mu_0, mu_1, mu_axes: tl.constexpr,
-    logvar, logvar_0, logvar_1, logvar_axes: tl.constexpr,
-    noise, noise_0, noise_1, noise_axes: tl.constexpr,
-    grad_z, grad_z_0, grad_z_1, grad_z_axes: tl.constexpr,
-    grad_kl, grad_kl_0,
+    batch, outer, inner, l0, l1, l2, seed, offset,
+    in0, in0_0, in0_1,
+    in1, in1_0, in1_1, in1_value: tl.float64,
+    in2, in2_0, in2_1, in2_value: tl.float64,
+    in3, in3_0, in3_1, in3_value: tl.float64,
+    noise, noise_0, noise_1,
+    grad_z, grad_z_0, grad_z_1,
+    incoming, incoming_0, incoming_1, incoming_value: tl.float64,
     z, z_0, z_1,
-    grad_mu, grad_mu_0, grad_mu_1,
-    grad_logvar, grad_logvar_0, grad_logvar_1,
-    kl, kl_0, partials, counters,
-    in_quads: tl.constexpr, dtype: tl.constexpr, wide: tl.constexpr,
+    value, value_0, value_1,
+    g0, g0_0, g0_1,
+    g1, g1_0, g1_1,
+    g2, g2_0, g2_1,
+    g3, g3_0, g3_1,
+    partials, counters, partials_step, counters_step, slots: tl.constexpr,
+    formula: tl.constexpr, at_sample: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr,
+    axes: tl.constexpr, in_quads: tl.constexpr, dtype: tl.constexpr, wide: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
-    """z, the per-sample kl, and the gradients of sum(grad_z * z) + sum(grad_kl * kl); each where it was given."""
+    """The sample z = mean + deviation * noise of the first two inputs, beside a divergence, perhaps at the sample.
+
+    Writes z, the divergence and the gradients of sum(grad_z * z) + sum(incoming * divergence), each where it was given.
+    """
     tile = tl.program_id(0)
     b, o, i = positions(tile, outer, inner, tile_b, tile_o, tile_i, wide)
-    m = load(mu, mu_0, mu_1, b, o, i, batch, outer, inner, mu_axes, dtype)
-    l = load(logvar, logvar_0, logvar_1, b, o, i, batch, outer, inner, logvar_axes, dtype)  # noqa: E741
-    sigma, _ = sigma_and_expm1(l)
-    if grad_kl is not None:
-        kl_weight = load(grad_kl, grad_kl_0, 0, b, o, i, batch, outer, inner, BATCH, dtype)
+    v0 = load(in0, in0_0, in0_1, b, o, i, batch, outer, inner, axes[0], dtype)
+    v1 = load_or_number(in1, in1_0, in1_1, in1_value, b, o, i, batch, outer, inner, axes[1], dtype)
+    v2 = load_or_number(in2, in2_0, in2_1, in2_value, b, o, i, batch, outer, inner, axes[2], dtype)
+    v3 = load_or_number(in3, in3_0, in3_1, in3_value, b, o, i, batch, outer, inner, axes[3], dtype)
+    if axes[INCOMING] is not None:
+        w = load_or_number(
+            incoming, incoming_0, incoming_1, incoming_value, b, o, i, batch, outer, inner, axes[INCOMING], dtype
+        )  # fmt: skip
     else:
-        kl_weight = number(1.0, dtype)
-    # The exponential is the one above: the compiler sees that it is computed twice.
-    value, kl_d_mu, kl_d_logvar, _, _ = kl_standard_normal(m, l, 0.0, 0.0, 0.0, kl_weight)
-    d_mu, d_logvar = kl_d_mu, kl_d_logvar
-    if z is not None or grad_z is not None:
-        if seed is not None:
-            eps = noise_tile(tl.load(seed), l0, l1, l2, b, o, i, tile, inner, in_quads, tile_i, wide).to(dtype)
-        else:
-            eps = load(noise, noise_0, noise_1, b, o, i, batch, outer, inner, noise_axes, dtype)
-        sampled, z_d_logvar = sample(m, sigma, eps)
-        store(z, z_0, z_1, sampled, b, o, i, batch, outer, inner, ALL)
+        w = number(1.0, dtype)
+    if not at_sample:  # before the noise, so that what it takes is free again
+        divergence, d0, d1, d2, d3 = formula_element(formula, v0, v1, v2, v3, w, form0, form1)
+    deviation, d_deviation = deviation_of(v1, form0)
+    if seed is not None:
+        eps = noise_tile(tl.load(seed), offset, l0, l1, l2, b, o, i, tile, inner, in_quads, tile_i, wide).to(dtype)
+    elif noise is not None:
+        eps = load(noise, noise_0, noise_1, b, o, i, batch, outer, inner, axes[NOISE], dtype)
+    else:
+        eps = number(0.0, dtype)  # of no consequence: nothing that depends on it is wanted
+    sampled = v0 + deviation * eps
+    store(z, z_0, z_1, sampled, b, o, i, batch, outer, inner, ALL)
+    if at_sample:
+        divergence, d0, d1, d2, d3, d_z = element_at_sample(formula, v0, v1, v2, v3, sampled, eps, w, form0, form1)
+    # Only what comes in is added: nothing times a divergence that is infinite would be NaN.
+    comes_in: tl.constexpr = axes[INCOMING] is not None
+    if not comes_in:
+        d0, d1, d2, d3 = number(0.0, dtype), number(0.0, dtype), number(0.0, dtype), number(0.0, dtype)
+    if grad_z is not None or (at_sample and comes_in):
         if grad_z is not None:
-            g = load(grad_z, grad_z_0, grad_z_1, b, o, i, batch, outer, inner, grad_z_axes, dtype)
-            d_mu, d_logvar = g, g * z_d_logvar
-            if grad_kl is not None:
-                d_mu, d_logvar = d_mu + kl_d_mu, d_logvar + kl_d_logvar
-    store(grad_mu, grad_mu_0, grad_mu_1, d_mu, b, o, i, batch, outer, inner, ALL)
-    store(grad_logvar, grad_logvar_0, grad_logvar_1, d_logvar, b, o, i, batch, outer, inner, ALL)
-    if kl is not None:
-        store_sum(
-            kl, kl_0, 0, value, tile, b, o, i, batch, outer, inner, partials, counters, BATCH, tile_b, tile_o, tile_i
-        )
-
-
-@triton.jit
-def store_gradient(
-    data, s0, s1, axes: tl.constexpr, first_partial, first_counter, value, tile, b, o, i, batch, outer, inner,
-    partials, counters, tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of an input where it was given, summed over what the input is broadcast along.
-
-    ``first_partial`` and ``first_counter`` say which partial sums and counters are its own; there are none where tiles
-    share no sum.
-    """
-    if data is not None:
-        if axes == ALL:
-            store(data, s0, s1, value, b, o, i, batch, outer, inner, ALL)
-        elif first_partial is None:
-            store_sum(data, s0, s1, value, tile, b, o, i, batch, outer, inner, None, None, axes, tile_b, tile_o, tile_i)
+            pull = load(grad_z, grad_z_0, grad_z_1, b, o, i, batch, outer, inner, axes[GRAD_Z], dtype)
+            if at_sample and comes_in:
+                pull += d_z
         else:
-            store_sum(
-                data, s0, s1, value, tile, b, o, i, batch, outer, inner,
-                partials + first_partial, counters + first_counter, axes, tile_b, tile_o, tile_i,
-            )  # fmt: skip
+            pull = d_z
+        d_spread = through(pull * eps, d_deviation, form0) if form0 is not None else pull * (eps * d_deviation)
+        if comes_in:
+            d0, d1 = d0 + pull, d1 + d_spread
+        else:
+            d0, d1 = pull, d_spread
+    store_output(
+        g0, g0_0, g0_1, d0, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[GRADS], slots[1], tile_b, tile_o, tile_i,
+    )  # fmt: skip
+    store_output(
+        g1, g1_0, g1_1, d1, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[GRADS + 1], slots[2], tile_b, tile_o, tile_i,
+    )  # fmt: skip
+    store_output(
+        g2, g2_0, g2_1, d2, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[GRADS + 2], slots[3], tile_b, tile_o, tile_i,
+    )  # fmt: skip
+    store_output(
+        g3, g3_0, g3_1, d3, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[GRADS + 3], slots[4], tile_b, tile_o, tile_i,
+    )  # fmt: skip
+    store_output(
+        value, value_0, value_1, divergence, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[VALUE], slots[0], tile_b, tile_o, tile_i,
+    )  # fmt: skip
 
 
 @triton.jit
 def term_tile(
     tile, batch, outer, inner,
-    in0, in0_0, in0_1, in0_axes: tl.constexpr, in0_value,
-    in1, in1_0, in1_1, in1_axes: tl.constexpr, in1_value,
-    in2, in2_0, in2_1, in2_axes: tl.constexpr, in2_value,
-    in3, in3_0, in3_1, in3_axes: tl.constexpr, in3_value,
-    weight, weight_0, weight_1, weight_axes: tl.constexpr, weight_value, factor,
-    g0, g0_0, g0_1, g0_axes: tl.constexpr, g0_partials, g0_counters,
-    g1, g1_0, g1_1, g1_axes: tl.constexpr, g1_partials, g1_counters,
-    g2, g2_0, g2_1, g2_axes: tl.constexpr, g2_partials, g2_counters,
-    g3, g3_0, g3_1, g3_axes: tl.constexpr, g3_partials, g3_counters,
-    partials, counters,
-    formula: tl.constexpr, parameter, dtype: tl.constexpr, wide: tl.constexpr,
+    in0, in0_0, in0_1,
+    in1, in1_0, in1_1, in1_value,
+    in2, in2_0, in2_1, in2_value,
+    in3, in3_0, in3_1, in3_value,
+    weight, weight_0, weight_1, weight_value,
+    incoming, incoming_0, incoming_1, incoming_value,
+    factor, constant,
+    g0, g0_0, g0_1,
+    g1, g1_0, g1_1,
+    g2, g2_0, g2_1,
+    g3, g3_0, g3_1,
+    partials, counters, partials_step, counters_step, slots: tl.constexpr,
+    formula: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr, gains: tl.constexpr,
+    axes: tl.constexpr, dtype: tl.constexpr, wide: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
-    """A formula on a tile: writes the gradients of sum(factor * weight * value) where they were given.
+    """A formula on a tile: writes the gradients of sum(factor * incoming * weight * value) where they were given.
 
-    Returns weight * value, and the positions of the elements.
+    Returns the value, and the positions of the elements. With a weight, that is weight * (value + constant): where the
+    weight is 0, so are value and gradients, whatever the inputs hold.
     """
     b, o, i = positions(tile, outer, inner, tile_b, tile_o, tile_i, wide)
-    v0 = load_or_number(in0, in0_0, in0_1, in0_value, b, o, i, batch, outer, inner, in0_axes, dtype)
-    v1 = load_or_number(in1, in1_0, in1_1, in1_value, b, o, i, batch, outer, inner, in1_axes, dtype)
-    v2 = load_or_number(in2, in2_0, in2_1, in2_value, b, o, i, batch, outer, inner, in2_axes, dtype)
-    v3 = load_or_number(in3, in3_0, in3_1, in3_value, b, o, i, batch, outer, inner, in3_axes, dtype)
-    w = load_or_number(
-        weight, weight_0, weight_1, weight_value, b, o, i, batch, outer, inner, weight_axes, dtype
+    v0 = load(in0, in0_0, in0_1, b, o, i, batch, outer, inner, axes[0], dtype)
+    v1 = load_or_number(in1, in1_0, in1_1, in1_value, b, o, i, batch, outer, inner, axes[1], dtype)
+    v2 = load_or_number(in2, in2_0, in2_1, in2_value, b, o, i, batch, outer, inner, axes[2], dtype)
+    v3 = load_or_number(in3, in3_0, in3_1, in3_value, b, o, i, batch, outer, inner, axes[3], dtype)
+    scale = factor.to(dtype)
+    if axes[WEIGHT] is not None:
+        w = load_or_number(
+            weight, weight_0, weight_1, weight_value, b, o, i, batch, outer, inner, axes[WEIGHT], dtype
+        )  # fmt: skip
+        scale = scale * w
+    if axes[INCOMING] is not None:
+        scale = scale * load_or_number(
+            incoming, incoming_0, incoming_1, incoming_value, b, o, i, batch, outer, inner, axes[INCOMING], dtype
+        )  # fmt: skip
+    value, d0, d1, d2, d3 = formula_element(formula, v0, v1, v2, v3, scale, form0, form1)
+    if gains is not None:
+        d0, d1, d2, d3 = d0 * gains[0], d1 * gains[1], d2 * gains[2], d3 * gains[3]
+    if axes[WEIGHT] is not None:
+        counts = w != 0.0
+        value = tl.where(counts, w * (value + number(constant, dtype)), 0.0)
+        d0, d1 = tl.where(counts, d0, 0.0), tl.where(counts, d1, 0.0)
+        d2, d3 = tl.where(counts, d2, 0.0), tl.where(counts, d3, 0.0)
+    store_output(
+        g0, g0_0, g0_1, d0, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[GRADS], slots[1], tile_b, tile_o, tile_i,
     )  # fmt: skip
-    value, d0, d1, d2, d3 = formula_element(formula, v0, v1, v2, v3, number(parameter, dtype), factor.to(dtype) * w)
-    store_gradient(
-        g0, g0_0, g0_1, g0_axes, g0_partials, g0_counters, d0, tile, b, o, i, batch, outer, inner,
-        partials, counters, tile_b, tile_o, tile_i,
+    store_output(
+        g1, g1_0, g1_1, d1, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[GRADS + 1], slots[2], tile_b, tile_o, tile_i,
     )  # fmt: skip
-    store_gradient(
-        g1, g1_0, g1_1, g1_axes, g1_partials, g1_counters, d1, tile, b, o, i, batch, outer, inner,
-        partials, counters, tile_b, tile_o, tile_i,
+    store_output(
+        g2, g2_0, g2_1, d2, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[GRADS + 2], slots[3], tile_b, tile_o, tile_i,
     )  # fmt: skip
-    store_gradient(
-        g2, g2_0, g2_1, g2_axes, g2_partials, g2_counters, d2, tile, b, o, i, batch, outer, inner,
-        partials, counters, tile_b, tile_o, tile_i,
+    store_output(
+        g3, g3_0, g3_1, d3, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[GRADS + 3], slots[4], tile_b, tile_o, tile_i,
     )  # fmt: skip
-    store_gradient(
-        g3, g3_0, g3_1, g3_axes, g3_partials, g3_counters, d3, tile, b, o, i, batch, outer, inner,
-        partials, counters, tile_b, tile_o, tile_i,
-    )  # fmt: skip
-    return w * value, b, o, i
+    return value, b, o, i
 
 
 @triton.jit
-def weight_of(factor, coefficient, coefficient_value):
-    """What a term's gradients are multiplied by, in float64."""
-    return number(factor, tl.float64) * number_at(coefficient, coefficient_value)
+def gradient_factor(factor, normalizer, coefficient, coefficient_value, grad_scale, grad_scale_value):
+    """What all of a term's gradients are multiplied by, in float64."""
+    found = number(factor, tl.float64) * number_at(coefficient, coefficient_value)
+    if normalizer is not None:
+        found *= number_at(normalizer, 1.0)
+    return found * number_at(grad_scale, grad_scale_value)
 
 
 @triton.jit
 def elementwise_kernel(
     batch, outer, inner,
-    in0, in0_0, in0_1, in0_axes: tl.constexpr, in0_value: tl.float64,
-    in1, in1_0, in1_1, in1_axes: tl.constexpr, in1_value: tl.float64,
-    in2, in2_0, in2_1, in2_axes: tl.constexpr, in2_value: tl.float64,
-    in3, in3_0, in3_1, in3_axes: tl.constexpr, in3_value: tl.float64,
-    weight, weight_0, weight_1, weight_axes: tl.constexpr, weight_value: tl.float64,
-    factor: tl.float64, constant: tl.float64, coefficient, coefficient_value: tl.float64,
+    in0, in0_0, in0_1,
+    in1, in1_0, in1_1, in1_value: tl.float64,
+    in2, in2_0, in2_1, in2_value: tl.float64,
+    in3, in3_0, in3_1, in3_value: tl.float64,
+    weight, weight_0, weight_1, weight_value: tl.float64,
+    incoming, incoming_0, incoming_1, incoming_value: tl.float64,
+    factor: tl.float64, constant: tl.float64, normalizer,
+    coefficient, coefficient_value: tl.float64, grad_scale, grad_scale_value: tl.float64,
     value, value_0, value_1,
-    g0, g0_0, g0_1, g0_axes: tl.constexpr, g0_partials, g0_counters,
-    g1, g1_0, g1_1, g1_axes: tl.constexpr, g1_partials, g1_counters,
-    g2, g2_0, g2_1, g2_axes: tl.constexpr, g2_partials, g2_counters,
-    g3, g3_0, g3_1, g3_axes: tl.constexpr, g3_partials, g3_counters,
-    partials, counters,
-    formula: tl.constexpr, parameter: tl.float64, dtype: tl.constexpr, wide: tl.constexpr,
+    g0, g0_0, g0_1,
+    g1, g1_0, g1_1,
+    g2, g2_0, g2_1,
+    g3, g3_0, g3_1,
+    partials, counters, partials_step, counters_step, slots: tl.constexpr,
+    formula: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr, gains: tl.constexpr,
+    axes: tl.constexpr, dtype: tl.constexpr, wide: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
-    """A term element by element: its weighted values plus the constant, and its gradients."""
+    """A term element by element: its weighted values, the constant added, and its gradients."""
+    tile = tl.program_id(0)
     values, b, o, i = term_tile(
-        tl.program_id(0), batch, outer, inner,
-        in0, in0_0, in0_1, in0_axes, in0_value,
-        in1, in1_0, in1_1, in1_axes, in1_value,
-        in2, in2_0, in2_1, in2_axes, in2_value,
-        in3, in3_0, in3_1, in3_axes, in3_value,
-        weight, weight_0, weight_1, weight_axes, weight_value, weight_of(factor, coefficient, coefficient_value),
-        g0, g0_0, g0_1, g0_axes, g0_partials, g0_counters,
-        g1, g1_0, g1_1, g1_axes, g1_partials, g1_counters,
-        g2, g2_0, g2_1, g2_axes, g2_partials, g2_counters,
-        g3, g3_0, g3_1, g3_axes, g3_partials, g3_counters,
-        partials, counters,
-        formula, parameter, dtype, wide, tile_b, tile_o, tile_i,
+        tile, batch, outer, inner,
+        in0, in0_0, in0_1,
+        in1, in1_0, in1_1, in1_value,
+        in2, in2_0, in2_1, in2_value,
+        in3, in3_0, in3_1, in3_value,
+        weight, weight_0, weight_1, weight_value,
+        incoming, incoming_0, incoming_1, incoming_value,
+        gradient_factor(factor, normalizer, coefficient, coefficient_value, grad_scale, grad_scale_value), constant,
+        g0, g0_0, g0_1,
+        g1, g1_0, g1_1,
+        g2, g2_0, g2_1,
+        g3, g3_0, g3_1,
+        partials, counters, partials_step, counters_step, slots,
+        formula, form0, form1, gains, axes, dtype, wide, tile_b, tile_o, tile_i,
     )  # fmt: skip
-    store(value, value_0, value_1, values + number(constant, dtype), b, o, i, batch, outer, inner, ALL)
+    if axes[WEIGHT] is None:
+        values += number(constant, dtype)
+    store_output(
+        value, value_0, value_1, values, tile, b, o, i, batch, outer, inner,
+        partials, counters, partials_step, counters_step, axes[VALUE], slots[0], tile_b, tile_o, tile_i,
+    )  # fmt: skip
 
 
 @triton.jit
 def term_values(
-    formula: tl.constexpr, totals, tiles, batch, tile_b: tl.constexpr, given, given_0, factor, constant, out, out_0,
-    first, values, by_sample: tl.constexpr, lanes: tl.constexpr,
+    formula: tl.constexpr, totals, tiles, batch, tile_b: tl.constexpr, given, given_0, factor, normalizer, constant,
+    out, out_0, first, values, by_sample: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
-    """factor * (sum + constant), ``lanes`` of them from the first on; written where that is wanted.
+    """factor * normalizer * (sum + constant), ``lanes`` of them from the first on; written where that is wanted.
 
     The sums are those of the tiles in ``totals`` or, without a formula, of ``batch`` given values.
     """
@@ -459,7 +568,11 @@ def term_values(
         found = tl.load(given + at * given_0, mask=at < values, other=0).to(tl.float64)
     else:
         found = add_up(given, 0, given_0, batch, lanes, 1)
-    found = number(factor, tl.float64) * (found + number(constant, tl.float64))
+    if constant is not None:
+        found += number(constant, tl.float64)
+    found *= number(factor, tl.float64)
+    if normalizer is not None:
+        found *= number_at(normalizer, 1.0)
     if out is not None:
         tl.store(out + at * out_0, narrow(found, out.dtype.element_ty), mask=at < values)
     return found
@@ -468,38 +581,44 @@ def term_values(
 @triton.jit
 def objective_kernel(
     a_tiles, a_batch, a_outer, a_inner,
-    a_in0, a_in0_0, a_in0_1, a_in0_axes: tl.constexpr, a_in0_value: tl.float64,
-    a_in1, a_in1_0, a_in1_1, a_in1_axes: tl.constexpr, a_in1_value: tl.float64,
-    a_in2, a_in2_0, a_in2_1, a_in2_axes: tl.constexpr, a_in2_value: tl.float64,
-    a_in3, a_in3_0, a_in3_1, a_in3_axes: tl.constexpr, a_in3_value: tl.float64,
-    a_factor: tl.float64, a_constant: tl.float64, a_coefficient, a_coefficient_value: tl.float64,
-    a_g0, a_g0_0, a_g0_1, a_g0_axes: tl.constexpr, a_g0_partials, a_g0_counters,
-    a_g1, a_g1_0, a_g1_1, a_g1_axes: tl.constexpr, a_g1_partials, a_g1_counters,
-    a_g2, a_g2_0, a_g2_1, a_g2_axes: tl.constexpr, a_g2_partials, a_g2_counters,
-    a_g3, a_g3_0, a_g3_1, a_g3_axes: tl.constexpr, a_g3_partials, a_g3_counters,
-    a_partials, a_out, a_out_0,
-    a_formula: tl.constexpr, a_parameter: tl.float64, a_dtype: tl.constexpr,
+    a_in0, a_in0_0, a_in0_1,
+    a_in1, a_in1_0, a_in1_1, a_in1_value: tl.float64,
+    a_in2, a_in2_0, a_in2_1, a_in2_value: tl.float64,
+    a_in3, a_in3_0, a_in3_1, a_in3_value: tl.float64,
+    a_weight, a_weight_0, a_weight_1, a_weight_value: tl.float64,
+    a_factor: tl.float64, a_constant: tl.float64, a_normalizer, a_coefficient, a_coefficient_value: tl.float64,
+    a_g0, a_g0_0, a_g0_1,
+    a_g1, a_g1_0, a_g1_1,
+    a_g2, a_g2_0, a_g2_1,
+    a_g3, a_g3_0, a_g3_1,
+    a_partials, a_counters, a_partials_step, a_counters_step, a_slots: tl.constexpr, a_out, a_out_0,
+    a_formula: tl.constexpr, a_form0: tl.constexpr, a_form1: tl.constexpr, a_gains: tl.constexpr,
+    a_axes: tl.constexpr, a_dtype: tl.constexpr,
     a_tile_b: tl.constexpr, a_tile_o: tl.constexpr, a_tile_i: tl.constexpr,
     b_tiles, b_batch, b_outer, b_inner,
-    b_in0, b_in0_0, b_in0_1, b_in0_axes: tl.constexpr, b_in0_value: tl.float64,
-    b_in1, b_in1_0, b_in1_1, b_in1_axes: tl.constexpr, b_in1_value: tl.float64,
-    b_in2, b_in2_0, b_in2_1, b_in2_axes: tl.constexpr, b_in2_value: tl.float64,
-    b_in3, b_in3_0, b_in3_1, b_in3_axes: tl.constexpr, b_in3_value: tl.float64,
-    b_factor: tl.float64, b_constant: tl.float64, b_coefficient, b_coefficient_value: tl.float64,
-    b_g0, b_g0_0, b_g0_1, b_g0_axes: tl.constexpr, b_g0_partials, b_g0_counters,
-    b_g1, b_g1_0, b_g1_1, b_g1_axes: tl.constexpr, b_g1_partials, b_g1_counters,
-    b_g2, b_g2_0, b_g2_1, b_g2_axes: tl.constexpr, b_g2_partials, b_g2_counters,
-    b_g3, b_g3_0, b_g3_1, b_g3_axes: tl.constexpr, b_g3_partials, b_g3_counters,
-    b_partials, b_out, b_out_0,
-    b_formula: tl.constexpr, b_parameter: tl.float64, b_dtype: tl.constexpr,
+    b_in0, b_in0_0, b_in0_1,
+    b_in1, b_in1_0, b_in1_1, b_in1_value: tl.float64,
+    b_in2, b_in2_0, b_in2_1, b_in2_value: tl.float64,
+    b_in3, b_in3_0, b_in3_1, b_in3_value: tl.float64,
+    b_weight, b_weight_0, b_weight_1, b_weight_value: tl.float64,
+    b_factor: tl.float64, b_constant: tl.float64, b_normalizer, b_coefficient, b_coefficient_value: tl.float64,
+    b_g0, b_g0_0, b_g0_1,
+    b_g1, b_g1_0, b_g1_1,
+    b_g2, b_g2_0, b_g2_1,
+    b_g3, b_g3_0, b_g3_1,
+    b_partials, b_counters, b_partials_step, b_counters_step, b_slots: tl.constexpr, b_out, b_out_0,
+    b_formula: tl.constexpr, b_form0: tl.constexpr, b_form1: tl.constexpr, b_gains: tl.constexpr,
+    b_axes: tl.constexpr, b_dtype: tl.constexpr,
     b_tile_b: tl.constexpr, b_tile_o: tl.constexpr, b_tile_i: tl.constexpr,
-    loss, loss_0, values, totals, counters, by_sample: tl.constexpr, wide: tl.constexpr,
+    loss, loss_0, values, totals, counters, grad_scale, grad_scale_value: tl.float64,
+    by_sample: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """loss = sum of coefficient * term over one or two terms, a and b, and the gradients of the loss.
+    """loss = sum of coefficient * term over one or two terms, a and b; the gradients of the loss times grad_scale.
 
     There are ``values`` values: one, or one for each sample. A term without a formula is given: ``in0`` has ``batch``
     values. The first programs take the tiles of a, the others those of b; ``totals`` holds the sums of the tiles of
-    both. The first of ``counters`` counts all programs.
+    both. The first of ``counters`` counts all programs; those of a term begin where its own parameter says. Without a
+    weight, a term's constant is what is added to each sum, not to each element.
     """
     program = tl.program_id(0)
     axes: tl.constexpr = BATCH if by_sample else 0
@@ -511,17 +630,22 @@ def objective_kernel(
         if program < a_tiles:
             value, b, o, i = term_tile(
                 program, a_batch, a_outer, a_inner,
-                a_in0, a_in0_0, a_in0_1, a_in0_axes, a_in0_value,
-                a_in1, a_in1_0, a_in1_1, a_in1_axes, a_in1_value,
-                a_in2, a_in2_0, a_in2_1, a_in2_axes, a_in2_value,
-                a_in3, a_in3_0, a_in3_1, a_in3_axes, a_in3_value,
-                None, 0, 0, 0, 1.0, weight_of(a_factor, a_coefficient, a_coefficient_value),
-                a_g0, a_g0_0, a_g0_1, a_g0_axes, a_g0_partials, a_g0_counters,
-                a_g1, a_g1_0, a_g1_1, a_g1_axes, a_g1_partials, a_g1_counters,
-                a_g2, a_g2_0, a_g2_1, a_g2_axes, a_g2_partials, a_g2_counters,
-                a_g3, a_g3_0, a_g3_1, a_g3_axes, a_g3_partials, a_g3_counters,
-                a_partials, counters,
-                a_formula, a_parameter, a_dtype, wide, a_tile_b, a_tile_o, a_tile_i,
+                a_in0, a_in0_0, a_in0_1,
+                a_in1, a_in1_0, a_in1_1, a_in1_value,
+                a_in2, a_in2_0, a_in2_1, a_in2_value,
+                a_in3, a_in3_0, a_in3_1, a_in3_value,
+                a_weight, a_weight_0, a_weight_1, a_weight_value, None, 0, 0, 1.0,
+                gradient_factor(
+                    a_factor, a_normalizer, a_coefficient, a_coefficient_value, grad_scale, grad_scale_value
+                ),
+                a_constant,
+                a_g0, a_g0_0, a_g0_1,
+                a_g1, a_g1_0, a_g1_1,
+                a_g2, a_g2_0, a_g2_1,
+                a_g3, a_g3_0, a_g3_1,
+                a_partials, counters + a_counters, a_partials_step, a_counters_step, a_slots,
+                a_formula, a_form0, a_form1, a_gains, a_axes, a_dtype, wide,
+                a_tile_b, a_tile_o, a_tile_i,
             )  # fmt: skip
             publish_sum(
                 totals, value, program, b, o, i, a_batch, a_outer, a_inner, axes,
@@ -532,17 +656,22 @@ def objective_kernel(
         if (tile >= 0) & (tile < b_tiles):
             value, b, o, i = term_tile(
                 tile, b_batch, b_outer, b_inner,
-                b_in0, b_in0_0, b_in0_1, b_in0_axes, b_in0_value,
-                b_in1, b_in1_0, b_in1_1, b_in1_axes, b_in1_value,
-                b_in2, b_in2_0, b_in2_1, b_in2_axes, b_in2_value,
-                b_in3, b_in3_0, b_in3_1, b_in3_axes, b_in3_value,
-                None, 0, 0, 0, 1.0, weight_of(b_factor, b_coefficient, b_coefficient_value),
-                b_g0, b_g0_0, b_g0_1, b_g0_axes, b_g0_partials, b_g0_counters,
-                b_g1, b_g1_0, b_g1_1, b_g1_axes, b_g1_partials, b_g1_counters,
-                b_g2, b_g2_0, b_g2_1, b_g2_axes, b_g2_partials, b_g2_counters,
-                b_g3, b_g3_0, b_g3_1, b_g3_axes, b_g3_partials, b_g3_counters,
-                b_partials, counters,
-                b_formula, b_parameter, b_dtype, wide, b_tile_b, b_tile_o, b_tile_i,
+                b_in0, b_in0_0, b_in0_1,
+                b_in1, b_in1_0, b_in1_1, b_in1_value,
+                b_in2, b_in2_0, b_in2_1, b_in2_value,
+                b_in3, b_in3_0, b_in3_1, b_in3_value,
+                b_weight, b_weight_0, b_weight_1, b_weight_value, None, 0, 0, 1.0,
+                gradient_factor(
+                    b_factor, b_normalizer, b_coefficient, b_coefficient_value, grad_scale, grad_scale_value
+                ),
+                b_constant,
+                b_g0, b_g0_0, b_g0_1,
+                b_g1, b_g1_0, b_g1_1,
+                b_g2, b_g2_0, b_g2_1,
+                b_g3, b_g3_0, b_g3_1,
+                b_partials, counters + b_counters, b_partials_step, b_counters_step, b_slots,
+                b_formula, b_form0, b_form1, b_gains, b_axes, b_dtype, wide,
+                b_tile_b, b_tile_o, b_tile_i,
             )  # fmt: skip
             publish_sum(
                 totals + a_totals, value, tile, b, o, i, b_batch, b_outer, b_inner, axes,
@@ -556,14 +685,14 @@ def objective_kernel(
             # registers too many.
             if a_formula is not None or a_in0 is not None:
                 found = term_values(
-                    a_formula, totals, a_tiles, a_batch, a_tile_b, a_in0, a_in0_0, a_factor, a_constant,
-                    a_out, a_out_0, first, values, by_sample, lanes,
+                    a_formula, totals, a_tiles, a_batch, a_tile_b, a_in0, a_in0_0, a_factor, a_normalizer,
+                    a_constant if a_axes[WEIGHT] is None else None, a_out, a_out_0, first, values, by_sample, lanes,
                 )  # fmt: skip
                 total += number_at(a_coefficient, a_coefficient_value) * found
             if b_formula is not None or b_in0 is not None:
                 found = term_values(
-                    b_formula, totals + a_totals, b_tiles, b_batch, b_tile_b, b_in0, b_in0_0, b_factor, b_constant,
-                    b_out, b_out_0, first, values, by_sample, lanes,
+                    b_formula, totals + a_totals, b_tiles, b_batch, b_tile_b, b_in0, b_in0_0, b_factor, b_normalizer,
+                    b_constant if b_axes[WEIGHT] is None else None, b_out, b_out_0, first, values, by_sample, lanes,
                 )  # fmt: skip
                 total += number_at(b_coefficient, b_coefficient_value) * found
             at = first + tl.arange(0, lanes)
