@@ -34,6 +34,52 @@ FUNCTIONS: dict[str, tuple[Function, int]] = {
     "gaussian_nll": (functional.gaussian_nll, 3),
     "gaussian_nll, none": (lambda *t: functional.gaussian_nll(*t, reduction="none"), 3),
     "laplace_nll": (lambda r, x, s, e: functional.laplace_nll(r, x, s, extra=e), 4),
+    "bernoulli_nll": (lambda r, x, w: functional.bernoulli_nll(r, x, pos_weight=w), 3),
+    "bernoulli_nll, probabilities": (
+        lambda r, x: functional.bernoulli_nll(r.sigmoid(), x.sigmoid(), from_logits=False, reduction="sum"),
+        2,
+    ),
+    "forms": (
+        lambda m, s, p, t: functional.kl_normal(
+            m,
+            s,
+            p,
+            t,
+            scale="softplus",
+            prior_scale="std",
+            prior_clamp=(0.1, 2.0),
+            eps=0.1,
+            balance=0.8,
+            dim=0,
+            reduction="none",
+        ),
+        4,
+    ),
+    "weights": (
+        lambda r, x, s, w, m, v: (
+            w.sum()
+            + functional.elbo_loss(
+                r,
+                x,
+                m,
+                v,
+                s,
+                weight=w > 0,
+                latent_weight=w.detach().abs(),
+                reduction=("weighted_mean", "mean"),
+                grad_scale=4.0,
+                recon_scale="logstd",
+            )
+        ),
+        6,
+    ),
+    "latent at samples": (
+        lambda m, v, p, t, n: (
+            functional.latent(m, v, p, t, noise=torch.stack((n, n)), estimator="sample", samples=2).kl
+        ),
+        5,
+    ),
+    "importance_weighted_bound": (functional.importance_weighted_bound, 1),
     "gaussian_nll_loss": (lambda r, x, s: functional.gaussian_nll_loss(r, x, s * s + 0.1), 3),
     "elbo_loss": (lambda r, x, s, m, v: functional.elbo_loss(r, x, m, v, s, beta=0.3), 5),
     "elbo_loss, none": (lambda r, x, s, m, v: functional.elbo_loss(r, x, m, v, s, reduction="none"), 5),
