@@ -27,21 +27,37 @@ SANITIZERS = {
     "threads": ["-fsanitize=thread"],
 }
 
+# For the linker, in the place of kernels that nothing is going to run.
+NO_KERNELS = """
+#include "cpu/kernels.h"
+namespace fusedvae::FUSEDVAE_ISA {
+extern const Kernels table;
+const Kernels table = {""};
+}
+"""
+
 
 class Sanitized:
-    """The driver, compiled with a sanitizer and otherwise as the extension is."""
+    """The driver, compiled with a sanitizer and otherwise as the extension is, with the kernels of some instruction
+    sets, or of all."""
 
-    def __init__(self, sanitizer: str, folder: Path) -> None:
+    def __init__(self, sanitizer: str, folder: Path, *isas: str) -> None:
         build = runpy.run_path(str(ROOT / "setup.py"))
         try:
             compiler = build["find_compiler"]()
         except build["BuildError"] as reason:
             pytest.skip(str(reason))
-        # -w: the sanitizers' own code keeps GCC from seeing what is initialised.
-        compile_ = [*compiler.command, *build["CXX_FLAGS"], "-O1", "-g", "-w", *SANITIZERS[sanitizer]]
-        sources = [(DRIVER, []), *((path, []) for path in CPU.glob("*.cpp") if path.name != "kernels.cpp")]
+        # -w: the sanitizers' own code keeps GCC from seeing what is initialised. Without the attribute, functions are
+        # called; inlined with all that sanitizers add to them, they would take minutes to compile.
+        options = ["-O1", "-g1", "-w", "-Dalways_inline="]
+        compile_ = [*compiler.command, *build["CXX_FLAGS"], *options, *SANITIZERS[sanitizer]]
+        no_kernels = folder / "no_kernels.cpp"
+        no_kernels.write_text(NO_KERNELS)
+        sources = []  # the longest first
         for isa, flags in build["instruction_sets"](compiler).items():
-            sources.append((CPU / "kernels.cpp", [f"-DFUSEDVAE_ISA={isa}", *flags]))
+            path = CPU / "kernels.cpp" if not isas or isa in isas else no_kernels
+            sources.append((path, [f"-DFUSEDVAE_ISA={isa}", *flags]))
+        sources += [(DRIVER, []), *((path, []) for path in CPU.glob("*.cpp") if path.name != "kernels.cpp")]
         objects = [folder / f"{number}.o" for number in range(len(sources))]
 
         def compile_source(source: tuple[Path, list[str]], output: Path) -> None:
@@ -78,7 +94,7 @@ def memory(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
 
 @pytest.fixture(scope="module")
 def threads(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized("threads", tmp_path_factory.mktemp("threads"))
+    return Sanitized("threads", tmp_path_factory.mktemp("threads"), "baseline")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

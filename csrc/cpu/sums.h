@@ -133,17 +133,20 @@ class OutputSum {
   }
 
   void take_columns(const Tile& t, const T* elements, int64_t block, bool is_last, Columns<T>& columns) {
-    for (int64_t r = 0; r < t.nb * t.no; ++r, ++columns.rows) {
+    double* const into = slots_.at(block * e_.inner + t.i0);
+    const auto add_up = [&] {
+      for (int64_t i = 0; i < t.ni; ++i) into[i] += static_cast<double>(columns.sums[i]);
+      columns.rows = 0;
+    };
+    for (int64_t r = 0; r < t.nb * t.no; ++r) {
       const T* const from = elements + r * t.ni;
       if (columns.rows == 0)
         for (int64_t i = 0; i < t.ni; ++i) columns.sums[i] = from[i];
       else
         for (int64_t i = 0; i < t.ni; ++i) columns.sums[i] += from[i];
+      if (++columns.rows == kRowsInFloat) add_up();
     }
-    if (columns.rows < kRowsInFloat && !is_last) return;
-    double* const into = slots_.at(block * e_.inner + t.i0);
-    for (int64_t i = 0; i < t.ni; ++i) into[i] += static_cast<double>(columns.sums[i]);
-    columns.rows = 0;
+    if (is_last && columns.rows > 0) add_up();
   }
 
   void add_up_columns() {

@@ -2,6 +2,8 @@
 // with its last element, so that reading or writing past it is seen. What the kernels make of them is compared with
 // the formulas in plain double arithmetic, and memory between the elements of an output must stay as it was.
 //
+// Cases are drawn: which formula, operands of which layouts and dtypes, which outputs, summed over what.
+//
 //     driver CASES      FUSEDVAE_CPU_ISA chooses the kernels; prints the instruction set that it got, and exits with
 //                       77 if there are none of that name for this machine
 
@@ -87,6 +89,7 @@ double widen16(uint16_t bits, int exponent_bits) {
 
 // Rounds towards zero, so that everything it makes is exact in the format; test data need no more.
 uint16_t narrow16(double value, int exponent_bits) {
+  if (std::isnan(value)) return 0x7FFF;
   uint16_t best = 0;
   for (uint16_t bit = 0x4000; bit; bit = static_cast<uint16_t>(bit >> 1))
     if (widen16(best | bit, exponent_bits) <= std::fabs(value)) best = static_cast<uint16_t>(best | bit);
@@ -236,7 +239,7 @@ struct Input {
     return op;
   }
 };
-using Output = std::unique_ptr<Array>;
+using OutputArray = std::unique_ptr<Array>;
 
 const std::vector<DType> kFloats = {DType::f32, DType::f32, DType::f32, DType::bf16, DType::f16, DType::f64};
 
@@ -271,8 +274,8 @@ Strides any_strides(const Extent& e) {
   return coin() ? full(e) : one_of(broadcast);
 }
 
-// A gradient's. Few of those that several gradients have at random are sums that go together: see can_sum.
-Strides gradient_strides(const Extent& e, bool by_column) {
+// Those of a value or gradient. Few that several of them have at random are sums that go together: see can_sum.
+Strides output_strides(const Extent& e, bool by_column) {
   const std::vector<Strides> columns = {{0, 0, 0}, {0, 0, 1}};
   const std::vector<Strides> rows = {{0, 0, 0}, {1, 0, 0}, {at_least_one(e.outer), 1, 0}, {0, 1, 0}};
   return coin() ? any_strides(e) : one_of(by_column ? columns : rows);
@@ -291,10 +294,17 @@ Input number(double value) {
   made.given = true;
   return made;
 }
-Output output(const Extent& e, bool wanted) {
+// A factor, which is 1 if not given.
+Input any_factor() {
+  if (coin()) return coin() ? number(uniform(0, 2)) : input({1, 1, 1}, any_float(true), {0, 0, 0}, 0, 2);
+  Input none;
+  none.number = 1;
+  return none;
+}
+OutputArray output(const Extent& e, bool wanted) {
   return wanted ? std::make_unique<Array>(e, any_float(true), full(e)) : nullptr;
 }
-Operand operand(const Output& array) {
+Operand operand(const OutputArray& array) {
   return array ? array->operand() : Operand{};
 }
 
@@ -310,7 +320,8 @@ void fail(const char* what) {
   std::_Exit(1);
 }
 
-// `size` is that of the terms an expected value was added up from; `working`, the precision they were added in.
+// `size` is that of the terms an expected value was added up from: of nothing, exactly 0 comes. `working` is the
+// precision that they were added in.
 void compare(const char* name, const Array& actual, int64_t offset, double expected, double size, double working) {
   ++comparisons;
   double found = actual[offset];
@@ -318,7 +329,7 @@ void compare(const char* name, const Array& actual, int64_t offset, double expec
     found = std::clamp(found, -65536., 65536.);
     expected = std::clamp(expected, -65536., 65536.);
   }
-  const double tolerance = (working + precision_of(actual.dtype())) * size + 1e-7;
+  const double tolerance = size == 0 ? 0 : (working + precision_of(actual.dtype())) * size + 1e-7;
   if (std::fabs(found - expected) <= tolerance) return;
   char text[200];
   std::snprintf(text, sizeof text, "%s[%" PRId64 "]: expected %.9g, got %.9g", name, offset, expected, found);
@@ -350,175 +361,417 @@ Extent any_extent() {
 struct Sum {
   double value = 0, size = 0;
 
-  void add(double more, double more_size) {
-    value += more;
-    size += more_size;
+  void add(const Sum& more, double factor = 1) {
+    value += factor * more.value;
+    size += std::fabs(factor) * more.size;
   }
 };
 
-// A formula's value at an element, and its derivatives; `size` is that of the terms of any of these.
-struct Expected {
-  double value, size, grads[kMostInputs];
+// A scale's logarithm, and its derivative by what is given.
+struct Scaled {
+  double log, slope;
 };
 
-// A formula in plain double arithmetic, and the inputs to try it with.
+Scaled scaled(const Form& form, double given) {
+  const double x = std::clamp(given, form.low, form.high), power = form.squared ? 2 : 1;
+  double base = x, slope = 1;
+  switch (form.map) {
+    case Map::exponential:
+      base = slope = std::exp(x);
+      break;
+    case Map::linear:
+      break;
+    case Map::softplus:
+      base = std::log1p(std::exp(x));
+      slope = 1 / (1 + std::exp(-x));
+      break;
+    case Map::bounded:
+      base = std::max(x, form.eps);
+  }
+  if (form.map != Map::bounded) base += form.eps;
+  return {power * std::log(base), x == given ? power * slope / base : 0};
+}
+
+// Numbers that both float and double have, so that there is no doubt about what is beyond them; multiples of 1/4, as
+// operands often are.
+Form any_form() {
+  Form form;
+  form.map = one_of<Map>({Map::exponential, Map::linear, Map::softplus, Map::bounded});
+  form.squared = coin();
+  const bool is_base = form.map == Map::linear || form.map == Map::bounded;
+  if (below(3) == 0) form.low = is_base ? 0.5 : -0.5;
+  if (below(3) == 0) form.high = is_base ? 1.25 : 0.75;
+  if (form.map == Map::bounded || coin()) form.eps = 0.25;
+  return form;
+}
+
+struct Range {
+  double low, high;
+};
+constexpr Range kScale = {0, 0};  // of a scale: its form says what it may be
+
+bool is_scale(const Range& range) {
+  return range.low == range.high;
+}
+
+// What may be given of a scale.
+Range range_of(const Form& form) {
+  if (form.map == Map::bounded || (form.map == Map::linear && form.low > 0)) return {-1, 2};
+  return form.map == Map::linear ? Range{0.25, 2} : Range{-1.5, 1.5};
+}
+
+// A formula's value at an element, and its derivatives (by a scale: by its logarithm); each with the size of the terms
+// that it is made of.
+struct Expected {
+  double value, size, grads[kMostInputs], grads_size;
+};
+
+// A formula in plain double arithmetic, scales as logarithms, and the inputs to try it with. What is beside a sample
+// depends on the noise, and its derivatives are those of all that z depends on.
 struct Reference {
   const char* name;
   int inputs;
-  struct {
-    double low, high;
-  } ranges[kMostInputs];
-  Expected (*at)(const double* inputs, double parameter);
+  Range ranges[kMostInputs];
+  Expected (*at)(const double* inputs, double noise);
 };
 
-Expected gaussian(double error, double logvar, double precision) {
-  const double square = error * error * precision, size = (2 + precision) * (1 + std::fabs(error) + square);
-  return {(logvar + square) / 2, size, {error * precision, -error * precision, (1 - square) / 2}};
+Expected absolute_error(double error) {
+  const double sign = error > 0 ? 1 : error < 0 ? -1 : 0, size = std::fabs(error);
+  return {size, 1 + size, {sign, -sign}, 1};
+}
+
+Expected divergence(double mu, double logvar, double prior_mu, double prior_logvar) {
+  const double error = mu - prior_mu, precision = std::exp(-prior_logvar), ratio = std::exp(logvar - prior_logvar);
+  const double pull = error * precision, square = error * pull;
+  const double size = 4 + ratio + (1 + std::fabs(mu) + std::fabs(prior_mu)) * (precision + std::fabs(pull));
+  const double value = ((prior_logvar - logvar) + std::expm1(logvar - prior_logvar) + square) / 2;
+  return {value, size, {pull, (ratio - 1) / 2, -pull, (1 - ratio - square) / 2}, size};
+}
+
+Expected divergence_at_sample(double mu, double logvar, double prior_mu, double prior_logvar, double noise) {
+  const double deviation = std::exp(logvar / 2), z = mu + deviation * noise, precision = std::exp(-prior_logvar);
+  const double pull = (z - prior_mu) * precision, square = (z - prior_mu) * pull;
+  const double reach = 1 + std::fabs(mu) + std::fabs(prior_mu) + deviation * (1 + std::fabs(noise));
+  const double size = 4 + noise * noise + reach * reach * precision;
+  return {(prior_logvar - logvar - noise * noise + square) / 2,
+          size,
+          {pull, (pull * deviation * noise - 1) / 2, -pull, (1 - square) / 2},
+          size + reach * reach * precision};
 }
 
 const Reference kReferences[] = {
     {"gaussian_nll",
      3,
-     {{-2, 2}, {-2, 2}, {-1.5, 1.5}},
-     [](const double* in, double) { return gaussian(in[0] - in[1], in[2], std::exp(-in[2])); }},
-    {"gaussian_nll_of_variance",
-     3,
-     {{-2, 2}, {-2, 2}, {0.05, 1.5}},
-     [](const double* in, double bound) {
-       const double variance = std::max(in[2], bound);
-       Expected expected = gaussian(in[0] - in[1], std::log(variance), 1 / variance);
-       expected.grads[2] /= variance;
-       expected.size *= 1 + 1 / variance;
-       return expected;
+     {{-2, 2}, {-2, 2}, kScale},
+     [](const double* in, double) {
+       const double error = in[0] - in[1], precision = std::exp(-in[2]), square = error * error * precision;
+       const double size = (2 + precision) * (1 + std::fabs(error) + square);
+       return Expected{(in[2] + square) / 2, size, {error * precision, -error * precision, (1 - square) / 2}, size};
      }},
     {"laplace_nll",
      4,
-     {{-2, 2}, {-2, 2}, {-1.5, 1.5}, {0, 1}},
+     {{-2, 2}, {-2, 2}, kScale, {0, 1}},
      [](const double* in, double) {
-       const double error = in[0] - in[1], precision = std::exp(-in[2]);
-       const double scaled = (std::fabs(error) + in[3]) * precision;
-       const double sign = error > 0 ? 1 : error < 0 ? -1 : 0;
-       const double size = 2 + precision + scaled;
-       return Expected{scaled + in[2], size, {sign * precision, -sign * precision, 1 - scaled, precision}};
+       const Expected distance = absolute_error(in[0] - in[1]);
+       const double inverse = std::exp(-in[2]), relative = (distance.value + in[3]) * inverse;
+       const double d_recon = distance.grads[0] * inverse, size = 2 + inverse + relative;
+       return Expected{relative + in[2], size, {d_recon, -d_recon, 1 - relative, inverse}, size};
      }},
+    {"bernoulli_nll",
+     3,
+     {{-8, 8}, {0, 1}, {0, 3}},
+     [](const double* in, double) {
+       const double a = in[0], x = in[1], more = in[2] - 1, rest = 1 - x, share = 1 + more * x;
+       const double miss = std::log1p(std::exp(-a)), slope = 1 / (1 + std::exp(a));
+       const double size = 2 + std::fabs(a) + (1 + std::fabs(more)) * (1 + miss);
+       return Expected{rest * a + share * miss, size, {rest - share * slope, more * miss - a, x * miss}, size};
+     }},
+    {"bernoulli_nll_of_probabilities",
+     2,
+     {{0, 1}, {0, 1}},
+     [](const double* in, double) {
+       const double p = in[0], x = in[1];
+       const double hit = std::max(std::log(p), -100.), miss = std::max(std::log1p(-p), -100.);
+       const double variance = std::max(p * (1 - p), 1e-12), size = 1 - hit - miss;
+       return Expected{-x * hit - (1 - x) * miss, size, {(p - x) / variance, miss - hit}, size + 1 / variance};
+     }},
+    {"mse",
+     2,
+     {{-2, 2}, {-2, 2}},
+     [](const double* in, double) {
+       const double error = in[0] - in[1], size = 1 + std::fabs(error) + error * error;
+       return Expected{error * error, size, {2 * error, -2 * error}, size};
+     }},
+    {"l1", 2, {{-2, 2}, {-2, 2}}, [](const double* in, double) { return absolute_error(in[0] - in[1]); }},
     {"kl_standard_normal",
      2,
-     {{-2, 2}, {-1.5, 1.5}},
-     [](const double* in, double) {
-       const double excess = std::expm1(in[1]), square = in[0] * in[0];
-       return Expected{(square + excess - in[1]) / 2, 2 + square + std::fabs(excess), {in[0], excess / 2}};
-     }},
+     {{-2, 2}, kScale},
+     [](const double* in, double) { return divergence(in[0], in[1], 0, 0); }},
     {"kl_normal",
      4,
-     {{-2, 2}, {-1.5, 1.5}, {-2, 2}, {-1.5, 1.5}},
-     [](const double* in, double) {
-       const double error = in[0] - in[2], precision = std::exp(-in[3]), ratio = std::exp(in[1] - in[3]);
-       const double pull = error * precision, square = error * pull;
-       return Expected{((in[3] - in[1]) + ratio - 1 + square) / 2,
-                       4 + ratio + square + std::fabs(pull),
-                       {pull, (ratio - 1) / 2, -pull, (1 - ratio - square) / 2}};
-     }},
+     {{-2, 2}, kScale, {-2, 2}, kScale},
+     [](const double* in, double) { return divergence(in[0], in[1], in[2], in[3]); }},
+    {"kl_standard_normal_at_sample",
+     2,
+     {{-2, 2}, kScale},
+     [](const double* in, double noise) { return divergence_at_sample(in[0], in[1], 0, 0, noise); }},
+    {"kl_normal_at_sample",
+     4,
+     {{-2, 2}, kScale, {-2, 2}, kScale},
+     [](const double* in, double noise) { return divergence_at_sample(in[0], in[1], in[2], in[3], noise); }},
 };
 
-// What the formula of that number should give.
-const Reference& reference_of(int number) {
-  const char* const name = scalar::Formulas::kNames[number];
+// What the formula of that name should give.
+const Reference& reference_of(const char* name) {
   for (const Reference& reference : kReferences)
     if (std::strcmp(reference.name, name) == 0) return reference;
   std::fprintf(stderr, "formula %s is in math/formulas.h, but not among kReferences of %s\n", name, __FILE__);
   std::_Exit(1);
 }
 
-// A formula and its operands.
-struct Elements {
-  Extent e = extent;
-  int number;
-  const Reference& reference = reference_of(number);
-  double parameter = uniform(0.01, 0.3);
-  Input inputs[kMostInputs], weight;
-  Output value, grads[kMostInputs];
-  bool in_double = below(8) == 0;
+// Has the references of these formulas tried with as many inputs, and with the same scales among them.
+template <class... Formula>
+void check_references(scalar::List<Formula...> list) {
+  for (int number = 0; number < list.kSize; ++number)
+    scalar::with_formula(
+        number,
+        [](auto tag) {
+          using Found = typename decltype(tag)::type;
+          const Reference& reference = reference_of(Found::kName);
+          kernel = reference.name;
+          int scales = 0;
+          for (int k = 0; k < reference.inputs; ++k) {
+            if (!is_scale(reference.ranges[k])) continue;
+            if constexpr (Found::kScales > 0)
+              if (scales < Found::kScales && Found::kScaleOf[scales] != k) fail("other scales than the formula has");
+            ++scales;
+          }
+          if (Found::kInputs != reference.inputs || Found::kScales != scales)
+            fail("other numbers of inputs or scales than the formula has");
+        },
+        list);
+}
 
-  // `plain`: contiguous arrays of one dtype, which kernels can use as they are.
-  explicit Elements(int number, bool plain = below(4) == 0) : number(number) {
-    const bool doubles = below(4) == 0;
-    const DType dtype = doubles ? DType::f64 : DType::f32;
-    const auto operand = [&](double low, double high) {
-      if (below(8) == 0) return ::number(uniform(low, high));
-      if (plain) return input(e, dtype, contiguous(e), low, high);
-      return input(e, below(8) ? any_float(doubles) : DType::u8, any_strides(e), low, high);
-    };
-    for (int k = 0; k < reference.inputs; ++k) inputs[k] = operand(reference.ranges[k].low, reference.ranges[k].high);
-    weight.number = 1;  // if not given
-    if (coin()) weight = operand(-1, 1);
-    for (const Input& input : inputs) in_double |= input.makes_double();
-    in_double |= weight.makes_double();
+// --- a formula and its operands -------------------------------------------------------------------------------------
+
+// How operands lie in memory. Plain ones are contiguous arrays of one dtype, which kernels can use as they are; shared
+// ones are the same for the whole batch, as a posterior is for several samples from it, or a prior.
+enum class Layout { plain, shared, any };
+
+Layout any_layout() {
+  return one_of<Layout>({Layout::plain, Layout::plain, Layout::shared, Layout::any, Layout::any, Layout::any});
+}
+
+// What there is of each element, or summed over some: the value, and the gradients behind it.
+constexpr int kMostMade = 1 + kMostInputs;
+struct Made {
+  Sum of[kMostMade];
+};
+
+class Elements {
+ public:
+  Elements(const char* name, int number, Layout layout)
+      : reference_(reference_of(name)),
+        number_(number),
+        layout_(layout),
+        doubles_(below(4) == 0),
+        in_double_(below(8) == 0) {
+    const bool in_forms = coin();
+    int scale = 0;
+    for (int k = 0; k < reference_.inputs; ++k) {
+      const Range& range = reference_.ranges[k];
+      if (is_scale(range)) {
+        Form& form = forms_[scale++];
+        if (in_forms) form = any_form();
+        inputs_[k] = any_scale(form, k > 1);
+      } else {
+        inputs_[k] = any_input(range, k > 1);
+      }
+      in_double_ |= inputs_[k].makes_double();
+    }
+    weight_.number = incoming_.number = 1;  // if not given
+  }
+
+  // The rest of a task. What comes in is there before the weight, for which it is spoilt too.
+  void set_gains() {
+    for (double& gain : gains_) gain = one_of<double>({1, 0.25, -0.5, 0});
+  }
+  void set_incoming() { incoming_ = any_input({-1, 1}); }
+  // A weight that is 0 here and there. What other operands hold there must not matter.
+  void set_weight() {
+    weight_ = any_input({-1.9, 1.9});
+    if (!weight_.array && below(4) == 0) weight_.number = 0;
+    for (int64_t k = 0; weight_.array && k < weight_.array->size(); ++k)
+      if (below(3) == 0) weight_.array->set(k, 0);
+    if (below(4) == 0) return;
+    for (Input* input : {&inputs_[0], &inputs_[1], &inputs_[2], &inputs_[3], &incoming_}) spoil(*input);
+  }
+  void set_outputs(bool value, bool grads = true) {
     do {
       const bool by_column = coin();
-      for (int k = 0; k < reference.inputs; ++k)
-        grads[k] = below(3) == 0 ? nullptr
-                   : plain       ? std::make_unique<Array>(e, dtype, contiguous(e))
-                                 : std::make_unique<Array>(e, any_float(true), gradient_strides(e, by_column));
-    } while (!can_sum(e, task().grads));
+      for (int k = 0; k <= reference_.inputs; ++k)
+        made_[k] = (k ? grads && below(3) : value) ? any_output(by_column) : nullptr;
+    } while (!can_sum(task()));
+  }
+  // Gradients that are written element by element, past the caches if they are large.
+  void set_large_gradients() {
+    for (int k = 1; k <= reference_.inputs; ++k) made_[k] = std::make_unique<Array>(e_, DType::f32, full(e_));
   }
 
   ElementwiseTask task() const {
     ElementwiseTask task;
-    task.formula = number;
-    task.in_double = in_double;
-    task.parameter = parameter;
-    task.extent = e;
-    task.weight = weight.operand();
-    task.value = operand(value);
+    task.formula = number_;
+    task.in_double = in_double_;
+    task.extent = e_;
+    task.weight = weight_.operand();
+    task.incoming = incoming_.operand();
+    task.value = operand(made_[0]);
+    std::copy(std::begin(forms_), std::end(forms_), task.forms);
+    std::copy(std::begin(gains_), std::end(gains_), task.gains);
     for (int k = 0; k < kMostInputs; ++k) {
-      task.inputs[k] = inputs[k].operand();
-      task.grads[k] = operand(grads[k]);
+      task.inputs[k] = inputs_[k].operand();
+      task.grads[k] = operand(made_[1 + k]);
     }
     return task;
   }
+  const Extent& e() const { return e_; }
+  const char* name() const { return reference_.name; }
+  double working() const { return working_precision(in_double_); }
+  const Input& incoming() const { return incoming_; }
 
-  // Compares the values, to each of which `constant` is added, and the gradients, which are times `factor`. Returns the
-  // sums of each sample's weighted values, without constants.
-  std::vector<Sum> check(double constant, double factor) const {
-    static const char* const names[kMostInputs] = {"gradient 0", "gradient 1", "gradient 2", "gradient 3"};
-    kernel = reference.name;
-    extent = e;
-    const double working = working_precision(in_double);
-    std::vector<Sum> samples(static_cast<size_t>(e.batch)), sums[kMostInputs];
-    for (int k = 0; k < kMostInputs; ++k)
-      if (grads[k]) sums[k].resize(static_cast<size_t>(grads[k]->size()));
-    for_elements(e, [&](int64_t b, int64_t o, int64_t i) {
-      double in[kMostInputs];
-      for (int k = 0; k < reference.inputs; ++k) {
-        // Rounded as the kernels do: the sign of a difference is nothing to be a little off in.
-        const double exact = inputs[k].at(b, o, i);
-        in[k] = in_double ? exact : static_cast<double>(static_cast<float>(exact));
-      }
-      const Expected expected = reference.at(in, parameter);
-      const double w = weight.at(b, o, i), size = std::fabs(w) * expected.size;
-      samples[static_cast<size_t>(b)].add(w * expected.value, size);
-      if (value)
-        compare("value", *value, value->offset(b, o, i), w * expected.value + constant, size + constant, working);
-      for (int k = 0; k < reference.inputs; ++k)
-        if (grads[k])
-          sums[k][static_cast<size_t>(grads[k]->offset(b, o, i))].add(factor * w * expected.grads[k],
-                                                                      std::fabs(factor) * size);
+  // The inputs of an element, scales as logarithms, and the derivatives of these by what is given of them.
+  struct Point {
+    double in[kMostInputs], slopes[kMostInputs];
+  };
+  Point point(int64_t b, int64_t o, int64_t i) const {
+    Point point;
+    int scale = 0;
+    for (int k = 0; k < reference_.inputs; ++k) {
+      // Rounded as the kernels do: the sign of a difference is nothing to be a little off in.
+      const double exact = inputs_[k].at(b, o, i);
+      point.in[k] = in_double_ ? exact : static_cast<double>(static_cast<float>(exact));
+      point.slopes[k] = 1;
+      if (!is_scale(reference_.ranges[k])) continue;
+      const auto [log, slope] = scaled(forms_[scale++], point.in[k]);
+      point.in[k] = log;
+      point.slopes[k] = slope;
+    }
+    return point;
+  }
+  // What the formula makes of them: the value, and the gradients that are times `factor`.
+  Made at(const Point& point, double noise, double factor) const {
+    const Expected expected = reference_.at(point.in, noise);
+    Made made;
+    made.of[0] = {expected.value, expected.size};
+    for (int k = 0; k < reference_.inputs; ++k)
+      made.of[1 + k].add({expected.grads[k], expected.grads_size}, factor * gains_[k] * point.slopes[k]);
+    return made;
+  }
+
+  // Compares value and gradients with the sums of what `made_at` says of the elements.
+  template <class MadeAt>
+  void compare_with(double working, const MadeAt& made_at) const {
+    static const char* const names[kMostMade] = {"value", "gradient 0", "gradient 1", "gradient 2", "gradient 3"};
+    kernel = reference_.name;
+    extent = e_;
+    std::vector<Sum> sums[kMostMade];
+    for (int k = 0; k < kMostMade; ++k)
+      if (made_[k]) sums[k].resize(static_cast<size_t>(made_[k]->size()));
+    for_elements(e_, [&](int64_t b, int64_t o, int64_t i) {
+      const Made made = made_at(b, o, i);
+      for (int k = 0; k < kMostMade; ++k)
+        if (made_[k]) sums[k][static_cast<size_t>(made_[k]->offset(b, o, i))].add(made.of[k]);
     });
-    for (int k = 0; k < reference.inputs; ++k)
-      if (grads[k])
-        for_elements(grads[k]->extent(), [&](int64_t b, int64_t o, int64_t i) {
-          const int64_t at = grads[k]->offset(b, o, i);
-          const Sum& sum = sums[k][static_cast<size_t>(at)];
-          compare(names[k], *grads[k], at, sum.value, sum.size, working);
-        });
-    for (const Output* array : {&value, &grads[0], &grads[1], &grads[2], &grads[3]})
-      if (*array && !(*array)->gaps_untouched()) fail("wrote between the elements of an output");
+    for (int k = 0; k < kMostMade; ++k) {
+      if (!made_[k]) continue;
+      for_elements(made_[k]->extent(), [&](int64_t b, int64_t o, int64_t i) {
+        const int64_t at = made_[k]->offset(b, o, i);
+        const Sum& sum = sums[k][static_cast<size_t>(at)];
+        compare(names[k], *made_[k], at, sum.value, sum.size, working);
+      });
+      if (!made_[k]->gaps_untouched()) fail("wrote between the elements of an output");
+    }
+  }
+
+  // Compares values and gradients of a term: `constant` is added to each value, gradients are times `factor`. Returns
+  // the sums of each sample's values.
+  std::vector<Sum> check(double constant, double factor) const {
+    std::vector<Sum> samples(static_cast<size_t>(e_.batch));
+    compare_with(working(), [&](int64_t b, int64_t o, int64_t i) {
+      Made made;
+      const double weight = weight_.at(b, o, i);
+      if (weight == 0) return made;  // whatever the inputs hold
+      const Made element = at(point(b, o, i), 0, factor * incoming_.at(b, o, i));
+      for (int k = 0; k < kMostMade; ++k) made.of[k].add(element.of[k], weight);
+      made.of[0].add({constant, constant}, weight);
+      samples[static_cast<size_t>(b)].add(made.of[0]);
+      return made;
+    });
     return samples;
   }
+
+ private:
+  DType dtype() const { return doubles_ ? DType::f64 : DType::f32; }
+
+  // `often_one`: as those inputs are for which kernels have a way of their own if they are one number.
+  Input any_input(const Range& range, bool often_one = false, bool integers = true) const {
+    if (below(often_one ? 3 : 8) == 0) return number(uniform(range.low, range.high));
+    if (layout_ == Layout::plain) return input(e_, dtype(), contiguous(e_), range.low, range.high);
+    const DType dtype = integers && below(8) == 0 ? DType::u8 : any_float(doubles_);
+    const Strides strides = layout_ == Layout::any ? any_strides(e_) : Strides{0, 0, below(4) ? 1 : 0};
+    return input(e_, dtype, strides, range.low, range.high);
+  }
+  // A scale of that form, with what is infinitely far beyond its bounds.
+  Input any_scale(const Form& form, bool often_one) const {
+    Input scale = any_input(range_of(form), often_one, false);
+    if (!scale.array || scale.array->size() == 0) return scale;
+    if (form.low > -INFINITY) scale.array->set(0, -INFINITY);
+    if (form.high < INFINITY) scale.array->set(scale.array->size() - 1, INFINITY);
+    return scale;
+  }
+  OutputArray any_output(bool by_column) const {
+    if (layout_ == Layout::plain) return std::make_unique<Array>(e_, dtype(), contiguous(e_));
+    const bool shared = layout_ == Layout::shared && below(4);
+    const Strides strides = shared ? Strides{0, 0, below(4) ? 1 : 0} : output_strides(e_, by_column);
+    return std::make_unique<Array>(e_, any_float(true), strides);
+  }
+  // Puts anything where no element reads that has a weight.
+  void spoil(Input& operand) const {
+    if (!operand.array || operand.array->dtype() == DType::u8) return;
+    Array& array = *operand.array;
+    enum { unread, weightless, read };
+    std::vector<char> use(static_cast<size_t>(array.size()), unread);
+    for_elements(e_, [&](int64_t b, int64_t o, int64_t i) {
+      char& found = use[static_cast<size_t>(array.offset(b, o, i))];
+      found = std::max<char>(found, weight_.at(b, o, i) == 0 ? weightless : read);
+    });
+    for (int64_t k = 0; k < array.size(); ++k)
+      if (use[static_cast<size_t>(k)] == weightless) array.set(k, one_of<double>({NAN, INFINITY, -INFINITY, 0}));
+  }
+
+  const Extent e_ = extent;
+  const Reference& reference_;
+  const int number_;
+  const Layout layout_;
+  const bool doubles_;  // whether there are any among the operands
+  bool in_double_;
+  Form forms_[kMostScales];
+  double gains_[kMostInputs] = {1, 1, 1, 1};
+  Input inputs_[kMostInputs], weight_, incoming_;
+  OutputArray made_[kMostMade];
 };
 
-int any_formula() {
-  return static_cast<int>(below(scalar::Formulas::kSize));
+std::unique_ptr<Elements> elements_of(int number, Layout layout) {
+  return std::make_unique<Elements>(scalar::Formulas::kNames[number], number, layout);
+}
+
+// Those of any formula, but for outputs.
+std::unique_ptr<Elements> any_elements(bool has_incoming) {
+  auto elements = elements_of(static_cast<int>(below(scalar::Formulas::kSize)), any_layout());
+  if (has_incoming) elements->set_incoming();
+  if (coin()) elements->set_weight();
+  if (std::strncmp(elements->name(), "kl_", 3) == 0 && below(4) == 0) elements->set_gains();
+  return elements;
 }
 
 // --- objectives -----------------------------------------------------------------------------------------------------
@@ -529,17 +782,13 @@ struct AnyTerm {
   Input given;
   int64_t given_count = 0;
   double factor = coin() ? 1 : uniform(0.1, 1), constant = 0;
-  Input coefficient;
-  Output out;
+  Input normalizer = any_factor(), coefficient = any_factor();
+  OutputArray out;
 
   explicit AnyTerm(std::unique_ptr<Elements> of) : elements(std::move(of)) {
     if (coin()) constant = 0.9189385;
-    coefficient.number = 1;  // if not given
-    if (below(3)) coefficient = coin() ? ::number(uniform(0, 2)) : input({1, 1, 1}, any_float(true), {0, 0, 0}, 0, 2);
   }
-  explicit AnyTerm(int64_t count) : AnyTerm(nullptr) {
-    constant = 0;
-    given_count = count;
+  explicit AnyTerm(int64_t count) : given_count(count) {
     given = input({count, 1, 1}, any_float(true), {below(3), 0, 0}, 0, 3);
   }
 
@@ -549,26 +798,22 @@ struct AnyTerm {
     term.given = given.operand();
     term.given_count = given_count;
     term.factor = factor;
+    term.normalizer = normalizer.operand();
     term.constant = constant;
     term.coefficient = coefficient.operand();
     term.out = operand(out);
     return term;
   }
-  double working() const { return elements ? working_precision(elements->in_double) : 1e-14; }
+  double working() const { return elements ? elements->working() : 1e-14; }
 
   // Compares what there is of each element, and returns the sums: one for each sample, or one.
-  std::vector<Sum> check(bool by_sample) const {
+  std::vector<Sum> check(bool by_sample, double grad_scale) const {
+    const double times = factor * normalizer.at(0, 0, 0);
     std::vector<Sum> samples;
-    if (elements) {
-      samples = elements->check(constant, factor * coefficient.at(0, 0, 0));
-      const double added = constant * static_cast<double>(elements->e.sample());
-      for (Sum& sum : samples) sum.add(added, added);
-    } else {
-      for (int64_t b = 0; b < given_count; ++b) samples.push_back({given.at(b, 0, 0), given.at(b, 0, 0)});
-    }
+    if (elements) samples = elements->check(constant, times * coefficient.at(0, 0, 0) * grad_scale);
+    for (int64_t b = 0; b < given_count; ++b) samples.push_back({given.at(b, 0, 0), given.at(b, 0, 0)});
     std::vector<Sum> sums(by_sample ? samples.size() : 1);
-    for (size_t b = 0; b < samples.size(); ++b)
-      sums[by_sample ? b : 0].add(factor * samples[b].value, factor * samples[b].size);
+    for (size_t b = 0; b < samples.size(); ++b) sums[by_sample ? b : 0].add(samples[b], times);
     return sums;
   }
 };
@@ -577,30 +822,32 @@ struct AnyTerm {
 void check_objective(std::vector<AnyTerm> terms, Values kind, int threads) {
   const bool by_sample = kind == Values::sample;
   const AnyTerm& first = terms.front();
-  const int64_t values = !by_sample ? 1 : first.elements ? first.elements->e.batch : first.given_count;
-  const auto result = [&](bool wanted) -> Output {
+  const int64_t values = !by_sample ? 1 : first.elements ? first.elements->e().batch : first.given_count;
+  const auto result = [&](bool wanted) -> OutputArray {
     if (!wanted || kind == Values::element) return nullptr;
     return std::make_unique<Array>(Extent{values, 1, 1}, any_float(true), Strides{1 + below(2), 0, 0});
   };
-  const Output loss = result(true);
+  const Input grad_scale = any_factor();
+  const OutputArray loss = result(true);
   ObjectiveTask task;
   for (AnyTerm& term : terms) {
     term.out = result(coin());
     task.terms[task.count++] = term.task();
   }
   task.values = kind;
+  task.grad_scale = grad_scale.operand();
   task.loss = operand(loss);
   kernels().objective(task, threads);
 
   std::vector<Sum> losses(static_cast<size_t>(values));
   double working = 0;
   for (const AnyTerm& term : terms) {
-    const std::vector<Sum> sums = term.check(by_sample);
+    const std::vector<Sum> sums = term.check(by_sample, grad_scale.at(0, 0, 0));
     if (kind == Values::element) return;
     const double coefficient = term.coefficient.at(0, 0, 0);
     working = std::max(working, term.working());
     for (size_t b = 0; b < losses.size(); ++b) {
-      losses[b].add(coefficient * sums[b].value, coefficient * sums[b].size);
+      losses[b].add(sums[b], coefficient);
       if (term.out)
         compare("term", *term.out, term.out->offset(static_cast<int64_t>(b), 0, 0), sums[b].value, sums[b].size,
                 term.working());
@@ -619,8 +866,9 @@ std::vector<AnyTerm> one_term(std::unique_ptr<Elements> elements) {
 }
 
 void test_elements(int threads) {
-  auto elements = std::make_unique<Elements>(any_formula());
-  if (below(4)) elements->value = output(extent, true);
+  const bool has_value = below(3);  // or else what comes in for it, perhaps
+  auto elements = any_elements(!has_value && below(4));
+  elements->set_outputs(has_value);
   check_objective(one_term(std::move(elements)), Values::element, threads);
 }
 
@@ -632,24 +880,14 @@ void test_objective(int threads) {
     if (k) extent = any_extent();
     if (by_sample) extent.batch = batch;
     if (extent.count() > 50000) extent.outer = 1, extent.inner = 1 + below(40);
-    if (below(6))
-      terms.emplace_back(std::make_unique<Elements>(any_formula()));
-    else
+    if (below(6)) {
+      terms.emplace_back(any_elements(false));
+      terms.back().elements->set_outputs(false);
+    } else {
       terms.emplace_back(by_sample ? batch : 1 + below(50));
+    }
   }
   check_objective(std::move(terms), by_sample ? Values::sample : Values::total, threads);
-}
-
-// Gradients so large that they are written past the caches: more than 24 MiB of them.
-void test_past_caches(int threads) {
-  for (int number = 0; number < scalar::Formulas::kSize; ++number) {
-    const int64_t count = (int64_t{26} << 18) / reference_of(number).inputs;
-    extent = number % 2 ? Extent{3, 1, count / 3} : Extent{1, 1, count};
-    auto elements = std::make_unique<Elements>(number, true);
-    for (int k = 0; k < elements->reference.inputs; ++k)
-      elements->grads[k] = std::make_unique<Array>(extent, DType::f32, full(extent));
-    check_objective(one_term(std::move(elements)), Values::total, threads);
-  }
 }
 
 // --- the latent -----------------------------------------------------------------------------------------------------
@@ -675,67 +913,90 @@ double noise_at(uint64_t seed, int64_t index) {
   return radius * (index % 2 ? std::sin(angle) : std::cos(angle));
 }
 
-void test_latent(int threads) {
-  const Extent e = extent, samples{e.batch, 1, 1};
-  const bool doubles = below(4) == 0;
-  const Input mu = input(e, any_float(doubles), full(e), -2, 2);
-  const Input logvar = input(e, any_float(doubles), full(e), -2, 2);
-  const auto seed = std::make_unique<int64_t>(static_cast<int64_t>(engine()));
-  const bool noisy = below(4), seeded = noisy && below(4);
-  Input noise, grad_z, grad_kl;
-  if (noisy && !seeded) noise = input(e, any_float(doubles), any_strides(e), -3, 3);
-  if (noisy && coin()) grad_z = input(e, any_float(doubles), any_strides(e), -1, 1);
-  if (coin()) grad_kl = input(samples, any_float(doubles), {below(3), 0, 0}, -1, 1);
-  const Output z = output(e, noisy && coin()), grad_mu = output(e, below(4)), grad_logvar = output(e, below(4));
-  const Output kl = coin() ? std::make_unique<Array>(samples, any_float(true), Strides{1 + below(2), 0, 0}) : nullptr;
+// Noise that is made of a seed, or given, or neither.
+struct AnyNoise {
+  std::unique_ptr<int64_t> seed;
+  IndexStrides index;
+  Input offset, given;
 
+  AnyNoise(const Extent& e, bool wanted, bool doubles) {
+    // Where an element is in logical order: row-major, the channels_last of that, or anything.
+    const std::vector<IndexStrides> orders = {
+        {e.sample(), e.inner, 1}, {e.sample(), e.inner, 1}, {e.sample(), 1, e.outer}, {1, 7 * e.batch, e.batch}};
+    index = one_of(orders);
+    if (wanted && below(4) == 0) {
+      given = input(e, any_float(doubles), any_strides(e), -3, 3);
+    } else if (wanted) {
+      seed = std::make_unique<int64_t>(static_cast<int64_t>(engine()));
+      if (coin()) return;
+      offset = number(one_of<double>({1, 4, 1023, 0x1p33 + 3}));
+      if (below(4) == 0) {
+        const double first = offset.number;
+        offset = input({1, 1, 1}, DType::f64, {0, 0, 0}, 0, 1);
+        offset.array->set(0, first);
+      }
+    }
+  }
+  double at(int64_t b, int64_t o, int64_t i) const {
+    if (!seed) return given.at(b, o, i);
+    const int64_t first = static_cast<int64_t>(offset.at(0, 0, 0));
+    return noise_at(static_cast<uint64_t>(*seed), first + b * index.batch + o * index.outer + i * index.inner);
+  }
+};
+
+// Has the kernel make one pass over the latent, and compares everything that it gives.
+void check_latent(const Elements& divergence, const AnyNoise& noise, const Input& grad_z, const OutputArray& z,
+                  int threads) {
   LatentTask task;
-  task.extent = e;
-  // Where an element is in logical order: row-major, the channels_last of that, or anything.
-  const std::vector<IndexStrides> orders = {
-      {e.sample(), e.inner, 1}, {e.sample(), e.inner, 1}, {e.sample(), 1, e.outer}, {1, 7 * e.batch, e.batch}};
-  task.index = one_of(orders);
-  task.in_double = below(8) == 0;
-  for (const Input* input : std::initializer_list<const Input*>{&mu, &logvar, &noise, &grad_z, &grad_kl})
-    task.in_double |= input->makes_double();
-  if (seeded) task.seed = seed.get();
-  task.mu = mu.operand();
-  task.logvar = logvar.operand();
-  task.noise = noise.operand();
+  task.divergence = divergence.task();
+  task.index = noise.index;
+  task.seed = noise.seed.get();
+  task.offset = noise.offset.operand();
+  task.noise = noise.given.operand();
   task.grad_z = grad_z.operand();
-  task.grad_kl = grad_kl.operand();
   task.z = operand(z);
-  task.kl = operand(kl);
-  task.grad_mu = operand(grad_mu);
-  task.grad_logvar = operand(grad_logvar);
   kernels().latent(task, threads);
 
-  const double working = working_precision(task.in_double);
-  std::vector<double> totals(static_cast<size_t>(e.batch));
-  for_elements(e, [&](int64_t b, int64_t o, int64_t i) {
-    const int64_t index = b * task.index.batch + o * task.index.outer + i * task.index.inner;
-    const double n = seeded ? noise_at(static_cast<uint64_t>(*seed), index) : noise.at(b, o, i);
-    const double m = mu.at(b, o, i), l = logvar.at(b, o, i), gz = grad_z.at(b, o, i), gk = grad_kl.at(b, 0, 0);
-    const double deviation = std::exp(l / 2) * n;
-    totals[static_cast<size_t>(b)] += (m * m + std::expm1(l) - l) / 2;
-    // The noise of a seed is single precision whatever the rest is.
-    const double noise_error = seeded ? 1e-5 * std::exp(l / 2) : 0;
-    if (z)
-      compare("z", *z, z->offset(b, o, i), m + deviation, std::fabs(m) + std::fabs(deviation) + 1,
-              working + noise_error);
-    const double size = 1 + std::fabs(gz) * (1 + std::fabs(deviation)) + std::fabs(gk) * (std::fabs(m) + std::exp(l));
-    const double error = working + std::fabs(gz) * noise_error;
-    if (grad_mu) compare("d mu", *grad_mu, grad_mu->offset(b, o, i), gz + gk * m, size, error);
-    if (grad_logvar)
-      compare("d logvar", *grad_logvar, grad_logvar->offset(b, o, i), gz * deviation / 2 + gk * std::expm1(l) / 2, size,
-              error);
+  // The noise of a seed is single precision whatever the rest is.
+  const double working = noise.seed ? 1e-5 : divergence.working();
+  const Input& incoming = divergence.incoming();
+  divergence.compare_with(working, [&](int64_t b, int64_t o, int64_t i) {
+    const Elements::Point at = divergence.point(b, o, i);
+    const double n = noise.at(b, o, i), gz = grad_z.at(b, o, i);
+    const double deviation = std::exp(at.in[1] / 2), spread = deviation * (1 + std::fabs(n));
+    if (z) compare("z", *z, z->offset(b, o, i), at.in[0] + deviation * n, 1 + std::fabs(at.in[0]) + spread, working);
+    Made made = divergence.at(at, n, incoming.given ? incoming.at(b, o, i) : 0);
+    made.of[1].add({gz, std::fabs(gz)});
+    made.of[2].add({gz * n * deviation / 2, std::fabs(gz) * spread}, at.slopes[1]);
+    return made;
   });
-  for (int64_t b = 0; kl && b < e.batch; ++b) {
-    const double expected = totals[static_cast<size_t>(b)];
-    compare("kl", *kl, kl->offset(b, 0, 0), expected, 1 + expected, working);
-  }
-  for (const Output* array : {&z, &kl, &grad_mu, &grad_logvar})
-    if (*array && !(*array)->gaps_untouched()) fail("wrote between the elements of an output");
+  if (z && !z->gaps_untouched()) fail("wrote between the elements of a sample");
+}
+
+void test_latent(int threads) {
+  const int number = static_cast<int>(below(scalar::Divergences::kSize));
+  const char* const name = scalar::Divergences::kNames[number];
+  Elements divergence(name, number, any_layout());
+  if (coin()) divergence.set_incoming();
+  divergence.set_outputs(coin(), below(4));
+  const bool doubles = divergence.task().in_double, noisy = std::strstr(name, "at_sample") || below(4);
+  const AnyNoise noise(extent, noisy, doubles);
+  Input grad_z;
+  if (noisy && coin()) grad_z = input(extent, any_float(doubles), any_strides(extent), -1, 1);
+  check_latent(divergence, noise, grad_z, output(extent, noisy && coin()), threads);
+}
+
+// Gradients so large that they are written past the caches: more than 24 MiB of them.
+void test_past_caches(int threads) {
+  extent = {1, 1, int64_t{26} << 17};  // of two gradients
+  auto elements = elements_of(0, Layout::plain);
+  elements->set_large_gradients();
+  check_objective(one_term(std::move(elements)), Values::total, threads);
+  extent = {3, 1, (int64_t{26} << 17) / 3};
+  Elements divergence(scalar::Divergences::kNames[0], 0, Layout::shared);
+  divergence.set_large_gradients();
+  divergence.set_incoming();
+  check_latent(divergence, AnyNoise(extent, false, false), {}, nullptr, threads);
 }
 
 // --- noise and scaling ----------------------------------------------------------------------------------------------
@@ -789,13 +1050,8 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "%s\n", reason.what());
     return 77;
   }
-  for (int number = 0; number < scalar::Formulas::kSize; ++number) {
-    const Reference& reference = reference_of(number);
-    scalar::with_formula(number, [&](auto tag) {
-      kernel = reference.name;
-      if (decltype(tag)::type::kInputs != reference.inputs) fail("another number of inputs than the formula has");
-    });
-  }
+  check_references(scalar::Formulas{});
+  check_references(scalar::Divergences{});
   struct {
     const char* name;
     void (*test)(int threads);
