@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import threads
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fusedvae
-from fusedvae.backend.reference import FORMULAS, LIKELIHOODS, Formula
+from fusedvae.backend.reference import FORMULAS, LIKELIHOODS, NORMAL_FORMS, PLAIN, Form, Formula, Scale
 from fusedvae.cli import bench, main
 from fusedvae.cli.bench import cases, checking, compare, contestants, measuring, report, statistics, suite, table
 from fusedvae.cli.bench.cases import Case
@@ -182,6 +183,13 @@ def test_a_copy_moves_as_many_bytes_as_it_says() -> None:
         (Case("latent-diffusion", "nll", direction="evaluate"), 2 * 12 * 3 * 256 * 256),
         (Case("mnist-mlp", "latent", direction="evaluate"), 3 * 128 * 20),
         (Case("2^20", "elbo"), 5 * 2**20 + 4 * 2**16),
+        (Case("mnist-mlp", "nll-gaussian-std"), 5 * 128 * 784),
+        (Case("mnist-mlp", "nll-mse"), 3 * 128 * 784),
+        (Case("mnist-mlp", "nll-l1", direction="evaluate"), 2 * 128 * 784),
+        (Case("mnist-mlp", "nll-gaussian-weight"), 6 * 128 * 784),
+        (Case("mnist-mlp", "kl-prior"), 8 * 128 * 20),
+        (Case("mnist-mlp", "latent-prior-sample"), 14 * 128 * 20),  # 4M + M forward, 5M + 4M backward
+        (Case("mnist-mlp", "latent-softplus"), 8 * 128 * 20),
     ],
 )
 def test_traffic_is_that_of_a_perfect_implementation(case: Case, elements: int) -> None:
@@ -221,6 +229,45 @@ def test_operands_have_the_layout_and_the_dtype() -> None:
     assert not torch.equal(other.x, made.x)
 
 
+@pytest.mark.parametrize("operation", [name for name, spec in cases.SPECS.items() if spec.kind != "step"])
+def test_operands_are_what_the_operation_takes(operation: str) -> None:
+    case, made = Case("2^12", operation), cases.operands(Case("2^12", operation), torch.Generator().manual_seed(0))
+    for scale, mean in ((made.logvar, -1.0), (made.recon_logvar, -2.0)):
+        if scale is not None:
+            logarithm = Scale(scale.detach().double(), case.spec.forms[0]).log
+            assert logarithm.mean().item() == pytest.approx(mean, abs=0.05)
+            assert logarithm.std().item() == pytest.approx(0.5, abs=0.05)
+    assert (made.recon_logvar is not None) == (case.formula is not None and bool(case.formula.pairs))
+    if made.x is not None and made.recon_x is not None:
+        assert 0 <= made.x.min() < made.x.max() <= 1
+        if case.likelihood == "bernoulli":
+            assert made.recon_x.min() < -1 < 1 < made.recon_x.max()
+        else:
+            assert 0 < made.recon_x.min() < made.recon_x.max() < 1
+    assert (made.prior_mu is not None) == case.spec.prior
+    assert (made.weight is not None) == case.spec.weighted
+    if made.weight is not None:
+        assert set(made.weight.unique().tolist()) == {0.0, 1.0}
+        assert "weight" not in made.leaves
+
+
+def test_groups_of_operations() -> None:
+    groups = cases.groups()
+    assert set().union(*(groups[name] for name in ("standard", "likelihoods", "forms", "priors", "reductions"))) == set(
+        cases.OPERATIONS
+    )
+    assert groups["all"] == list(cases.OPERATIONS)
+    assert {LIKELIHOODS[str(cases.SPECS[name].likelihood)].name for name in groups["likelihoods"]} == {
+        formula.name for formula in LIKELIHOODS.values()
+    }
+    for form in list(NORMAL_FORMS)[1:]:
+        assert {f"nll-gaussian-{form}", f"kl-{form}", f"latent-{form}"} <= set(groups["forms"])
+    assert {"nll-laplace-scale", "nll-laplace-softplus", "nll-gaussian-clamp", "kl-clamp"} <= set(groups["forms"])
+    assert groups["priors"] == ["kl-prior", "latent-prior", "latent-sample", "latent-prior-sample"]
+    parse = bench.some_of(list(cases.OPERATIONS), groups)
+    assert parse("priors,kl,latent-prior") == [*groups["priors"], "kl"]
+
+
 # --- checking ---------------------------------------------------------------------------------------------------
 
 
@@ -238,32 +285,83 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def entered(case: Case) -> dict[str, float]:
     """The error of every contestant that compiles nothing; raises if one is wrong."""
-    work = suite._OperationWork(case, CPU, torch.Generator().manual_seed(5))
+    work = suite.OperationWork(case, CPU, torch.Generator().manual_seed(5))
     work.make_sets()
     with suite._autocast(case, CPU):
         return {m.name: work.enter(m)[1] for m in contestants.methods(case, CPU) if m.family != "compile"}
+
+
+def assert_every_contestant_is_right(case: Case) -> None:
+    errors = entered(case)
+    assert {f"eager/{contestants.usual_idiom(case.operation)}", "fusedvae/reference"} <= set(errors)
+    assert all(0 <= error <= checking.TOLERANCES[case.dtype] for error in errors.values())
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("preset", cases.MODELS)
 @pytest.mark.usefixtures("small_models")
 def test_every_contestant_gives_the_right_answer(preset: str, dtype: str) -> None:
-    for case in cases.cases(
-        [preset], list(cases.OPERATIONS), [dtype], list(cases.MEMORY_FORMATS), ["both", "evaluate"]
-    ):
+    for case in cases.cases([preset], list(cases.STANDARD), [dtype], list(cases.MEMORY_FORMATS), ["both", "evaluate"]):
         if case.operation != "step":
-            errors = entered(case)
-            by_hand = contestants.usual_idiom(case.operation) == "handwritten"
-            eager = {"eager/handwritten", "eager/distributions"} if by_hand else {"eager/reference"}
-            assert {*eager, "fusedvae/reference"} <= set(errors)
-            assert all(0 <= error <= checking.TOLERANCES[dtype] for error in errors.values())
+            assert_every_contestant_is_right(case)
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype"),
+    [("latent-diffusion", "float32"), ("single-cell-2k", "float32"), *(("mnist-mlp", dtype) for dtype in cases.DTYPES)],
+)
+@pytest.mark.usefixtures("small_models")
+def test_every_contestant_gives_the_right_answer_to_the_rest(preset: str, dtype: str) -> None:
+    rest = [name for name in cases.OPERATIONS if name not in cases.STANDARD]
+    for case in cases.cases([preset], rest, [dtype], list(cases.MEMORY_FORMATS), ["both"]):
+        assert_every_contestant_is_right(case)
+
+
+def test_values_alone_are_checked_too() -> None:
+    for operation in ("kl-prior", "latent-prior-sample", "nll-gaussian-softplus", "nll-l1-weighted-mean"):
+        assert_every_contestant_is_right(Case("2^8", operation, direction="evaluate"))
 
 
 def test_large_batches_are_checked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "_CHUNK", 3000)
-    for operation in ("latent", "kl", "elbo"):
+    for operation in ("latent", "kl", "elbo", "latent-prior-sample", "nll-gaussian-std", "nll-l1-weighted-mean"):
         for preset in ("mnist-mlp", "single-cell-2k"):
             assert max(entered(Case(preset, operation)).values()) <= checking.TOLERANCES["float32"]
+
+
+class _Called(TorchFunctionMode):
+    """Which functions of PyTorch somebody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: set[object] = set()
+
+    def __torch_function__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.functions.add(function)
+        return function(*args, **(kwargs or {}))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("operation", "function"),
+    [
+        ("nll-bernoulli", nn.functional.binary_cross_entropy_with_logits),
+        ("nll-bernoulli-probs", nn.functional.binary_cross_entropy),
+        ("nll-mse", nn.functional.mse_loss),
+        ("nll-mse-mean", nn.functional.mse_loss),
+        ("nll-l1", nn.functional.l1_loss),
+        ("nll-l1-weighted-mean", nn.functional.l1_loss),
+        ("latent-softplus", nn.functional.softplus),
+        ("kl-clamp", torch.clamp),
+    ],
+)
+def test_eager_is_what_people_write(operation: str, function: object) -> None:
+    case = Case("2^8", operation)
+    (method,) = [m for m in contestants.methods(case, CPU) if m.name == "eager/handwritten"]
+    with _Called() as called:
+        method.operation(operation)(*cases.operands(case, torch.Generator().manual_seed(0)).arguments)
+    assert function in called.functions
 
 
 class _HalvedGradient(torch.autograd.Function):
@@ -312,6 +410,34 @@ WRONG = {
     "narrow noise": ("reparameterize", _too_little_noise, "the variance of the noise"),
     "noise in pairs": ("reparameterize", _repeated_noise, "the correlation of neighbours in the noise"),
     "KL": ("latent", lambda right, *a: (right(*a)[0], 1.01 * right(*a)[1]), r"size: the KL \("),
+    "form": ("nll-gaussian-std", lambda right, *a: right(*a[:4], a[4].sqrt(), *a[5:]), "the value"),
+    "gradient of a form": (
+        "kl-softplus",
+        lambda right, mu, scale, *a: right(mu, _HalvedGradient.apply(scale), *a),
+        r"size: the gradient of logvar \(0\.\d+\)$",
+    ),
+    "gradient of a sample's form": (
+        "latent-std",
+        lambda right, mu, scale, *a: right(mu, _HalvedGradient.apply(scale), *a),
+        r"size: the gradient of logvar \(0\.\d+\)$",
+    ),
+    "gradient of a prior": (
+        "kl-prior",
+        lambda right, *a: right(*a[:7], _HalvedGradient.apply(a[7]), a[8]),
+        r"size: the gradient of prior_logvar \(0\.\d+\)$",
+    ),
+    "KL at the sample": (
+        "latent-prior-sample",
+        lambda right, *a: (lambda z, kl: (z, 1.01 * kl))(*right(*a)),
+        r"size: the KL \(",
+    ),
+    "gradient at the sample": (
+        "latent-prior-sample",
+        lambda right, *a: right(*a[:6], _HalvedGradient.apply(a[6]), *a[7:]),
+        r"size: the gradient of prior_mu \(0\.\d+\)$",
+    ),
+    "no mask": ("nll-gaussian-weight", lambda right, *a: right(*a[:8], torch.ones_like(a[8])), "the value"),
+    "another mean": ("nll-gaussian-mean", lambda right, *a: (right(*a)[0] * 784,), "the value"),
 }
 
 
@@ -319,7 +445,7 @@ WRONG = {
 def test_a_wrong_answer_is_noticed(mistake: str) -> None:
     operation, spoil, message = WRONG[mistake]
     method = contestants.Method("wrong", "eager", spoilt(spoil), lambda model: lambda x: ())
-    work = suite._OperationWork(Case("mnist-mlp", operation), CPU, torch.Generator().manual_seed(5))
+    work = suite.OperationWork(Case("mnist-mlp", operation), CPU, torch.Generator().manual_seed(5))
     work.make_sets()
     with pytest.raises(checking.WrongAnswerError, match=message):
         work.enter(method)
@@ -359,19 +485,28 @@ def test_a_step_is_a_step() -> None:
 # --- likelihoods that the registry gets ---------------------------------------------------------------------------
 
 
-def _shifted_laplace(recon_x: Tensor, x: Tensor, log_scale: Tensor, extra: Tensor) -> Tensor:
-    return ((recon_x - x).abs() + extra) * torch.exp(-log_scale) + log_scale
+def _shifted_laplace(recon_x: Tensor, x: Tensor, scale: Scale, shift: Tensor) -> Tensor:
+    return ((recon_x - x).abs() + shift) * scale.inverse + scale.log
+
+
+def add_new_operations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the benchmark know what the registry has got since."""
+    new = {name: spec for name, spec in cases.operations().items() if name not in cases.SPECS}
+    for name, spec in new.items():
+        monkeypatch.setitem(cases.SPECS, name, spec)
+        monkeypatch.setitem(cases.OPERATIONS, name, spec.description)
+    return list(new)
 
 
 @pytest.fixture
 def another_likelihood(monkeypatch: pytest.MonkeyPatch) -> str:
     """The operation of a likelihood that nobody has written kernels for."""
-    inputs, pairs = ("recon_x", "x", "log_scale", "extra"), ((0, 2),)
-    formula = Formula("throwaway_nll", inputs, _shifted_laplace, pairs, "throwaway", False, math.log(2), None)
+    inputs, pairs, forms = ("recon_x", "x", "log_scale", "shift"), ((0, 2),), {"logscale": PLAIN, "b": Form("linear")}
+    formula = Formula("throwaway_nll", inputs, _shifted_laplace, pairs, forms, "throwaway", False, math.log(2), None)
     monkeypatch.setitem(FORMULAS, formula.name, formula)
     monkeypatch.setitem(LIKELIHOODS, "throwaway", formula)
-    (operation,) = set(cases.operations()) - set(cases.OPERATIONS)
-    monkeypatch.setitem(cases.OPERATIONS, operation, cases.operations()[operation])
+    operation, of_form = add_new_operations(monkeypatch)
+    assert of_form == f"{operation}-b"
     return operation
 
 
@@ -381,7 +516,7 @@ def test_a_likelihood_of_the_registry_is_an_operation(
     assert another_likelihood == "nll-throwaway"
     assert main(["bench", "--list"]) == 0
     out = capsys.readouterr().out
-    assert "  nll-throwaway      Throwaway negative log-likelihood, mean over the batch\n" in out
+    assert re.search(r"  nll-throwaway +Throwaway negative log-likelihood, mean over the batch\n", out)
     assert "  eager/reference\n" in out
     path = tmp_path / "run.json"
     options = ["--presets", "2^8,video-latent", "--operations", another_likelihood, "--seconds", "0.01"]
@@ -394,7 +529,7 @@ def test_a_likelihood_of_the_registry_is_an_operation(
 
 def entered_by(method_names: str, case: Case) -> dict[str, float]:
     """The errors of the contestants whose names begin so."""
-    work = suite._OperationWork(case, CPU, torch.Generator().manual_seed(5))
+    work = suite.OperationWork(case, CPU, torch.Generator().manual_seed(5))
     work.make_sets()
     with suite._autocast(case, CPU):
         return {m.name: work.enter(m)[1] for m in contestants.methods(case, CPU) if m.name.startswith(method_names)}
@@ -406,7 +541,7 @@ def test_contestants_agree_on_a_likelihood_of_the_registry(
 ) -> None:
     monkeypatch.setattr(checking, "_CHUNK", 30)
     combinations = [list(cases.DTYPES), list(cases.MEMORY_FORMATS), list(cases.DIRECTIONS)]
-    found = cases.cases(list(cases.MODELS), [another_likelihood], *combinations)
+    found = cases.cases(list(cases.MODELS), [another_likelihood, f"{another_likelihood}-b"], *combinations)
     assert {case.preset for case in found} == {name for name, preset in cases.MODELS.items() if preset.x}
     for case in found:
         errors = entered_by("eager", case) | entered_by("fusedvae/reference", case)
@@ -427,7 +562,7 @@ def test_a_wrong_gradient_of_a_likelihood_of_the_registry_is_noticed(
 
         return wrong
 
-    work = suite._OperationWork(Case(preset, another_likelihood), CPU, torch.Generator().manual_seed(5))
+    work = suite.OperationWork(Case(preset, another_likelihood), CPU, torch.Generator().manual_seed(5))
     work.make_sets()
     name = {0: "recon_x", 2: "recon_logvar", 3: "extra"}[number]
     with pytest.raises(checking.WrongAnswerError, match=rf"size: the gradient of {name} \(0\.\d+\)$"):
@@ -438,10 +573,19 @@ def test_a_wrong_value_of_a_likelihood_of_the_registry_is_noticed(another_likeli
     def operation(name: str) -> contestants.Function:
         return lambda *arguments: (contestants.registered(name)(*arguments)[0] + 784 * math.log(2),)
 
-    work = suite._OperationWork(Case("mnist-mlp", another_likelihood), CPU, torch.Generator().manual_seed(5))
+    work = suite.OperationWork(Case("mnist-mlp", another_likelihood), CPU, torch.Generator().manual_seed(5))
     work.make_sets()
     with pytest.raises(checking.WrongAnswerError, match=r"size: the value \("):
         work.enter(contestants.Method("wrong", "eager", operation, lambda model: lambda x: ()))
+
+
+def test_a_form_of_the_registry_has_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NORMAL_FORMS, "log_sigma", Form("exponential", squared=True))
+    added = add_new_operations(monkeypatch)
+    assert added == ["nll-gaussian-log_sigma", "kl-log_sigma", "latent-log_sigma"]
+    for operation in added:
+        assert contestants.usual_idiom(operation) == "reference"
+        assert_every_contestant_is_right(Case("2^8", operation))
 
 
 @pytest.mark.slow
@@ -864,6 +1008,86 @@ def test_comparing_with_a_run_measures_what_it_measured(
     assert f"another version of torch: 1.0, now {torch.__version__}" in out
     assert re.search(r"SLOWER  2\^8 kl, fusedvae/native: takes \d+\.\d\d times as long \(", out)
     assert json.loads(path.read_text())["settings"] == result["settings"]
+
+
+# --- what documents and scripts have ----------------------------------------------------------------------------
+
+
+def test_documented_commands_are_understood() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text()
+        commands = re.findall(r"^ *(fusedvae bench .*?)(?: +#.*)?$", text, re.MULTILINE)
+        assert commands
+        for command in commands:
+            words = shlex.split(command)[1:]
+            if "--compare" not in words:
+                assert main([*words, "--list"]) == 0
+
+
+def test_the_default_leaves_out_what_takes_long() -> None:
+    assert bench._STANDARD["operations"] == bench._FULL["operations"] == list(cases.STANDARD)
+    assert [operation for operation in cases.OPERATIONS if operation in cases.STANDARD] == list(cases.STANDARD)
+
+
+@pytest.fixture
+def family(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What benchmarks/family.py has."""
+    if "native" not in fusedvae.backends():
+        pytest.skip("no compiled extension here")
+    monkeypatch.setattr(cases, "PRESETS", dict(cases.PRESETS))  # the script adds to it
+    return runpy.run_path(str(ROOT / "benchmarks" / "family.py"))
+
+
+def test_the_family_is_measured(
+    family: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "family.json"
+    options = ["--no-compile", "--shapes", "64x64", "--threads", "1", "--seconds", "0.01", "--json", str(path)]
+    monkeypatch.setattr("sys.argv", ["family.py", "--operations", "nll,nll-mse,nll-gaussian-std", *options])
+    assert family["main"]() == 0
+    out = capsys.readouterr().out
+    rows = {row["operation"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["nll", "nll-mse", "nll-gaussian-std"]
+    for operation, row in rows.items():
+        assert row["elements"] == 4096
+        assert row["problems"] == {}
+        assert set(row["ratios"]) == ({"eager", "form"} if operation == "nll-gaussian-std" else {"eager"})
+        value, low, high = row["ratios"]["eager"]
+        assert low <= value <= high
+        assert value == pytest.approx(row["microseconds"]["eager"] / row["microseconds"]["fusedvae"])
+        assert re.search(rf"^{operation} +4,096 ", out, re.MULTILINE)
+    assert {operation: row["written"] for operation, row in rows.items()} == {
+        "nll": 7,  # the difference, its square, -logvar, its exponential, a product, a sum of two, that of all
+        "nll-mse": 1,
+        "nll-gaussian-std": 7,
+    }
+
+
+def test_every_form_has_a_usual_one(family: dict) -> None:
+    usual = {name: family["usual_form"](name) for name, spec in cases.SPECS.items() if spec.kind != "step"}
+    assert {name for name in usual if usual[name] != name} == set(cases.groups()["forms"])
+    assert usual["nll-laplace-scale"] == "nll-laplace"
+    assert (usual["nll-gaussian-clamp"], usual["kl-softplus"], usual["latent-var"]) == ("nll", "kl", "latent")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "written", "elements", "verdict"),
+    [
+        ("eager", 2.5, 7, 2**21, "MISSED"),
+        ("eager", 2.5, 3, 2**21, ""),
+        ("eager", 2.5, 7, 2**12, ""),
+        ("eager", 3.5, 7, 2**21, ""),
+        ("eager", 0.8, 1, 2**12, "MISSED"),
+        ("compile", 0.8, 7, 2**12, "MISSED"),
+        ("compile", 1.05, 7, 2**21, "?"),
+        ("form", 1.2, 7, 2**21, ""),
+        ("form", 1.3, 7, 2**21, "?"),
+        ("form", 1.6, 7, 2**12, "MISSED"),
+    ],
+)
+def test_goals_of_the_family(family: dict, name: str, value: float, written: int, elements: int, verdict: str) -> None:
+    ratios = {name: statistics.Estimate(value, 0.9 * value, 1.1 * value)}
+    assert family["Row"]("kl", elements, written, {}, ratios, {}).verdict(name) == verdict
 
 
 # --- recorded results -------------------------------------------------------------------------------------------

@@ -24,15 +24,13 @@ REGISTERS = 65536
 BLOCK = 256
 THREADS = 2048
 """That a multiprocessor holds at most (sm_80, 90, 100)."""
-MOST_TERMS = 2
-"""Of an objective: see csrc/tasks.h."""
-
 # Blocks of a multiprocessor that each kernel must leave room for, by the elements of an access. Full occupancy is 8.
 #
 # The passes have less, on purpose. What a memory-bound kernel needs is bytes on their way: an H100 needs about 18 KB on
 # each multiprocessor (3.35 TB/s for 700 ns, over 132). Three blocks of threads with three loads of 16 bytes each have
 # 36 KB, four have 48 KB. Accesses to eight elements have twice the work between loads, and take the registers for it;
-# so do vectors of any dtypes, and the sums of columns. Two blocks have 24 KB. Float64 passes are bound by arithmetic.
+# so do vectors of any dtypes, tasks in general (scales in any form, weights, any divergence), and the sums of columns. Two
+# blocks have 24 KB. Float64 passes are bound by arithmetic.
 BLOCKS = {
     ("normal", None): 8,
     ("scale", None): 8,
@@ -42,14 +40,26 @@ BLOCKS = {
     ("latent", "f4 mixed"): 4,
     ("latent", "d1 mixed"): 2,
     ("latent", "d2 mixed"): 2,
+    ("latent in general", "f1 mixed"): 2,
+    ("latent in general", "f4 mixed"): 2,
+    ("latent in general", "d1 mixed"): 2,
+    ("latent in general, by column", "f1 mixed"): 2,
+    ("latent in general, by column", "f4 mixed"): 1,
+    ("latent in general, by column", "d1 mixed"): 2,
     ("objective", "f4"): 3,
     ("objective", "f8"): 2,
     ("objective", "f1 mixed"): 3,
     ("objective", "f4 mixed"): 2,
     ("objective", "d1 mixed"): 2,
-    ("objective by column", "f1 mixed"): 2,
-    ("objective by column", "f4 mixed"): 2,
-    ("objective by column", "d1 mixed"): 2,
+    ("objective, by column", "f1 mixed"): 2,
+    ("objective, by column", "f4 mixed"): 2,
+    ("objective, by column", "d1 mixed"): 2,
+    ("objective in general", "f1 mixed"): 2,
+    ("objective in general", "f4 mixed"): 2,
+    ("objective in general", "d1 mixed"): 2,
+    ("objective in general, by column", "f1 mixed"): 2,
+    ("objective in general, by column", "f4 mixed"): 1,
+    ("objective in general, by column", "d1 mixed"): 1,
 }
 
 
@@ -90,8 +100,12 @@ class Kernel:
         found = re.search(r"\d(normal|scale|latent|objective)_kernel(.*)", symbol)
         assert found, symbol
         self.name, arguments = found.groups()
-        if self.name == "objective" and "Lb1E" in arguments:
-            self.name = "objective by column"
+        # As csrc/cuda/pass.h numbers them: of values, of all, of columns.
+        sums = re.search(r"4SumsE(\d)E", arguments)
+        if "Lb1E" in arguments or (self.name == "latent" and sums and sums[1] != "0"):
+            self.name += " in general"
+        if sums and sums[1] == "2":
+            self.name += ", by column"
         access = re.search(r"AccessI([fd])(v|[fd]|6__half|13__nv_bfloat16)Li(\d)E", arguments)
         self.access = f"{access[1]}{access[3]}{' mixed' if access[2] == 'v' else ''}" if access else None
         """Working type and elements at a time; mixed, if they may be of any dtypes."""
@@ -165,6 +179,8 @@ def test_shared_memory_is_no_limit(architecture: str):
         assert used["SHARED"] <= 2048, kernel
 
 
+MOST_INPUTS = 4
+"""Of a formula: see csrc/math/formula.h."""
 VECTORS = ("f4", "f8", "f4 mixed", "d2 mixed")
 """Accesses of 16 bytes."""
 
@@ -172,12 +188,14 @@ VECTORS = ("f4", "f8", "f4 mixed", "d2 mixed")
 def operands(kernel: Kernel) -> tuple[int, int]:
     """How many operands the kernel reads and writes vectors of, in all: see the passes of csrc/cuda."""
     if kernel.name == "latent":
-        return 5, 3  # mu, logvar, noise, grad_z, grad_kl; z, grad_mu, grad_logvar
-    # Of each formula: its inputs and the weight; the value and the inputs' gradients.
+        return 5, 4  # mu, logvar, noise, grad_z, incoming; z, the divergence, two gradients
+    if kernel.name.startswith("latent"):
+        return 7, 6  # the prior too
+    if kernel.name.startswith("objective in general"):
+        return MOST_INPUTS + 2, MOST_INPUTS + 1  # the inputs, weight, incoming; the value, and the inputs' gradients
+    # Of each formula: its inputs, and incoming; the value, and the inputs' gradients.
     each = sum(len(FORMULAS[name].inputs) + 1 for name in backend.native._C.formulas())
-    # Operands of one dtype have code of its own for each term.
-    copies = 1 if kernel.access.endswith("mixed") else MOST_TERMS
-    return copies * each, copies * each
+    return each, each
 
 
 def test_vectors_are_read_and_written_once_by_instructions_of_16_bytes(architecture: str):

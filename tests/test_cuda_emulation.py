@@ -307,7 +307,10 @@ def checked_races(tmp_path_factory: pytest.TempPathFactory) -> Extension:
 needs_kernels = pytest.mark.skipif(not KERNELS, reason="this version has no CUDA kernels")
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("operations", "likelihoods", "divergences", "gradient_rules", "noise", "properties")
+    for name in (
+        *("kernel_tasks", "operations", "likelihoods", "divergences", "forms", "reductions", "latents"),
+        *("gradient_rules", "noise", "properties"),
+    )
 ]
 
 
@@ -322,6 +325,7 @@ def test_the_tests_of_the_kernels_pass_without_memory_errors(checked_memory: Ext
 @pytest.mark.parametrize("seed", [1, 2])
 def test_no_order_of_threads_races(checked_races: Extension, seed: int) -> None:
     checked_races.test("tests/test_operations.py", "-k", "native and (layouts or sizes or dtypes or latent)", seed=seed)
+    checked_races.test("tests/test_kernel_tasks.py", "-k", "native", seed=seed)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor
 
 import fusedvae
 from fusedvae import calls, functional
-from fusedvae.backend import LatentWork, Part
+from fusedvae.backend import LatentWork, Part, TermWork, reference
+from fusedvae.backend.reference import FORMULAS, PLAIN
 from fusedvae.random import normal
 
 if not (INTERPRETED or torch.cuda.is_available()):
@@ -53,16 +55,28 @@ def objectives(scale: tuple[int, ...], name: str = "triton") -> list[Tensor]:
     shapes = ((5, 3, 9, 11), (5, 3, 9, 11), (5, 24), (5, 24), scale)
     t = [torch.randn(s, generator=generator, device=DEVICE).requires_grad_() for s in shapes]
     found = []
-    for reduction in ("batchmean", "none"):
-        found += with_gradients(functional.elbo_loss(*t, reduction=reduction, beta=0.3, backend=name), t)
+    weight = torch.rand(9, 11, generator=generator, device=DEVICE) > 0.3
+    for options in ({}, {"reduction": "none"}, {"weight": weight, "reduction": "weighted_mean"}):
+        found += with_gradients(functional.elbo_loss(*t, beta=0.3, backend=name, **options), t)
     return found
 
 
-def latents(name: str = "triton") -> list[Tensor]:
+LATENTS: dict[str, tuple[tuple[int, ...] | None, dict[str, Any]]] = {
+    "from the standard normal": (None, {}),
+    "of each": ((3, 6, 50), {}),
+    "of a learned prior": ((6, 50), {}),
+    "with samples": ((50,), {"samples": 2}),
+    "at samples": ((6, 1), {"samples": 2, "estimator": "sample", "scale": "softplus"}),
+    "over a dimension": ((3, 1, 50), {"estimator": "sample", "dim": 1}),
+}
+
+
+def latents(prior: tuple[int, ...] | None = None, name: str = "triton", **options: Any) -> list[Tensor]:
     """A sample, its KL, and their gradients."""
     generator = torch.Generator(DEVICE).manual_seed(4)
-    t = [torch.randn(3, 6, 50, generator=generator, device=DEVICE).requires_grad_() for _ in range(2)]
-    z, kl = functional.latent(*t, generator=generator, backend=name)
+    shapes = [(3, 6, 50)] * 2 + ([] if prior is None else [prior] * 2)
+    t = [torch.randn(s, generator=generator, device=DEVICE).requires_grad_() for s in shapes]
+    z, kl = functional.latent(*t, generator=generator, backend=name, **options)
     return [z, kl, *torch.autograd.grad((z**2).sum() + (kl**2).sum(), t)]
 
 
@@ -79,9 +93,12 @@ def test_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None,
     assert no_counts_are_left()
 
 
-def test_a_kl_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
+@pytest.mark.parametrize("kind", LATENTS)
+def test_divergences_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None, kind: str) -> None:
     monkeypatch.setattr(backend, "_SMALL_TILE", 64)
-    check(latents(), latents("reference"), 4e-6)
+    monkeypatch.setattr(backend, "_COLUMN", 16)
+    prior, options = LATENTS[kind]
+    check(latents(prior, **options), latents(prior, "reference", **options), 4e-6)
     assert no_counts_are_left()
 
 
@@ -99,9 +116,26 @@ def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch, calls_an
 @pytest.mark.parametrize(("size", "strides", "wide"), [(2**15, (2**16, 1), True), (2**15, (2**15, 1), False)])
 def test_what_needs_64_bits(size: int, strides: tuple[int, int], wide: bool) -> None:
     """Offsets past 2^31 need 64 bits, though there are fewer elements; seen from the launch, without the memory."""
-    mu, logvar = (Part(k, torch.Size((size, 2**15)), strides, torch.float32) for k in range(2))
-    launch = backend.BACKEND.prepare_latent(LatentWork(False, mu, logvar), 2, torch.device(DEVICE))
+    mu, logvar, z = (Part(k, torch.Size((size, 2**15)), strides, torch.float32) for k in range(3))
+    divergence = TermWork(FORMULAS["kl_standard_normal"], False, (mu, logvar), (None, None), (PLAIN,))
+    work = LatentWork(divergence, z.shape, False, z=z)
+    launch = backend.BACKEND.prepare_latent(work, 3, torch.device(DEVICE))
     assert launch.fixed["wide"] is wide
+
+
+@pytest.mark.parametrize("columns", [8, 6])
+@pytest.mark.parametrize("offset", [0, 8, 6, 2**33 + 4, 2**33 + 1])
+def test_an_offset_in_memory(offset: int, columns: int) -> None:
+    """As a compiler has it; the kernel finds out whether a counter makes four neighbours."""
+    shape, seed = torch.Size((3, columns)), torch.tensor(5, device=DEVICE)
+    zeros, out = torch.zeros(shape, device=DEVICE), torch.empty(shape, device=DEVICE)
+    for first in (offset, torch.tensor(offset, dtype=torch.float64, device=DEVICE)):
+        sources = (zeros, zeros, seed, first, out)
+        mu, logvar, seed_part, offset_part, z = calls.parts_of(sources)
+        divergence = TermWork(FORMULAS["kl_standard_normal"], False, (mu, logvar), (None, None), (PLAIN,))
+        work = LatentWork(divergence, shape, False, seed=seed_part, offset=offset_part, z=z)
+        backend.BACKEND.prepare_latent(work, len(sources), zeros.device)(sources)
+        check([out], [reference.normal(tuple(shape), seed, torch.float32, offset)], 4e-6)
 
 
 @triton.jit

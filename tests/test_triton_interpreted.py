@@ -24,6 +24,10 @@ SELECTIONS = {
     "gradient rules": ["test_gradient_rules.py"],
     "noise": ["test_noise.py"],
     "kernels": ["test_triton.py"],
+    "tasks": ["test_kernel_tasks.py"],
+    "forms": ["test_forms.py"],
+    "latents": ["test_latents.py"],
+    "reductions": ["test_reductions.py"],
 }
 
 

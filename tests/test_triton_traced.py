@@ -66,6 +66,16 @@ def step(recon_x: Tensor, x: Tensor, recon_logvar: Tensor, mu: Tensor, logvar: T
     return loss + kl.sum()
 
 
+def step_with_more(recon_x: Tensor, x: Tensor, recon_scale: Tensor, mu: Tensor, std: Tensor) -> Tensor:
+    """What the usual step has not: other forms of scales, weights, samples at some offset, a prior that is learned."""
+    options: dict[str, Any] = {"scale": "std", "clamp": (0.1, None), "eps": 1e-3, "backend": "triton"}
+    z, kl = functional.latent(mu, std, mu[:1], std[:1], samples=3, estimator="sample", offset=7, **options)
+    options.update(recon_scale="softplus", weight=x > 0, latent_weight=std > 0, grad_scale=2.0)
+    options.update(reduction="weighted_mean")
+    loss = functional.elbo_loss(recon_x + z.sum(), x, mu, std, recon_scale, **options)
+    return loss + kl.sum()
+
+
 def operands(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(s, dtype=dtype).requires_grad_() for s in ((8, 16), (8, 16), (16,), (8, 4), (8, 4))]
 
@@ -76,10 +86,20 @@ def test_a_compiled_step_holds_the_kernels() -> None:
     written = [set(node.kwargs["tensors_to_clone"]) for node in launches]
     # What a kernel writes is all that the compiler need copy: operands are seen to be read only.
     assert written == [
-        {"z", "kl"},
+        {"z", "value"},
         {"loss", "a_g0", "a_g1", "a_g2", "b_g0", "b_g1", "totals", "counters"},
-        {"grad_mu", "grad_logvar"},
+        {"g0", "g1"},
     ]
+    assert {str(node.target) for node in calls if "fusedvae" in str(node.target)} == {"fusedvae.draw_seed.default"}
+
+
+def test_a_compiled_step_with_more_holds_the_kernels() -> None:
+    calls = traced(step_with_more, *operands(torch.float32))
+    launches = [node for node in calls if "triton_kernel_wrapper" in str(node.target)]
+    written = [set(node.kwargs["tensors_to_clone"]) for node in launches]
+    assert written[0] == {"z", "value"}
+    assert {"loss", "a_g0", "a_g1", "a_g2", "b_g0", "b_g1"} <= written[1]
+    assert {"g0", "g1", "g2", "g3"} <= written[2]
     assert {str(node.target) for node in calls if "fusedvae" in str(node.target)} == {"fusedvae.draw_seed.default"}
 
 

@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from fusedvae import functional
 from fusedvae.backend import triton as backend
+from fusedvae.backend.reference import LIKELIHOODS, NORMAL_FORMS
 from fusedvae.random import normal
 
 TYPES = {
@@ -33,12 +34,13 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.bool: "*i1",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
 # The kernels' parameters; of an objective's, those of its terms have a prefix.
-INPUTS = ("in0", "in1", "in2", "in3", "weight", "mu", "logvar", "noise", "grad_z")
-OUTPUTS = ("value", "g0", "g1", "g2", "g3", "z", "grad_mu", "grad_logvar", "out")
+INPUTS = ("in0", "in1", "in2", "in3", "weight", "incoming", "noise", "grad_z")
+OUTPUTS = ("value", "g0", "g1", "g2", "g3", "z", "out")
 PREFIXES = ("", "a_", "b_")
 SHAPE = (64, 4, 64, 64)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -65,8 +67,23 @@ def step(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float | None, mu: Te
     """All launches of training steps with a total and with values per sample."""
     functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar, backend="triton").backward()
     functional.elbo_loss(recon_x, x, mu, logvar, recon_logvar, reduction="none", backend="triton").sum().backward()
-    z, kl = functional.latent(mu, logvar, backend="triton")
+    latent(mu, logvar)
+
+
+def reparameterize(*operands: Tensor, **options: Any) -> Tensor:
+    return functional.reparameterize(*operands, backend="triton", **options)
+
+
+def latent(*operands: Tensor, **options: Any) -> None:
+    """The launches of a sample with its divergence, forward and backward."""
+    z, kl = functional.latent(*operands, backend="triton", **options)
     torch.autograd.backward([z, kl], [torch.ones_like(z), torch.ones_like(kl)])
+
+
+def objective(*operands: Tensor, **options: Any) -> None:
+    """The launches of an objective with a total and with values per sample, forward and backward."""
+    functional.elbo_loss(*operands, backend="triton", **options).backward()
+    functional.elbo_loss(*operands, reduction="none", backend="triton", **options).sum().backward()
 
 
 def variants() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
@@ -77,7 +94,7 @@ def variants() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
         t = [leaf(dtype) for _ in range(5)]
         found[f"contiguous {name}"] = [
             *launches(lambda t=t: step(*t)),
-            *launches(lambda t=t: functional.reparameterize(t[3], t[4], noise=t[2], backend="triton").backward(t[0])),
+            *launches(lambda t=t: reparameterize(t[3], t[4], noise=t[2].detach()).backward(t[0])),
             *launches(lambda t=t: functional.gaussian_nll_loss(*t[:3], reduction="none", backend="triton").sum()),
             *launches(lambda dtype=dtype: normal(SHAPE, 1, dtype=dtype, backend="triton")),
         ]
@@ -99,15 +116,81 @@ def variants() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
         single = [leaf(f32, (1, size)) for _ in range(5)]
         found[f"one sample of {size}"] = launches(lambda t=single: step(*t))
     found["64-bit offsets"] = launches(lambda: step(*t), wide=True)
+    return {**found, **variants_of_terms(), **variants_of_the_latent()}
+
+
+def variants_of_terms() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+    """All likelihoods, the forms of their scales, weights."""
+    found = {}
+    mask = torch.ones(SHAPE, dtype=torch.bool)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        name = str(dtype).partition(".")[2]
+        t = [leaf(dtype) for _ in range(5)]
+        for likelihood, formula in LIKELIHOODS.items():
+            inputs = [*t[:2], *t[3:], *([t[2]] if formula.pairs else [])]
+            options: dict[str, Any] = {"likelihood": likelihood}
+            found[f"contiguous {likelihood}, {name}"] = launches(lambda i=inputs, o=options: objective(*i, **o))
+            weights = {"weight": t[2].detach(), "latent_weight": t[2].detach(), "grad_scale": torch.tensor(2.0)}
+            options = {**options, **weights}
+            found[f"contiguous {likelihood}, weights, {name}"] = launches(
+                lambda i=inputs, o=options: objective(*i, **o)
+            )
+            for recon_scale in list(formula.forms)[1:] if formula.pairs else []:
+                options = {"recon_scale": recon_scale, "recon_clamp": (0.1, 2.0), "recon_eps": 1e-3}
+                found[f"contiguous {likelihood} of {recon_scale}, {name}"] = launches(
+                    lambda i=inputs, o=options, n=likelihood: objective(*i, likelihood=n, **o)
+                )
+        for reduction in ("none", "weighted_mean"):
+            options = {"weight": mask, "reduction": reduction, "backend": "triton"}
+            found[f"a mask, {reduction}, {name}"] = launches(
+                lambda t=t, o=options: functional.gaussian_nll(*t[:3], **o).sum().backward()
+            )
     return found
 
 
-def compiled(kernel: Any, arguments: dict[str, Any], target: GPUTarget) -> Any:
-    """Compile as a launch would: alignment and ones are part of a kernel's signature."""
+def variants_of_the_latent() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+    """Both divergences, analytic and at the sample, the forms of their scales, samples in front, offsets."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        name = str(dtype).partition(".")[2]
+        t = [leaf(dtype) for _ in range(4)]
+        for estimator in ("analytic", "sample"):
+            for scale in NORMAL_FORMS:
+                options: dict[str, Any] = {"estimator": estimator, "scale": scale, "prior_scale": scale}
+                if scale != "logvar":
+                    options["clamp"] = (0.1, 2.0)
+                found[f"contiguous {estimator} of {scale}, {name}"] = launches(
+                    lambda t=t, o=options: latent(*t[:2], **o)
+                )
+                if scale == "softplus" and dtype == torch.float64:
+                    continue  # the one that spills: 48 bytes, of four exponentials and logarithms in float64
+                # With two forms, 16-bit operands go 64 bits at a time.
+                kind = "contiguous" if scale == "logvar" or dtype.itemsize > 2 else "dense"
+                found[f"{kind} {estimator} of {scale}, a prior, {name}"] = launches(
+                    lambda t=t, o=options: latent(*t, **o)
+                )
+            learned = [leaf(dtype, SHAPE[1:]) for _ in range(2)]
+            options = {"estimator": estimator, "samples": 4}
+            found[f"samples, {estimator}, a learned prior, {name}"] = launches(
+                lambda t=t, p=learned, o=options: latent(*t[:2], *p, **o)
+            )
+        for offset in (4, 5, 2**40):
+            found[f"offset {offset}, {name}"] = launches(lambda t=t, o=offset: latent(*t[:2], offset=o))
+    memory = [
+        (kernel, {**a, "offset": torch.zeros((), dtype=torch.float64), "in_quads": True})
+        for kernel, a in found["offset 4, float32"]
+    ]
+    found["contiguous, an offset in memory"] = memory
+    return found
+
+
+def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
+    """What a launch would compile: alignment and ones are part of a kernel's signature."""
     signature, constants, attributes = {}, {}, {}
     for k, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name], constants[(k,)] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -116,11 +199,9 @@ def compiled(kernel: Any, arguments: dict[str, Any], target: GPUTarget) -> Any:
             signature[parameter.name], aligned = parameter.annotation_type, False
         else:
             signature[parameter.name], aligned = "i64" if value >= 2**31 else "i32", value % 16 == 0
-        if aligned:
+        if aligned and not parameter.do_not_specialize:
             attributes[(k,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {name: arguments[name] for name in ("num_warps", "maxnreg") if name in arguments}
-    return triton.compile(source, target=target, options=options)
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def local_memory(assembly: dict[str, Any], target: GPUTarget) -> int:
@@ -153,6 +234,14 @@ def accesses(assembly: dict[str, Any], target: GPUTarget, kind: str) -> list[int
     return [int(vector or 1) * int(bits) // 8 for modifiers, vector, bits in found if ".cg" not in modifiers]
 
 
+def what_became(assembly: dict[str, Any], target: GPUTarget) -> dict[str, Any]:
+    """What there is to know of a compiled kernel."""
+    return {
+        "local": local_memory(assembly, target),
+        **{kind: accesses(assembly, target, kind) for kind in ("ld", "st")},
+    }
+
+
 def wanted(arguments: dict[str, Any], names: tuple[str, ...]) -> int:
     """Bytes of the operands' elements in a tile, for operands that have one for every element."""
     if "data_0" in arguments:
@@ -162,7 +251,7 @@ def wanted(arguments: dict[str, Any], names: tuple[str, ...]) -> int:
     total = 0
     for prefix, name in product(PREFIXES, names):
         tensor = arguments.get(prefix + name)
-        if name == "mu" and arguments.get("grad_z") is not None and arguments["grad_kl"] is None:
+        if name == "in0" and arguments.get("grad_z") is not None and arguments["incoming"] is None:
             continue  # no part of the gradients of z
         if tensor is None or tensor.numel() != math.prod(SHAPE):
             continue
@@ -176,14 +265,19 @@ def main(chip: str) -> None:
     target = GPUTarget("hip", chip, 64) if is_amd else GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
     backend._LANES = target.warp_size
     type(backend.BACKEND).unavailable = lambda self, device_type: None
+    compiled: dict[tuple[str, str], dict[str, Any]] = {}  # many launches are of the same
     results = []
     for variant, found in variants().items():
         for kernel, arguments in found:
-            assembly = compiled(kernel, arguments, target).asm
+            source = source_of(kernel, arguments)
+            options = {name: arguments[name] for name in ("num_warps", "maxnreg") if name in arguments}
+            key = source.hash(), str(options)
+            if key not in compiled:
+                compiled[key] = what_became(triton.compile(source, target=target, options=options).asm, target)
+            result = {"variant": variant, "kernel": kernel.fn.__name__, "local": compiled[key]["local"]}
             threads = arguments["num_warps"] * target.warp_size
-            result = {"variant": variant, "kernel": kernel.fn.__name__, "local": local_memory(assembly, target)}
             for kind, names in (("ld", INPUTS), ("st", OUTPUTS)):
-                sizes = accesses(assembly, target, kind)
+                sizes = compiled[key][kind]
                 result[kind] = {
                     "wide": sum(size for size in sizes if size == 16) * threads,
                     "others": sum(size != 16 for size in sizes),

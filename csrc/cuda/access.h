@@ -257,19 +257,25 @@ class Factor {
   using T = typename A::T;
   __device__ __forceinline__ explicit Factor(const Operand& op)
       : op_(op),
-        one_(!op.given         ? T(1)
-             : op.is_uniform() ? get<T>(op, 0)
-                               : T(0)) {}
+        is_uniform_(op.is_uniform()),
+        one_(!op.given     ? T(1)
+             : is_uniform_ ? get<T>(op, 0)
+                           : T(0)) {}
   __device__ __forceinline__ Lanes<A> at(const Position& position) const {
-    if (!op_.is_uniform()) return unpack<A>(op_, fetch<A>(op_, position));
+    T value = one_;
+    if (!is_uniform_) {
+      if (op_.stride[2] != 0) return unpack<A>(op_, fetch<A>(op_, position));
+      value = get<T>(op_, offset_of(op_, position));
+    }
     Lanes<A> lanes;
     FUSEDVAE_UNROLL
-    for (int j = 0; j < A::V; ++j) lanes.at[j] = one_;
+    for (int j = 0; j < A::V; ++j) lanes.at[j] = value;
     return lanes;
   }
 
  private:
   const Operand& op_;
+  const bool is_uniform_;
   const T one_;
 };
 
@@ -314,9 +320,11 @@ class Layouts {
     }
     limit_to_divisor(2, extent.inner);
   }
-  // Noise that is made: V elements must be made together.
-  void add_noise(const Extent& extent, const IndexStrides& index) {
-    if (index.inner != 1 && extent.inner != 1) limit(1);
+  // Noise that is made: V elements must be made together. Where an offset on the device leads to, nobody knows here.
+  void add_noise(const Extent& extent, const IndexStrides& index, const Operand& offset) {
+    if ((index.inner != 1 && extent.inner != 1) || offset.data) limit(1);
+    const int64_t first = static_cast<int64_t>(offset.value);
+    if (first % 4) limit(first % 2 ? 1 : 2);
     for (const int64_t step : {extent.batch > 1 ? index.batch : 0, extent.outer > 1 ? index.outer : 0})
       if (step % 4) limit(step % 2 ? 1 : 2);
   }

@@ -5,10 +5,6 @@ namespace fusedvae {
 namespace cuda {
 namespace {
 
-bool is_summed(Gradient gradient) {
-  return gradient != Gradient::none && gradient != Gradient::element;
-}
-
 // How many values an objective has.
 int64_t values_of(const ObjectiveTask& task) {
   if (task.values != Values::sample) return 1;
@@ -17,82 +13,90 @@ int64_t values_of(const ObjectiveTask& task) {
   return task.terms[0].given_count;
 }
 
-// A segment is the elements whose sum some gradient, or the objective, has a value of its own for.
-TermPlan plan_of(const Term& term, Values values, bool by_column) {
-  TermPlan plan;
-  const Extent& e = term.elements.extent;
-  plan.gradients = gradients_of(e, term.elements.grads);
-  const bool by_row = plan.gradients.any(Gradient::row);
-  const bool by_sample = plan.gradients.any(Gradient::sample) || values == Values::sample;
-  plan.chunks = Chunks(e.count(), by_row ? e.inner : by_sample ? e.sample() : e.count());
-  if (by_column && e.count() > 0) {
-    const int64_t rows = e.batch * e.outer;
-    plan.columns = ColumnChunks(rows, by_row ? 1 : by_sample ? e.outer : rows, e.inner);
-    plan.chunks.team = plan.columns.team;
-    plan.chunks.per_segment = plan.columns.groups_per_segment * plan.columns.strips;
-    plan.chunks.count = plan.columns.count();
-  }
-  plan.blocks = plan.chunks.blocks();
-  return plan;
+// What the kernel makes of a term: of values that the objective has, sums.
+Outputs outputs_of_term(const Term& term, Values values) {
+  if (term.elements.formula < 0) return {};
+  Outputs outputs = outputs_of(term.elements);
+  if (values == Values::total) outputs.value = Output::total;
+  if (values == Values::sample) outputs.value = Output::sample;
+  return outputs;
 }
 
 Plan plan_of(const ObjectiveTask& task) {
   Plan plan;
   plan.has_values = plan.is_finished_by_last_block = task.values != Values::element;
   plan.values = values_of(task);
-  for (int k = 0; k < task.count; ++k) {
-    const ElementwiseTask& elements = task.terms[k].elements;
-    plan.by_column |= gradients_of(elements.extent, elements.grads).any(Gradient::column);
-  }
+  for (int k = 0; k < task.count; ++k)
+    plan.by_column |= outputs_of_term(task.terms[k], task.values).any(Output::column);
   for (int k = 0; k < task.count; ++k) {
     const Term& term = task.terms[k];
-    const bool is_given = term.elements.formula < 0;
     TermPlan& own = plan.terms[k];
-    if (!is_given) own = plan_of(term, task.values, plan.by_column);
+    const bool is_given = term.elements.formula < 0;
+    if (!is_given) {
+      static_cast<PassPlan&>(own) =
+          plan_of_pass(term.elements, outputs_of_term(term, task.values), plan.by_column, &plan.partials);
+      if (!term.elements.weight) own.constant = term.constant;
+      plan.is_general |= !own.is_plain || term.elements.weight;
+      plan.is_finished_by_last_block |= own.is_finished_by_last_block;
+    }
     if (plan.values > 0) own.addends = (is_given ? term.given_count : own.chunks.count) / plan.values;
     if (own.addends > plan.most_addends) plan.most_addends = own.addends;
     own.blocks_before = plan.blocks;
     plan.blocks += own.blocks;
-    own.value_partials = plan.partials;
-    if (plan.has_values) plan.partials += own.chunks.count;
-    for (int i = 0; i < kMostInputs; ++i) {
-      const Gradient gradient = own.gradients.of[i];
-      if (!is_summed(gradient)) continue;
-      plan.is_finished_by_last_block = true;
-      own.grad_partials[i] = plan.partials;
-      plan.partials +=
-          gradient == Gradient::column ? own.columns.groups * term.elements.extent.inner : own.chunks.count;
-    }
   }
   return plan;
+}
+
+// --- the order of the terms -------------------------------------------------------------------------------------
+
+template <class... Formula>
+bool is_divergence(int formula, FUSEDVAE_NAMESPACE::List<Formula...>) {
+  const bool found[] = {kIsDivergence<Formula>...};
+  return formula >= 0 && found[formula];
+}
+
+bool is_divergence(const Term& term) {
+  return is_divergence(term.elements.formula, FUSEDVAE_NAMESPACE::Formulas{});
+}
+
+// The same objective, its divergence in the second place if it is alone.
+ObjectiveTask arranged(const ObjectiveTask& given) {
+  ObjectiveTask task = given;
+  if (task.count == 1 && is_divergence(task.terms[0])) {
+    task.terms[1] = task.terms[0];
+    task.terms[0] = Term();
+    task.count = 2;
+  }
+  return task;
+}
+
+bool has_usual_order(const ObjectiveTask& task) {
+  return !is_divergence(task.terms[0]) && (task.terms[1].elements.formula < 0 || is_divergence(task.terms[1]));
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const ObjectiveTask& task) {
-  const Plan plan = plan_of(task);
+  const Plan plan = plan_of(arranged(task));
   return plan.is_finished_by_last_block ? Workspace::bytes_for(plan.partials) : 0;
 }
 
-void objective(const ObjectiveTask& task, const Launch& on) {
+void objective(const ObjectiveTask& given, const Launch& on) {
+  const ObjectiveTask task = arranged(given);
   const Plan plan = plan_of(task);
   if (plan.blocks == 0 && !plan.is_finished_by_last_block) return;
   const DeviceGuard guard(on.device);
   bool in_double = false;
   for (int k = 0; k < task.count; ++k) in_double |= task.terms[k].elements.in_double;
   Layouts layouts(in_double);
-  for (int k = 0; k < task.count; ++k) {
-    const ElementwiseTask& elements = task.terms[k].elements;
-    if (elements.formula < 0) continue;
-    layouts.add(elements.extent, {&elements.weight, &elements.value});
-    for (int i = 0; i < kMostInputs; ++i) {
-      layouts.add(elements.extent, {&elements.inputs[i]});
-      if (plan.terms[k].gradients.of[i] == Gradient::element) layouts.add(elements.extent, {&elements.grads[i]});
-    }
-  }
+  for (int k = 0; k < task.count; ++k)
+    if (task.terms[k].elements.formula >= 0) add_layouts(layouts, task.terms[k].elements, plan.terms[k].outputs);
+  if (plan.is_general) return launch_general(task, plan, layouts, on);
   if (plan.by_column) return launch_by_column(task, plan, layouts, on);
-  if (!with_single_access(layouts, [&](auto access) { launch_objective<decltype(access), false>(task, plan, on); }))
-    launch_mixed(task, plan, layouts, on);
+  const auto launch_single = [&](auto access) {
+    launch_objective<decltype(access), Sums::of_all, false>(task, plan, on);
+  };
+  if (!has_usual_order(task) || !with_single_access(layouts, launch_single)) launch_mixed(task, plan, layouts, on);
 }
 
 }  // namespace cuda

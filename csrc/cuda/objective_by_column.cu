@@ -5,7 +5,7 @@ namespace fusedvae {
 namespace cuda {
 
 void launch_by_column(const ObjectiveTask& task, const Plan& plan, const Layouts& layouts, const Launch& on) {
-  launch_for_any_dtypes<true>(task, plan, layouts, on);
+  launch_for_any_dtypes<Sums::of_columns, false>(task, plan, layouts, on);
 }
 
 }  // namespace cuda

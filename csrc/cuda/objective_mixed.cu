@@ -5,7 +5,7 @@ namespace fusedvae {
 namespace cuda {
 
 void launch_mixed(const ObjectiveTask& task, const Plan& plan, const Layouts& layouts, const Launch& on) {
-  launch_for_any_dtypes<false>(task, plan, layouts, on);
+  launch_for_any_dtypes<Sums::of_all, false>(task, plan, layouts, on);
 }
 
 }  // namespace cuda
