@@ -29,8 +29,8 @@ THREADS = 2048
 # The passes have less, on purpose. What a memory-bound kernel needs is bytes on their way: an H100 needs about 18 KB on
 # each multiprocessor (3.35 TB/s for 700 ns, over 132). Three blocks of threads with three loads of 16 bytes each have
 # 36 KB, four have 48 KB. Accesses to eight elements have twice the work between loads, and take the registers for it;
-# so do vectors of any dtypes, tasks in general (scales in any form, weights, any divergence), and the sums of columns. Two
-# blocks have 24 KB. Float64 passes are bound by arithmetic.
+# so do vectors of any dtypes, tasks in general (scales in any form, weights, any divergence), and the sums of columns.
+# Two blocks have 24 KB. Float64 passes are bound by arithmetic.
 BLOCKS = {
     ("normal", None): 8,
     ("scale", None): 8,
@@ -38,8 +38,6 @@ BLOCKS = {
     ("latent", "f8"): 2,
     ("latent", "f1 mixed"): 3,
     ("latent", "f4 mixed"): 4,
-    ("latent", "d1 mixed"): 2,
-    ("latent", "d2 mixed"): 2,
     ("latent in general", "f1 mixed"): 2,
     ("latent in general", "f4 mixed"): 2,
     ("latent in general", "d1 mixed"): 2,
@@ -50,10 +48,8 @@ BLOCKS = {
     ("objective", "f8"): 2,
     ("objective", "f1 mixed"): 3,
     ("objective", "f4 mixed"): 2,
-    ("objective", "d1 mixed"): 2,
     ("objective, by column", "f1 mixed"): 2,
     ("objective, by column", "f4 mixed"): 2,
-    ("objective, by column", "d1 mixed"): 2,
     ("objective in general", "f1 mixed"): 2,
     ("objective in general", "f4 mixed"): 2,
     ("objective in general", "d1 mixed"): 2,
@@ -181,7 +177,7 @@ def test_shared_memory_is_no_limit(architecture: str):
 
 MOST_INPUTS = 4
 """Of a formula: see csrc/math/formula.h."""
-VECTORS = ("f4", "f8", "f4 mixed", "d2 mixed")
+VECTORS = ("f4", "f8", "f4 mixed")
 """Accesses of 16 bytes."""
 
 

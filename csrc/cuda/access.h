@@ -37,7 +37,6 @@ using AllBfloat16 = Access<float, __nv_bfloat16, 8>;
 using AllFloat16 = Access<float, __half, 8>;
 using MixedFloat = Access<float, void, 4>;
 using MixedFloatScalar = Access<float, void, 1>;
-using MixedDouble = Access<double, void, 2>;
 using MixedDoubleScalar = Access<double, void, 1>;
 
 // --- bits and numbers -------------------------------------------------------------------------------------------
@@ -344,11 +343,16 @@ class Layouts {
   int width_ = 8;
 };
 
-// Calls f with the widest access to operands of any dtypes.
+// Calls f with the widest access to operands of any dtypes, for arithmetic in float32.
+template <class F>
+void with_mixed_float_access(const Layouts& layouts, const F& f) {
+  layouts.width() >= 4 ? f(MixedFloat{}) : f(MixedFloatScalar{});
+}
+
+// For any arithmetic: that in float64 is there for exactness, not speed, and goes one element at a time.
 template <class F>
 void with_mixed_access(const Layouts& layouts, const F& f) {
-  if (layouts.in_double()) return layouts.width() >= 2 ? f(MixedDouble{}) : f(MixedDoubleScalar{});
-  layouts.width() >= 4 ? f(MixedFloat{}) : f(MixedFloatScalar{});
+  layouts.in_double() ? f(MixedDoubleScalar{}) : with_mixed_float_access(layouts, f);
 }
 
 // Calls f with the widest access to operands of one dtype, and returns true, if that is what they are.
@@ -363,11 +367,6 @@ bool with_single_access(const Layouts& layouts, const F& f) {
   else
     return false;
   return true;
-}
-
-template <class F>
-void with_access(const Layouts& layouts, const F& f) {
-  if (!with_single_access(layouts, f)) with_mixed_access(layouts, f);
 }
 
 }  // namespace cuda

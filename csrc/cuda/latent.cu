@@ -13,7 +13,8 @@ bool has_usual_divergence(const LatentTask& task, FUSEDVAE_NAMESPACE::List<Diver
 
 // Whether the task is one that has kernels of its own.
 bool is_usual(const LatentTask& task, const Outputs& outputs) {
-  bool usual = has_usual_divergence(task, FUSEDVAE_NAMESPACE::Divergences{}) && task.divergence.is_plain();
+  bool usual = !task.divergence.in_double && has_usual_divergence(task, FUSEDVAE_NAMESPACE::Divergences{}) &&
+               task.divergence.is_plain();
   for (const Output grad : outputs.grads) usual = usual && !is_summed(grad);
   return usual && outputs.value != Output::column && !task.offset.data;
 }
@@ -44,7 +45,8 @@ void latent(const LatentTask& task, const Launch& on) {
   layouts.add(task.divergence.extent, {&task.noise, &task.grad_z, &task.z});
   if (task.seed) layouts.add_noise(task.divergence.extent, task.index, task.offset);
   if (!is_usual(task, plan.outputs)) return launch_general(task, plan, layouts, on);
-  with_access(layouts, [&](auto access) { launch_latent<decltype(access), Sums::of_values>(task, plan, on); });
+  const auto launch_usual = [&](auto access) { launch_latent<decltype(access), Sums::of_values>(task, plan, on); };
+  if (!with_single_access(layouts, launch_usual)) with_mixed_float_access(layouts, launch_usual);
 }
 
 }  // namespace cuda

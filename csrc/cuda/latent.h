@@ -153,13 +153,12 @@ class LatentPass {
 // Blocks on a multiprocessor. Four leave a thread 64 registers, and put half of the threads on it that it can hold:
 // with three operands of 16 bytes a thread, 48 KB are on their way, more than twice what the multiprocessor's share of
 // the memory's latency asks for. Eight elements at a time need more registers, and with two blocks still have enough on
-// their way. So do any divergences, and the elementary functions of float64, which is here for exactness, not speed.
-// Sums for each column and element of an access leave room for one.
+// their way. So do any divergences; with sums for each column and element of an access, they leave room for one.
 template <class A, Sums sums>
-constexpr int kLatentBlocks = sums == Sums::of_columns && std::is_same_v<A, MixedFloat>                       ? 1
-                              : sums != Sums::of_values || A::V == 8 || std::is_same_v<typename A::T, double> ? 2
-                              : A::V == 4                                                                     ? 4
-                                                                                                              : 3;
+constexpr int kLatentBlocks = sums == Sums::of_columns && std::is_same_v<A, MixedFloat> ? 1
+                              : sums != Sums::of_values || A::V == 8                    ? 2
+                              : A::V == 4                                               ? 4
+                                                                                        : 3;
 
 template <class A, Sums sums>
 __global__ void __launch_bounds__(kThreads, kLatentBlocks<A, sums>)

@@ -91,7 +91,7 @@ void objective(const ObjectiveTask& given, const Launch& on) {
   Layouts layouts(in_double);
   for (int k = 0; k < task.count; ++k)
     if (task.terms[k].elements.formula >= 0) add_layouts(layouts, task.terms[k].elements, plan.terms[k].outputs);
-  if (plan.is_general) return launch_general(task, plan, layouts, on);
+  if (plan.is_general || in_double) return launch_general(task, plan, layouts, on);
   if (plan.by_column) return launch_by_column(task, plan, layouts, on);
   const auto launch_single = [&](auto access) {
     launch_objective<decltype(access), Sums::of_all, false>(task, plan, on);

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A, sums, general>)
   for (int k = 0; k < task.count; ++k) finish<sums>(task.terms[k].elements, plan.terms[k], workspace.partials);
 }
 
-// Where the kernels for operands of any dtypes are, and for tasks that are not plain.
+// Where the kernels for operands of any dtypes are, and those for any terms, in float64 too.
 void launch_mixed(const ObjectiveTask&, const Plan&, const Layouts&, const Launch&);
 void launch_by_column(const ObjectiveTask&, const Plan&, const Layouts&, const Launch&);
 void launch_general(const ObjectiveTask&, const Plan&, const Layouts&, const Launch&);
@@ -136,15 +136,6 @@ template <class A, Sums sums, bool general>
 void launch_objective(const ObjectiveTask& task, const Plan& plan, const Launch& on) {
   launch("objective", objective_kernel<A, sums, general>, grid_for(plan.blocks, kBlocks<A, sums, general>, on.device),
          kThreads, 0, static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
-}
-
-// Of float64 one element at a time: it is there for exactness, not speed, and sums of two for each column would take
-// every register that there is.
-template <Sums sums, bool general>
-void launch_for_any_dtypes(const ObjectiveTask& task, const Plan& plan, const Layouts& layouts, const Launch& on) {
-  if (layouts.in_double()) return launch_objective<MixedDoubleScalar, sums, general>(task, plan, on);
-  layouts.width() >= 4 ? launch_objective<MixedFloat, sums, general>(task, plan, on)
-                       : launch_objective<MixedFloatScalar, sums, general>(task, plan, on);
 }
 
 }  // namespace cuda

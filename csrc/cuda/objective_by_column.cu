@@ -5,7 +5,8 @@ namespace fusedvae {
 namespace cuda {
 
 void launch_by_column(const ObjectiveTask& task, const Plan& plan, const Layouts& layouts, const Launch& on) {
-  launch_for_any_dtypes<Sums::of_columns, false>(task, plan, layouts, on);
+  with_mixed_float_access(
+      layouts, [&](auto access) { launch_objective<decltype(access), Sums::of_columns, false>(task, plan, on); });
 }
 
 }  // namespace cuda
