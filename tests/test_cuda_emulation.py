@@ -308,7 +308,7 @@ needs_kernels = pytest.mark.skipif(not KERNELS, reason="this version has no CUDA
 TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        *("kernel_tasks", "operations", "likelihoods", "divergences", "forms", "reductions", "latents"),
+        *("kernel_tasks", "operations", "divergences", "latents"),
         *("gradient_rules", "noise", "properties"),
     )
 ]

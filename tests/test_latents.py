@@ -151,7 +151,6 @@ def test_a_generator_for_each_sample() -> None:
         ({"noise": torch.zeros(4, 6), "samples": 2}, ValueError, "noise: expected shape (2, 4, 6), got (4, 6)"),
         ({"dim": 5}, ValueError, "dim: expected dimensions of a tensor that has 2, got 5"),
     ],
-    ids=str,
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     mu = torch.zeros(4, 6)

@@ -25,9 +25,7 @@ SELECTIONS = {
     "noise": ["test_noise.py"],
     "kernels": ["test_triton.py"],
     "tasks": ["test_kernel_tasks.py"],
-    "forms": ["test_forms.py"],
     "latents": ["test_latents.py"],
-    "reductions": ["test_reductions.py"],
 }
 
 

@@ -1,7 +1,7 @@
 // How threads read and write operands: V elements at a time, in accesses of up to 16 bytes.
 //
 // An Access names the working type T, the dtype in memory (void: looked up at run time) and V. A kernel is compiled
-// for the few of them that `with_access` chooses from.
+// for the few of them that are chosen from below.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -139,7 +139,7 @@ __device__ __forceinline__ void with_type(DType dtype, const F& f) {
   }
 }
 
-// V elements that make more than 16 bytes do not occur: `with_access` takes fewer then.
+// V elements that make more than 16 bytes do not occur: accesses are to fewer then.
 template <int V, class S>
 constexpr bool kFits = V * sizeof(S) <= 16;
 
