@@ -191,7 +191,8 @@ def test_gradients_are_made_scaled(dtype: torch.dtype, reduction: Any, is_tensor
 
     loss, *gradients = run(torch.tensor(8.0) if is_tensor else 8.0)
     plain, *unscaled = run(None)
-    torch.testing.assert_close(loss, plain, rtol=0, atol=0)
+    # Where gradients are not made with the value, that may be summed in another order.
+    torch.testing.assert_close(loss, plain, rtol=1e-6 if dtype != torch.float64 else 1e-14, atol=0)
     tolerance = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
     for g, u in zip(gradients, unscaled, strict=True):
         assert g.dtype == u.dtype
