@@ -206,6 +206,19 @@ def _checked_form(names: tuple[str, str, str], written: _Written | None, formula
     return form._replace(low=low, high=high, eps=float(eps))
 
 
+def _checked_recon_form(formula: Formula, written: _Written | None) -> Form | None:
+    """The form of a likelihood's scale, of the arguments ``recon_scale``, ...; None of one that has no scale."""
+    names = ("recon_scale", "recon_clamp", "recon_eps")
+    if formula.pairs:
+        return _checked_form(names, written, formula)
+    absent = (None, None, 0.0)
+    for name, value, nothing in zip(names, written or absent, absent, strict=True):
+        if value != nothing:
+            likelihood = formula.likelihood
+            raise ValueError(f"{name}: expected none, as the {likelihood} likelihood has no scale; got {value!r}")
+    return None
+
+
 def _checked_forms(
     formula: Formula, posterior: _Written | None, prior: _Written | None, prior_scale: Operand
 ) -> list[Form]:
@@ -1159,14 +1172,7 @@ def _elbo_call(
     count = len(formula.inputs)
     names = ["recon_logvar" if name in ("recon_logvar", "log_scale") else name for name in formula.inputs]
     _check_likelihood(formula, operands[:count], names, packed_dim)
-    names_of_form = ("recon_scale", "recon_clamp", "recon_eps")
-    if formula.pairs:
-        recon_forms = [_checked_form(names_of_form, recon, formula)]
-    else:
-        recon_forms = []
-        for name, value, absent in zip(names_of_form, recon or (None, None, 0.0), (None, None, 0.0), strict=True):
-            if value != absent:
-                raise ValueError(f"{name}: expected none, as the {likelihood} likelihood has no scale; got {value!r}")
+    recon_form = _checked_recon_form(formula, recon)
     x = operands[1]
     assert isinstance(x, Tensor)
     is_given = divergence == GIVEN.name
@@ -1194,7 +1200,7 @@ def _elbo_call(
         _check_number("grad_scale", operands[-1])
     return _objective_call(
         operands,
-        [(formula, recon_forms, weightings[0]), (second, forms, weightings[1])],
+        [(formula, [recon_form] if recon_form else [], weightings[0]), (second, forms, weightings[1])],
         _checked_reductions(reduction),
         None,
         packed_dim,

@@ -185,15 +185,8 @@ def _shown(value: object) -> str:
 
 def checked_recon_form(likelihood: str, scale: str | None, clamp: Bounds, eps: float) -> Form | None:
     """The form of a likelihood's scale, of the options ``recon_scale``, ...; None of one that has no scale."""
-    formula = functional._checked_likelihood(likelihood)
     written = functional._written(scale, clamp, eps)
-    names = ("recon_scale", "recon_clamp", "recon_eps")
-    if formula.pairs:
-        return functional._checked_form(names, written, formula)
-    for name, value, absent in zip(names, written, (None, None, 0.0), strict=True):
-        if value != absent:
-            raise ValueError(f"{name}: expected none, as the {likelihood} likelihood has no scale; got {value!r}")
-    return None
+    return functional._checked_recon_form(functional._checked_likelihood(likelihood), written)
 
 
 def checked_latent_forms(

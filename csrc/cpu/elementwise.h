@@ -20,7 +20,7 @@ namespace FUSEDVAE_NAMESPACE {
 template <class T>
 struct Arrays {
   const ElementwiseTask* task;
-  bool is_plain;                 // the task
+  bool is_plain, has_gains;      // the task
   const T* inputs[kMostInputs];  // the uniform one has one element
   const T* weight;               // in value and gradients; null for a weight of 1
   bool selects;                  // whether a weight of 0 does away with what it weights, whatever that is
@@ -72,8 +72,8 @@ struct DeviationBuffers {
   alignas(kLine) T value[kTile], slope[kTile];
 };
 
-// Calls map(form, x, pack's position) for the packs of an array; what map stores may be more than the array has. In the
-// form the map is a constant to the compiler.
+// Calls visit(form, x, pack's position) for the packs of an array; what that stores may be more than the array has. In
+// the form the map is a constant to the compiler.
 template <class T, class Visit>
 FUSEDVAE_INLINE void map_packs(const Form& form, const T* x, int64_t count, const Visit& visit) {
   using P = typename Pack<T>::type;
@@ -119,16 +119,16 @@ void map_deviation(const Form& form, const T* x, int64_t count, DeviationBuffers
 
 // Gradients by what a formula is written in, as gradients by its inputs.
 template <class Formula, class T, class P>
-FUSEDVAE_INLINE void through_forms(const ElementwiseTask& task, const P* slopes, P* grads) {
+FUSEDVAE_INLINE void through_forms(const Arrays<T>& a, const P* slopes, P* grads) {
   if constexpr (Formula::kScales > 0) {
 #pragma GCC unroll 2
     for (int k = 0; k < Formula::kScales; ++k) {
       P& grad = grads[Formula::kScaleOf[k]];
       grad = through(grad, slopes[k]);
     }
-    if (task.has_gains()) {
+    if (a.has_gains) {
 #pragma GCC unroll 4
-      for (int k = 0; k < Formula::kInputs; ++k) grads[k] *= static_cast<T>(task.gains[k]);
+      for (int k = 0; k < Formula::kInputs; ++k) grads[k] *= static_cast<T>(a.task->gains[k]);
     }
   }
 }
@@ -187,7 +187,7 @@ struct OfElements {
     const auto visit = [=](int64_t i, const Fetched& in, const auto& store) FUSEDVAE_LAMBDA {
       const Spreads<Formula, P> spreads = is_derived_once ? once : spreads_of<Formula>(in.inputs, in.scales, is_plain);
       Element<P, n> element = Formula::element(in.inputs, spreads.derived, has_weights ? factor * in.weight : factor);
-      if (!is_plain) through_forms<Formula, T>(*a.task, spreads.slopes, element.grads);
+      if (!is_plain) through_forms<Formula>(a, spreads.slopes, element.grads);
       P value = element.value;
       if (has_weights) {
         const auto counts = in.weight != none;
@@ -334,6 +334,7 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
     Arrays<T> a = {};
     a.task = &task;
     a.is_plain = task.is_plain();
+    a.has_gains = task.has_gains();
     a.selects = task.weight.given;
     a.factor = static_cast<T>(factor);
     a.constant = task.value || task.weight ? static_cast<T>(constant) : T(0);  // to sums it is added at their end

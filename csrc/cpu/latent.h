@@ -79,7 +79,7 @@ struct BesideSample {
           for (int k = 0; k < n; ++k) grads[k] = P{};
           at.d_z = P{};
         } else if (!is_plain) {
-          through_forms<Formula, T>(*a.task, spreads.slopes, grads);
+          through_forms<Formula>(a, spreads.slopes, grads);
         }
         if (a.grad_z || (a.weight && Formula::kIsAtSample)) {
           const P d_z = a.grad_z ? in.grad_z + at.d_z : at.d_z;
