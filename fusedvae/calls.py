@@ -210,7 +210,7 @@ def objective_outputs(operands: Operands, spec: Objective, **options: Any) -> li
 class ObjectiveCall:
     """An objective: its values, and the gradients of the loss that are made with them."""
 
-    def __init__(self, operands: Operands, spec: Objective) -> None:
+    def __init__(self, operands: Operands, spec: Objective, keeps_workspace: bool = True) -> None:
         self.spec = spec
         self.made = positions(spec.needed)
         """The operands whose gradients are made with the values."""
@@ -222,7 +222,9 @@ class ObjectiveCall:
         sources = [*operands, *outputs]
         _check_devices(operands)
         work = _objective_work(spec, operands, parts_of(sources), values)
-        self._launch = backend.kernels(spec.backend).prepare_objective(work, len(sources), self.device)
+        self._launch = backend.kernels(spec.backend).prepare_objective(
+            work, len(sources), self.device, keeps_workspace=keeps_workspace
+        )
 
     def forward(self, operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
         """The values (the loss, or loss, likelihood and divergence), and the gradients."""
@@ -313,7 +315,7 @@ def term_gradients(operands: Operands, spec: TermGradient, **options: Any) -> li
 class TermGradientCall:
     """The gradients of sum(incoming * weight * value) of a formula; both factors broadcast to its mean's shape."""
 
-    def __init__(self, operands: Operands, spec: TermGradient) -> None:
+    def __init__(self, operands: Operands, spec: TermGradient, keeps_workspace: bool = True) -> None:
         self.needed = positions(spec.needed)
         formula = FORMULAS[spec.formula]
         count = len(operands)
@@ -340,7 +342,9 @@ class TermGradientCall:
             incoming=incoming,
         )
         work = ObjectiveWork((term,), "element", None)
-        self._launch = backend.kernels(spec.backend).prepare_objective(work, len(sources), _device_of(operands))
+        self._launch = backend.kernels(spec.backend).prepare_objective(
+            work, len(sources), _device_of(operands), keeps_workspace=keeps_workspace
+        )
 
     def outputs(self, operands: Operands) -> list[Tensor]:
         """The gradients."""
@@ -442,7 +446,7 @@ def _latent_work(
 class LatentCall:
     """The sample of the latent and, with it, its divergence."""
 
-    def __init__(self, operands: Operands, spec: Sampling) -> None:
+    def __init__(self, operands: Operands, spec: Sampling, keeps_workspace: bool = True) -> None:
         self.spec = spec
         self.device = _device_of(operands)
         outputs = latent_outputs(operands, spec, device="meta")
@@ -451,7 +455,9 @@ class LatentCall:
         parts = parts_of(sources)
         z, *value = parts[len(operands) :]
         work = _latent_work(spec, operands, parts, z=z, value=value[0] if value else None)
-        self._launch = backend.kernels(spec.backend).prepare_latent(work, len(sources), self.device)
+        self._launch = backend.kernels(spec.backend).prepare_latent(
+            work, len(sources), self.device, keeps_workspace=keeps_workspace
+        )
 
     def outputs(self, operands: Operands) -> list[Tensor]:
         """The sample, and the divergence if the call has one."""
@@ -468,7 +474,7 @@ def latent_gradients(operands: Operands, spec: SamplingGradient, **options: Any)
 class LatentGradientCall:
     """The gradients of sum(grad_z * z) + sum(grad_kl * divergence)."""
 
-    def __init__(self, operands: Operands, spec: SamplingGradient) -> None:
+    def __init__(self, operands: Operands, spec: SamplingGradient, keeps_workspace: bool = True) -> None:
         self.needed = positions(spec.needed)
         sources = [*operands, *latent_gradients(operands, spec, device="meta")]
         parts = parts_of(sources)
@@ -477,7 +483,9 @@ class LatentGradientCall:
             grads[k] = made
         grad_z, incoming = parts[len(operands) - 2 : len(operands)]
         work = _latent_work(spec, operands, parts, grads=grads, incoming=incoming, grad_z=grad_z)
-        self._launch = backend.kernels(spec.backend).prepare_latent(work, len(sources), _device_of(operands))
+        self._launch = backend.kernels(spec.backend).prepare_latent(
+            work, len(sources), _device_of(operands), keeps_workspace=keeps_workspace
+        )
 
     def outputs(self, operands: Operands) -> list[Tensor]:
         """The gradients."""

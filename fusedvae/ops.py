@@ -82,7 +82,8 @@ class Operator:
         return _SPECS[self.name](*[tuple(f) if isinstance(f, list) else f for f in fields])
 
     def _run(self, operands: list[Tensor | None], *fields: Any) -> list[Tensor]:
-        return list(find(self._make, operands, self.spec_of(fields)).outputs(operands))
+        keeps_workspace = False  # whoever compiled or recorded this owns all memory that is made in it
+        return list(find(self._make, operands, self.spec_of(fields), keeps_workspace).outputs(operands))
 
     def _describe(self, operands: list[Tensor | None], *fields: Any) -> list[Tensor]:
         return self._outputs(operands, self.spec_of(fields))

@@ -14,7 +14,7 @@ from test_operations import check, with_gradients
 from torch import Tensor
 
 import fusedvae
-from fusedvae import calls, functional
+from fusedvae import calls, functional, ops
 from fusedvae.backend import LatentWork, Part, TermWork, reference
 from fusedvae.backend.reference import FORMULAS, PLAIN
 from fusedvae.random import normal
@@ -83,6 +83,16 @@ def latents(prior: tuple[int, ...] | None = None, name: str = "triton", **option
 def no_counts_are_left() -> bool:
     """Whether all counters are zero again: a later launch would never see its last program otherwise."""
     return all(bool((zeros == 0).all()) for zeros in backend._zeros.values())
+
+
+def test_nothing_is_kept_behind_the_dispatcher(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
+    """A compiler that records launches in a CUDA graph owns all memory that is made meanwhile."""
+    monkeypatch.setattr(backend, "_SMALL_TILE", 128)
+    monkeypatch.setattr(backend, "_zeros", {})
+    expected = objectives((3, 1, 1), "reference") + latents((6, 50), "reference")
+    monkeypatch.setattr(ops, "needs_dispatcher", lambda operands: True)
+    check(objectives((3, 1, 1)) + latents((6, 50)), expected, 4e-6)
+    assert backend._zeros == {}
 
 
 @pytest.mark.parametrize("scale", SHAPES)

@@ -147,7 +147,9 @@ prepared for."""
 
 class KernelBackend(Protocol):
     """What a kernel backend can do. Callers allocate every output and keep the launchers; operands may have any strides
-    and dtypes. What prepares a launcher is told how many ``sources`` that will be given."""
+    and dtypes. What prepares a launcher is told how many ``sources`` that will be given, and whether that
+    ``keeps_workspace`` between its launches: behind the dispatcher, where a compiler may record launches in a CUDA
+    graph and owns all memory that is made meanwhile, each launch takes one of its own."""
 
     def unavailable(self, device_type: str) -> str | None:
         """None if this backend serves the device type, else the reason and the remedy, in one sentence."""
@@ -158,15 +160,19 @@ class KernelBackend(Protocol):
     def normal(self, out: Tensor, seed: Tensor) -> None:
         """Fill ``out`` with the noise stream of ``seed`` (0-dim int64, on the same device)."""
 
-    def prepare_latent(self, work: LatentWork, sources: int, device: torch.device) -> Launcher:
+    def prepare_latent(
+        self, work: LatentWork, sources: int, device: torch.device, *, keeps_workspace: bool = True
+    ) -> Launcher:
         """What does this work."""
 
-    def prepare_objective(self, work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
+    def prepare_objective(
+        self, work: ObjectiveWork, sources: int, device: torch.device, *, keeps_workspace: bool = True
+    ) -> Launcher:
         """What does this work."""
 
     def prepare_scale(self, tensors: Sequence[Part], factor: Part, device: torch.device) -> Launcher:
-        """What multiplies dense tensors by the 0-dim factor in place, and touches nothing when it is 1, without a host
-        sync."""
+        """What multiplies dense tensors by the 0-dim factor in place, all in one launch, and touches nothing when it is
+        1, without a host sync."""
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ def _term(term: TermWork, sources: int, *, keep_batch: bool) -> tuple[Any, list[
     return _C.Term(term.formula.name, task, constant=term.constant, **common), walked.copies
 
 
-def _launcher(task: Any, device: torch.device, copies: Sequence[Copy] = ()) -> Launcher:
+def _launcher(
+    task: Any, device: torch.device, copies: Sequence[Copy] = (), *, keeps_workspace: bool = True
+) -> Launcher:
     """What runs a task."""
     if device.type != "cuda":
         run, threads = task.run, torch.get_num_threads
@@ -108,7 +110,7 @@ def _launcher(task: Any, device: torch.device, copies: Sequence[Copy] = ()) -> L
     def launch(sources: tuple[Any, ...]) -> None:
         stream = current_stream_address(gpu)
         # Until the launch, the workspace must not become anyone else's; after it, the stream's order sees to that.
-        workspace = _workspace(gpu, stream, size) if size else None
+        workspace = _workspace(gpu, stream, size, is_kept=keeps_workspace) if size else None
         task.launch(sources, gpu, stream, 0 if workspace is None else workspace.data_ptr())
 
     return with_copies(launch, copies)
@@ -118,9 +120,9 @@ _workspaces: dict[tuple[int, int], Tensor] = {}
 """Memory for partial sums, one a GPU and stream: launches on one stream follow each other, and so may share it."""
 
 
-def _workspace(gpu: int, stream: int, size: int) -> Tensor:
+def _workspace(gpu: int, stream: int, size: int, *, is_kept: bool) -> Tensor:
     """A workspace of at least ``size`` bytes that is zero, or that a launch on this stream has left."""
-    if torch.cuda.is_current_stream_capturing():
+    if not is_kept or torch.cuda.is_current_stream_capturing():
         # Graphs are replayed on any stream, several at a time: each has its own, out of its own memory.
         return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", gpu))
     found = _workspaces.get((gpu, stream))
@@ -159,7 +161,9 @@ class _Native:
         else:
             _C.normal(*arguments, torch.get_num_threads())
 
-    def prepare_latent(self, work: LatentWork, sources: int, device: torch.device) -> Launcher:
+    def prepare_latent(
+        self, work: LatentWork, sources: int, device: torch.device, *, keeps_workspace: bool = True
+    ) -> Launcher:
         walked = walk_latent(work, sources, can_sum=_C.can_sum)
         operands = tuple(map(_operand, walked.parts, walked.strides))
         term = work.divergence
@@ -175,9 +179,11 @@ class _Native:
             grad_z=grad_z,
             z=z,
         )
-        return _launcher(task, device, walked.copies)
+        return _launcher(task, device, walked.copies, keeps_workspace=keeps_workspace)
 
-    def prepare_objective(self, work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
+    def prepare_objective(
+        self, work: ObjectiveWork, sources: int, device: torch.device, *, keeps_workspace: bool = True
+    ) -> Launcher:
         terms: list[Any] = []
         copies: list[Copy] = []
         for term in work.terms:
@@ -185,7 +191,7 @@ class _Native:
             terms.append(made)
             copies += more
         task = _C.ObjectiveTask(tuple(terms), _VALUES[work.values], _values(work.loss), _operand(work.grad_scale))
-        return _launcher(task, device, copies)
+        return _launcher(task, device, copies, keeps_workspace=keeps_workspace)
 
     def prepare_scale(self, tensors: Sequence[Part], factor: Part, device: torch.device) -> Launcher:
         counts = tuple([part.shape.numel() for part in tensors if part.shape is not None])

@@ -132,6 +132,8 @@ class _KernelLauncher:
         workspace: dict[str, tuple[int, torch.dtype]] | None = None,
         counters: int = 0,
         factors: dict[str, Part] | None = None,
+        *,
+        keeps_workspace: bool = True,
     ) -> None:
         """Prepare a launch.
 
@@ -141,6 +143,7 @@ class _KernelLauncher:
             workspace: how many partial sums there is room for, of what dtype, by parameter.
             counters: how many there are.
             factors: numbers that a fixed argument is multiplied by, by parameter.
+            keeps_workspace: whether counters stay for the next launch.
         """
         self.fixed: dict[str, Any] = dict.fromkeys(kernel.arg_names) | fixed
         self._kernel, self._programs, self._device = kernel, programs, device
@@ -149,7 +152,7 @@ class _KernelLauncher:
         self._tensors = [(name, part.source) for name, part in given if not part.is_number and part.half is None]
         self._halves = [(name, part) for name, part in given if part.half is not None]
         self._workspace = [(name, *size) for name, size in (workspace or {}).items()]
-        self._counters = counters
+        self._counters, self._keeps_workspace = counters, keeps_workspace
         self._factors = [(name, part.source) for name, part in (factors or {}).items()]
 
     def __call__(self, sources: tuple[Any, ...]) -> None:
@@ -173,7 +176,7 @@ class _KernelLauncher:
         for name, size, dtype in self._workspace:
             arguments[name] = torch.empty(size, dtype=dtype, device=device)
         if self._counters:
-            arguments["counters"] = _counters(self._counters, device)
+            arguments["counters"] = _counters(self._counters, device, are_kept=self._keeps_workspace)
         return arguments
 
 
@@ -223,12 +226,12 @@ def traced() -> Iterator[None]:
 _zeros: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _counters(count: int, device: torch.device) -> Tensor:
+def _counters(count: int, device: torch.device, *, are_kept: bool) -> Tensor:
     """Counters that are zero. Kernels leave them so: those of a stream are made once.
 
     A captured graph or a compiled program, which may run beside anything, gets its own.
     """
-    if _is_traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if not are_kept or _is_traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _zeros.get((device, stream))
@@ -464,7 +467,9 @@ class _Triton:
             fixed = {"count": count, **_flat(count), "out": out, "seed": seed}
             _KernelLauncher(kernels.normal_kernel, -(-count // fixed["tile"]), out.device, fixed, {})(())
 
-    def prepare_latent(self, work: LatentWork, sources: int, device: torch.device) -> Launcher:
+    def prepare_latent(
+        self, work: LatentWork, sources: int, device: torch.device, *, keeps_workspace: bool = True
+    ) -> Launcher:
         term, inputs = work.divergence, len(work.divergence.inputs)
         walked = walk_latent(work, sources, can_sum=lambda extent, strides: True)
         extent = walked.extent
@@ -501,11 +506,15 @@ class _Triton:
             _workspace("", sums, term.in_double),
             sums.total * sums.counters,
             offset=work.offset,
+            keeps_workspace=keeps_workspace,
         )
         return with_copies(launch, walked.copies)
 
-    def prepare_objective(self, work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
-        return (_prepare_elements if work.values == "element" else _prepare_values)(work, sources, device)
+    def prepare_objective(
+        self, work: ObjectiveWork, sources: int, device: torch.device, *, keeps_workspace: bool = True
+    ) -> Launcher:
+        prepare = _prepare_elements if work.values == "element" else _prepare_values
+        return prepare(work, sources, device, keeps_workspace)
 
     def prepare_scale(self, tensors: Sequence[Part], factor: Part, device: torch.device) -> Launcher:
         parts: dict[str, Part | None] = {"factor": factor}
@@ -523,7 +532,7 @@ class _Triton:
         return _KernelLauncher(kernels.scale_kernel, programs, device, fixed, parts)
 
 
-def _prepare_elements(work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
+def _prepare_elements(work: ObjectiveWork, sources: int, device: torch.device, keeps_workspace: bool) -> Launcher:
     """A term element by element."""
     (term,) = work.terms
     task = _term(term, sources, keep_batch=False)
@@ -540,11 +549,12 @@ def _prepare_elements(work: ObjectiveWork, sources: int, device: torch.device) -
         _workspace("", task.sums, term.in_double),
         task.sums.total * task.sums.counters,
         task.factors,
+        keeps_workspace=keeps_workspace,
     )
     return with_copies(launch, task.copies)
 
 
-def _prepare_values(work: ObjectiveWork, sources: int, device: torch.device) -> Launcher:
+def _prepare_values(work: ObjectiveWork, sources: int, device: torch.device, keeps_workspace: bool) -> Launcher:
     """Up to two terms, with a total or with values per sample."""
     by_sample, loss = work.values == "sample", work.loss
     assert loss is not None
@@ -582,7 +592,15 @@ def _prepare_values(work: ObjectiveWork, sources: int, device: torch.device) -> 
     elements, is_heavy = max(task.tiles.elements for task in tasks), any(map(_is_heavy, work.terms))
     fixed.update(wide=any(task.is_wide for task in tasks), **_options(elements, is_heavy=is_heavy))
     launch = _KernelLauncher(
-        kernels.objective_kernel, max(programs, 1), device, fixed, parts, workspace, counters, factors
+        kernels.objective_kernel,
+        max(programs, 1),
+        device,
+        fixed,
+        parts,
+        workspace,
+        counters,
+        factors,
+        keeps_workspace=keeps_workspace,
     )
     return with_copies(launch, copies)
 
