@@ -5,19 +5,20 @@ A command is a module of this package, named in ``COMMANDS``: its docstring's fi
 
 Exit statuses: 0, done; 1, done, and what was found is bad (see the command's help); 2, bad input, with one line on
 stderr that says what; 130, interrupted by Ctrl-C (143 by SIGTERM); 141, nobody reads what is printed.
+What the terminal cannot show is escaped. A training run goes on where nothing can be printed any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from .errors import CommandError
+from .streams import tolerant
 
 COMMANDS = ("train", "bench", "info")
 
@@ -52,15 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # Known before the parser is: an error of a command's own arguments names that command.
     name = " ".join(["fusedvae", *argv[:1]]) if argv and argv[0] in COMMANDS else "fusedvae"
+    with tolerant(goes_on=argv[:1] == ["train"]) as (out, err):
+        try:
+            status = _status(argv, name)
+            out.flush()
+        except BrokenPipeError as error:  # as in `fusedvae info | head -1`: nobody is left to be told anything
+            out.failure = error
+            return 128 + signal.SIGPIPE
+        if out.failure is not None and status in (0, 1):
+            print(f"{name}: error: cannot write to standard output: {out.failure.strerror}", file=err)
+            return 128 + signal.SIGPIPE if isinstance(out.failure, BrokenPipeError) else 2
+        return status
+
+
+def _status(argv: list[str], name: str) -> int:
+    """Run a command line, and say what went wrong."""
     try:
         arguments = _parser().parse_args(argv)
-        status = arguments.run(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # as in `fusedvae info | head -1`: nobody is left to be told anything
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return int(arguments.run(arguments))
     except CommandError as error:
         message = " ".join(str(error).split())
         print(f"{name}: error: {message}", file=sys.stderr)

@@ -1,50 +1,31 @@
-"""Files of a run that are the old ones or the new ones, whole, whenever the process or the machine stops."""
+"""The checkpoint of a run: everything that its next step depends on, in one file."""
 
 from __future__ import annotations
 
-import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from .errors import CommandError
+from .files import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
 """Changes with the meaning of a checkpoint's entries."""
 
-_UNFINISHED = ".unfinished"
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, get it onto the disk, and give it the name ``path``."""
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    try:
-        try:
-            with open(unfinished, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        if os.name == "posix":  # the new name is on the disk only when its directory is
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-    except (OSError, RuntimeError) as error:  # a RuntimeError is how torch.save reports a full disk
-        raise CommandError(f"cannot write {path}: {error}") from error
-
 
 def save(directory: Path, state: dict[str, Any]) -> None:
     """Make ``state`` the checkpoint of the run in ``directory``."""
     write_atomically(directory / CHECKPOINT, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def check_there_is_one(directory: Path) -> None:
+    if not (directory / CHECKPOINT).is_file():
+        raise CommandError(f"{directory} holds no run to continue: there is no {CHECKPOINT}")
 
 
 def load(directory: Path) -> dict[str, Any]:
@@ -53,8 +34,7 @@ def load(directory: Path) -> dict[str, Any]:
     Reads tensors and plain values only: a checkpoint from a stranger can be wrong, but runs no code.
     """
     path = directory / CHECKPOINT
-    if not path.is_file():
-        raise CommandError(f"{directory} holds no run to continue: there is no {CHECKPOINT}")
+    check_there_is_one(directory)
     with reading(directory):
         with zipfile.ZipFile(path) as archive:  # torch.load takes older formats too, and looks at no checksums
             if archive.testzip() is not None:

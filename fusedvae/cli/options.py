@@ -10,6 +10,9 @@ import torch
 
 from .errors import CommandError
 
+MOST_THREADS = 1024
+"""More are a slip of the keyboard, and end processes in ways that no message comes from."""
+
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     """A parser of integers in a range, both ends of which are in it."""

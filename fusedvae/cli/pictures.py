@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..vae import VAE
-from . import checkpoint
 from .data import Samples
 from .errors import require
+from .files import write_atomically
 from .trainer import Trainer
 
 RECONSTRUCTIONS = "reconstructions.png"
@@ -127,7 +127,7 @@ def _new_figure(width: float, height: float) -> Any:
 
 
 def _save(path: Path, figure: Any) -> None:
-    checkpoint.write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def _save_tiles(

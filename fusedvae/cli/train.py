@@ -15,7 +15,7 @@ import math
 import shlex
 import signal
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from ..backend import NAMES, resolve, use_backend
 from . import checkpoint, pictures
 from .data import DIGITS, Samples, load
 from .errors import CommandError, require
-from .options import integer, number, usable_device
+from .files import only_writer
+from .options import MOST_THREADS, integer, number, usable_device
 from .settings import ARCHITECTURES, DTYPES, LEARNED, PER_PIXEL, Settings
 from .timing import step_times, waiting_processes
 from .trainer import METRICS, Interruption, Row, Trainer
@@ -36,8 +37,8 @@ RUNS = Path("runs")
 
 RUN_FILES = (checkpoint.CHECKPOINT, METRICS, *pictures.PICTURES)
 
-MOST_UNITS, MOST_THREADS = 2**24, 1024
-"""Numbers beyond these are slips of the keyboard, and end processes in ways that no message comes from."""
+MOST_UNITS = 2**24
+"""More are a slip of the keyboard."""
 
 CHANGEABLE = ("data", "array", "image_size", "epochs", "device", "threads", "backend")
 """Options that may be given again with --resume. The data may have moved, but not changed."""
@@ -174,26 +175,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def checked(values: dict[str, Any]) -> Settings:
+    """Settings of these values, each of which must be one that its option takes.
+
+    Raises:
+        ValueError, TypeError: it is not, or there is no such option.
+    """
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    add_arguments(parser)
+    settings = Settings(**values)
+    words = [f"{_option_name(name)}={value}" for name, value in values.items() if value is not None]
+    try:
+        parsed = parser.parse_args(words)
+    except (argparse.ArgumentError, CommandError) as error:
+        raise ValueError(str(error)) from error
+    if any(getattr(parsed, name) != value for name, value in values.items() if value is not None):
+        raise ValueError("a setting of another kind than its option's")
+    return settings
+
+
 def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         require("tqdm")
     require("matplotlib.figure")
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)}
-    state = None
-    if arguments.resume is None:
-        settings = Settings(**given)
-    else:
-        state = checkpoint.load(arguments.resume)
-        settings = _continued(state, given, arguments)
-    settings = _on_this_machine(settings)
-    torch.set_num_threads(settings.threads or torch.get_num_threads())
-    with _chosen_backend(settings):
+    with ExitStack() as stack:
+        state = None
+        if arguments.resume is None:
+            settings = Settings(**given)
+        else:
+            checkpoint.check_there_is_one(arguments.resume)
+            stack.enter_context(only_writer(arguments.resume))
+            state = checkpoint.load(arguments.resume)
+            settings = _continued(state, given, arguments)
+        settings = _on_this_machine(settings)
+        torch.set_num_threads(settings.threads or torch.get_num_threads())
+        stack.enter_context(_chosen_backend(settings))
         samples = load(settings.data, array=settings.array, image_size=settings.image_size)
         # By its absolute path the data is found again from wherever the run goes on.
         source = settings.data if settings.data == DIGITS else str(Path(settings.data).absolute())
         trainer = _new_trainer(dataclasses.replace(settings, data=source), samples)
         if state is None:
             directory = _new_directory(arguments, settings)
+            stack.enter_context(only_writer(directory))
+            _clear(directory, arguments.overwrite)
         else:
             directory = arguments.resume
             _refuse_among_images(directory, settings)
@@ -223,7 +248,7 @@ def _continued(state: dict, given: dict[str, Any], arguments: argparse.Namespace
     if arguments.out is not None or arguments.overwrite:
         raise CommandError("--resume goes on in the run's own directory: it takes neither --out nor --overwrite")
     with checkpoint.reading(arguments.resume):
-        settings = Settings(**state["settings"])
+        settings = checked(state["settings"])
         done = state["epoch"] + (state["step"] > 0)
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(settings, name):
@@ -259,8 +284,8 @@ def _refuse_among_images(directory: Path, settings: Settings) -> None:
 
 
 def _new_directory(arguments: argparse.Namespace, settings: Settings) -> Path:
-    """Make the run's directory. Comes after everything that bad input can stop, so that an earlier run's
-    files are removed, where that was asked for, only when there is something to put in their place."""
+    """Make the run's directory. Comes after everything that bad input can stop, so that an earlier run is removed,
+    where that was asked for, only when there is something to put in its place."""
     if arguments.out is None:
         if arguments.overwrite:
             raise CommandError("--overwrite needs --out, the run to replace")
@@ -279,8 +304,16 @@ def _new_directory(arguments: argparse.Namespace, settings: Settings) -> Path:
     _refuse_among_images(directory, settings)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot use {directory}: {error}") from error
+    return directory
+
+
+def _clear(directory: Path, overwrite: bool) -> None:
+    """Remove an earlier run's files, where that was asked for."""
+    try:
         found = [name for name in RUN_FILES if (directory / name).exists()]
-        if found and not arguments.overwrite:
+        if found and not overwrite:
             raise CommandError(
                 f"{directory} holds a run ({', '.join(found)}): --resume {directory} goes on with it, "
                 "--overwrite replaces it, another --out leaves it alone"
@@ -289,7 +322,6 @@ def _new_directory(arguments: argparse.Namespace, settings: Settings) -> Path:
             (directory / name).unlink()
     except OSError as error:
         raise CommandError(f"cannot use {directory}: {error}") from error
-    return directory
 
 
 def _train(trainer: Trainer, directory: Path, *, quiet: bool) -> int:

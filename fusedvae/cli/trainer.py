@@ -20,6 +20,7 @@ from ..vae import VAE
 from . import checkpoint
 from .data import Samples, split
 from .errors import CommandError
+from .files import write_atomically
 from .settings import Settings
 
 METRICS = "metrics.csv"
@@ -118,14 +119,19 @@ class Trainer:
             raise CommandError(
                 f"{self.settings.data} is not the data that this run was trained on: its contents differ"
             )
+        moments = state["optimizer"]["state"]
+        _check_moments(self.optimizer, moments)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # follow from the settings
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.sums = state["sums"].to(self.device)
-        self.history = state["history"]
+        self.epoch, self.step = _count(state["epoch"]), _count(state["step"])
+        self.sums = self._no_sums().copy_(state["sums"])
+        self.history = [{name: row[name] + 0 for name in COLUMNS} for row in state["history"]]
+        if len(self.history) != self.epoch or self.step > self.steps_per_epoch:
+            raise ValueError("a position that the run cannot be in")
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint, then the metrics, which are a part of it in a form for people."""
@@ -135,7 +141,7 @@ class Trainer:
         writer = csv.DictWriter(table, COLUMNS)
         writer.writeheader()
         writer.writerows(self.history)
-        checkpoint.write_atomically(directory / METRICS, lambda file: file.write(table.getvalue().encode("ascii")))
+        write_atomically(directory / METRICS, lambda file: file.write(table.getvalue().encode("ascii")))
 
     def run(
         self,
@@ -220,9 +226,29 @@ class Trainer:
         return torch.zeros(3, dtype=torch.float64, device=self.device)
 
 
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a count, got {value!r}")
+    return value
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Tensor]]) -> None:
+    """Refuse moments of other shapes or dtypes than the parameters have: PyTorch's fused step believes them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if moments and sorted(moments) != list(range(len(parameters))):
+        raise ValueError("moments of other parameters")
+    for index, found in moments.items():
+        expected = {"step": ((), torch.float32)}
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected[name] = (tuple(parameters[index].shape), parameters[index].dtype)
+        if {name: (tuple(value.shape), value.dtype) for name, value in found.items()} != expected:
+            raise ValueError("moments of another shape or dtype than the parameter's")
+
+
 def load_model(directory: str | Path) -> VAE:
     """The model of the run in ``directory``, on the CPU, in evaluation mode."""
     state = checkpoint.load(Path(directory))
-    model = Settings(**state["settings"]).build_model(tuple(state["shape"]))
-    model.load_state_dict(state["model"])
+    with checkpoint.reading(Path(directory)):
+        model = Settings(**state["settings"]).build_model(tuple(state["shape"]))
+        model.load_state_dict(state["model"])
     return model.eval()

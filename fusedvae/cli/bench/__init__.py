@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import signal
 import sys
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, info
+from .. import info
 from ..errors import CommandError, require
-from ..options import integer, number, usable_device
+from ..files import write_where_asked
+from ..options import MOST_THREADS, integer, number, usable_device
 from ..trainer import Interruption
 from . import report
 from .cases import (
@@ -173,7 +175,17 @@ def _settings(arguments: argparse.Namespace, previous: dict[str, Any]) -> Settin
     values["device"] = usable_device(values["device"] or "auto")
     values["threads"] = values["threads"] or torch.get_num_threads()
     values["seed"] = values["seed"] or 0
-    return Settings(**values)
+    settings = Settings(**values)
+    _check_numbers(settings)
+    return settings
+
+
+def _check_numbers(settings: Settings) -> None:
+    """Refuse what no machine has, and what ends processes in ways that no message comes from."""
+    for name, low, high in (("threads", 1, MOST_THREADS), ("seed", 0, 2**63 - 1), ("seconds", 0, math.inf)):
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise CommandError(f"--{name}: expected {low} to {high}, got {value}")
 
 
 def _contestant_names(settings: Settings) -> list[str]:
@@ -204,7 +216,28 @@ def load(path: Path) -> Result:
         raise CommandError(f"cannot read {path}: {error}") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT or "cases" not in result:
         raise CommandError(f"{path} holds no run of this version of fusedvae bench")
+    try:
+        _read_through(result)
+    except Exception as error:  # whatever a value that is absent, or of another kind, leads to
+        raise CommandError(f"cannot read {path}: it is damaged, or not whole ({error!r})") from error
     return result
+
+
+def _read_through(result: Result) -> None:
+    """Do with a result all that will be done with it: what it lacks is found before an hour of measuring is."""
+    settings = Settings(**result["settings"])
+    for case in settings.cases():
+        settings.methods(case)
+    _check_numbers(settings)
+    for entry in result["cases"]:
+        case_lines(entry)
+    summary_lines(result)
+    csv_text(result)
+    verdict_lines(result, result, verdicts(result, result))
+    for text in (result["date"], result["command"]):
+        text.lower()
+    if not all(isinstance(facts, dict) for facts in result["environment"].get("devices", {}).values()):
+        raise TypeError("devices")
 
 
 def _command(settings: Settings) -> str:
@@ -279,4 +312,4 @@ def _write_json(arguments: argparse.Namespace, result: Result) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    write_where_asked(path, text.encode())
