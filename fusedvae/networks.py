@@ -6,7 +6,8 @@
 
 Encoders map ``(batch, *shape)`` to the packed posterior ``(batch, 2 * latent_dim)``: means, then
 log-variances. Decoders map ``(batch, latent_dim)`` to the pair (mean, logvar), each ``(batch, *shape)``, or
-with ``mean_only=True`` to the mean alone, for a VAE whose ``recon_logvar`` says the rest.
+with ``mean_only=True`` to the mean alone, for a VAE whose ``recon_logvar`` says the rest. What a network was made
+with is in its ``arguments``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,21 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "conv", "mlp"]
+__all__ = [
+    "ConvDecoder",
+    "ConvEncoder",
+    "LabelledDecoder",
+    "LabelledEncoder",
+    "MLPDecoder",
+    "MLPEncoder",
+    "conv",
+    "mlp",
+]
 
 LOGVAR_FLOOR = -4.0
 """Default lower bound of a decoder's log-variance: a standard deviation of 0.14 for data in [0, 1].
@@ -89,7 +101,9 @@ class MLPEncoder(nn.Module):
     def __init__(self, shape: Sequence[int], latent_dim: int, *, hidden: Sequence[int] = (512, 256)) -> None:
         super().__init__()
         self.shape = _checked_sizes("shape", shape, at_least=1)
-        widths = (math.prod(self.shape), *_checked_sizes("hidden", hidden))
+        hidden = _checked_sizes("hidden", hidden)
+        self.arguments = {"shape": self.shape, "latent_dim": latent_dim, "hidden": hidden}
+        widths = (math.prod(self.shape), *hidden)
         self.layers = nn.Sequential(
             *_dense_stack(widths), nn.Linear(widths[-1], 2 * _checked_size("latent_dim", latent_dim))
         )
@@ -124,7 +138,15 @@ class MLPDecoder(nn.Module):
         super().__init__()
         self.latent_dim = _checked_size("latent_dim", latent_dim)
         shape = _checked_sizes("shape", shape, at_least=1)
-        widths = (latent_dim, *_checked_sizes("hidden", hidden))
+        hidden = _checked_sizes("hidden", hidden)
+        self.arguments = {
+            "latent_dim": latent_dim,
+            "shape": shape,
+            "hidden": hidden,
+            "mean_only": mean_only,
+            "logvar_floor": logvar_floor,
+        }
+        widths = (latent_dim, *hidden)
         self.layers = nn.Sequential(*_dense_stack(widths))
 
         def head() -> nn.Module:
@@ -144,14 +166,16 @@ def mlp(
     hidden: Sequence[int] = (512, 256),
     mean_only: bool = False,
     logvar_floor: float = LOGVAR_FLOOR,
-) -> tuple[MLPEncoder, MLPDecoder]:
+    classes: int | None = None,
+) -> tuple[nn.Module, nn.Module]:
     """A matching :class:`MLPEncoder` and :class:`MLPDecoder`; ``hidden`` is the encoder's, the decoder
-    mirrors it."""
-    encoder = MLPEncoder(shape, latent_dim, hidden=hidden)
-    decoder = MLPDecoder(
-        latent_dim, shape, hidden=tuple(reversed(hidden)), mean_only=mean_only, logvar_floor=logvar_floor
-    )
-    return encoder, decoder
+    mirrors it. With ``classes``, so many, a labelled pair that takes labels as its condition."""
+    of_decoder: dict[str, Any] = {"mean_only": mean_only, "logvar_floor": logvar_floor}
+    of_decoder["hidden"] = tuple(reversed(hidden))
+    if classes is not None:
+        encoder = LabelledEncoder("mlp", shape, latent_dim, classes, hidden=tuple(hidden))
+        return encoder, LabelledDecoder("mlp", latent_dim, shape, classes, **of_decoder)
+    return MLPEncoder(shape, latent_dim, hidden=hidden), MLPDecoder(latent_dim, shape, **of_decoder)
 
 
 def _norm(channels: int) -> nn.Module:
@@ -212,6 +236,7 @@ class ConvEncoder(nn.Module):
         super().__init__()
         pyramid = _Pyramid(shape, width)
         self.shape = pyramid.shape
+        self.arguments = {"shape": self.shape, "latent_dim": latent_dim, "width": width}
         layers: list[nn.Module] = [nn.Conv2d(pyramid.channels, width, 3, padding=1)]
         for narrow, wide in pairwise(pyramid.widths):
             layers += [_Residual(narrow), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
@@ -253,6 +278,13 @@ class ConvDecoder(nn.Module):
         super().__init__()
         self.latent_dim = _checked_size("latent_dim", latent_dim)
         pyramid = _Pyramid(shape, width)
+        self.arguments = {
+            "latent_dim": latent_dim,
+            "shape": pyramid.shape,
+            "width": width,
+            "mean_only": mean_only,
+            "logvar_floor": logvar_floor,
+        }
         layers: list[nn.Module] = [
             nn.Linear(latent_dim, math.prod(pyramid.bottom)),
             nn.Unflatten(1, pyramid.bottom),
@@ -277,6 +309,84 @@ class ConvDecoder(nn.Module):
         return self.heads(self.layers(z))
 
 
+class LabelledEncoder(nn.Module):
+    """An encoder that is told a class: the class's own plane lies beside the channels of an image, and a few values of
+    its own beside those of a vector (Sohn, Lee & Yan 2015).
+
+    Args:
+        network: "conv" or "mlp", the encoder that then comes.
+        shape: sizes of one sample, ``(channels, height, width)`` or ``(features,)``.
+        latent_dim: number of latent variables.
+        classes: how many there are.
+        options: the network's.
+
+    Shapes: ``(batch, *shape)`` and labels ``(batch,)``, integers from 0, to ``(batch, 2 * latent_dim)``.
+    """
+
+    def __init__(self, network: str, shape: Sequence[int], latent_dim: int, classes: int, **options: Any) -> None:
+        super().__init__()
+        self.shape = _checked_sizes("shape", shape, at_least=1)
+        self.arguments = {
+            "network": network,
+            "shape": self.shape,
+            "latent_dim": latent_dim,
+            "classes": classes,
+            **options,
+        }
+        self.beside = (1, *self.shape[1:]) if len(self.shape) > 1 else (_WIDTH_OF_LABELS,)
+        self.labels = nn.Embedding(_checked_size("classes", classes), math.prod(self.beside))
+        seen = (self.shape[0] + self.beside[0], *self.shape[1:])
+        self.network = _NETWORKS[_checked_network(network)][0](seen, latent_dim, **options)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        _check_input(self, "x", x, self.shape)
+        beside = self.labels(labels).unflatten(1, self.beside)
+        return self.network(torch.cat([x, beside.to(x.dtype)], dim=1))
+
+
+class LabelledDecoder(nn.Module):
+    """A decoder that is told a class, by a few values beside the latent variables.
+
+    Args:
+        network: "conv" or "mlp", the decoder that then comes.
+        latent_dim, shape, classes, options: as for :class:`LabelledEncoder`.
+
+    Shapes: ``(batch, latent_dim)`` and labels ``(batch,)`` to what the network gives.
+    """
+
+    def __init__(self, network: str, latent_dim: int, shape: Sequence[int], classes: int, **options: Any) -> None:
+        super().__init__()
+        self.latent_dim = _checked_size("latent_dim", latent_dim)
+        self.arguments = {
+            "network": network,
+            "latent_dim": latent_dim,
+            "shape": _checked_sizes("shape", shape, at_least=1),
+            "classes": classes,
+            **options,
+        }
+        self.labels = nn.Embedding(_checked_size("classes", classes), _WIDTH_OF_LABELS)
+        self.network = _NETWORKS[_checked_network(network)][1](latent_dim + _WIDTH_OF_LABELS, shape, **options)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        _check_input(self, "z", z, (self.latent_dim,))
+        return self.network(torch.cat([z, self.labels(labels).to(z.dtype)], dim=1))
+
+
+_WIDTH_OF_LABELS = 8
+"""How many values a class has of its own beside those of a vector."""
+
+_NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "mlp": (MLPEncoder, MLPDecoder),
+    "conv": (ConvEncoder, ConvDecoder),
+}
+
+
+def _checked_network(network: str) -> str:
+    if network not in _NETWORKS:
+        raise ValueError(f"network: expected one of {', '.join(map(repr, _NETWORKS))}, got {network!r}")
+    return network
+
+
 def conv(
     shape: Sequence[int],
     latent_dim: int,
@@ -284,8 +394,12 @@ def conv(
     width: int = 32,
     mean_only: bool = False,
     logvar_floor: float = LOGVAR_FLOOR,
-) -> tuple[ConvEncoder, ConvDecoder]:
-    """A matching :class:`ConvEncoder` and :class:`ConvDecoder`."""
-    encoder = ConvEncoder(shape, latent_dim, width=width)
-    decoder = ConvDecoder(latent_dim, shape, width=width, mean_only=mean_only, logvar_floor=logvar_floor)
-    return encoder, decoder
+    classes: int | None = None,
+) -> tuple[nn.Module, nn.Module]:
+    """A matching :class:`ConvEncoder` and :class:`ConvDecoder`. With ``classes``, so many, a labelled pair that takes
+    labels as its condition."""
+    of_decoder: dict[str, Any] = {"width": width, "mean_only": mean_only, "logvar_floor": logvar_floor}
+    if classes is not None:
+        encoder = LabelledEncoder("conv", shape, latent_dim, classes, width=width)
+        return encoder, LabelledDecoder("conv", latent_dim, shape, classes, **of_decoder)
+    return ConvEncoder(shape, latent_dim, width=width), ConvDecoder(latent_dim, shape, **of_decoder)

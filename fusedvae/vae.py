@@ -14,12 +14,13 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, distributed, nn
 
-from . import functional, ops
+from . import functional, ops, pretrained
 from .backend.reference import LIKELIHOODS, PLAIN, Form, Formula, Scale, with_gradient_times, working_dtype
 from .functional import Bounds, ELBOTerms, Generator, Latent, Reduction
 from .layout import broadcasts
@@ -478,7 +479,9 @@ class VAE(nn.Module):
         *,
         samples: int = 1,
         bound: str = "elbo",
+        offset: int = 0,
         generator: Generator = None,
+        noise: Tensor | None = None,
     ) -> VAEOutput:
         """Encode ``x``, sample the posterior, decode the samples.
 
@@ -486,10 +489,10 @@ class VAE(nn.Module):
         wrapper and its output: ``wrapped(x).loss(x)``. Elsewhere :meth:`loss` is the same in one call.
 
         Args:
-            x, condition, generator: as for :meth:`loss`.
+            x, condition, offset, generator, noise: as for :meth:`loss`.
             samples, bound: what the output's loss is to be, as for :meth:`loss`.
         """
-        posterior, latent, p = self._pass(x, condition, samples, bound, generator)
+        posterior, latent, p = self._pass(x, condition, samples, bound, offset, generator, noise)
         recon_x, recon_logvar = p.mean, p.scale
         if recon_logvar is None:
             recon_x, recon_logvar = recon_x.chunk(2, dim=recon_x.dim() - x.dim() + 1)
@@ -514,7 +517,9 @@ class VAE(nn.Module):
         weight: Tensor | None = ...,
         grad_scale: float | Tensor | None = ...,
         return_terms: Literal[False] = ...,
+        offset: int = ...,
         generator: Generator = ...,
+        noise: Tensor | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -531,7 +536,9 @@ class VAE(nn.Module):
         weight: Tensor | None = ...,
         grad_scale: float | Tensor | None = ...,
         return_terms: Literal[True],
+        offset: int = ...,
         generator: Generator = ...,
+        noise: Tensor | None = ...,
     ) -> ELBOTerms: ...
 
     def loss(
@@ -547,7 +554,9 @@ class VAE(nn.Module):
         weight: Tensor | None = None,
         grad_scale: float | Tensor | None = None,
         return_terms: bool = False,
+        offset: int = 0,
         generator: Generator = None,
+        noise: Tensor | None = None,
     ) -> Tensor | ELBOTerms:
         """The negative evidence lower bound of ``x``, in nats: NLL + beta * KL.
 
@@ -567,7 +576,11 @@ class VAE(nn.Module):
                 gradients of the likelihood are exactly 0.
             grad_scale: what gradients are made times, while the value is what it is: a number or a 0-dim tensor.
             return_terms: return ``ELBOTerms(loss, nll, kl)``, reduced alike, instead of the loss; not with "iwae".
+            offset: position of the first element in the noise stream: a process that holds the rows from r0 of a batch
+                passes r0 times the number of latent variables, and gets the noise that one process would have given
+                them. With several samples, which lie in front of the batch, pass ``noise``.
             generator: where the noise comes from; torch's default generator if None.
+            noise: the noise itself, in the place of the generator's: of z's shape, ``(batch, *latent)``.
 
         Raises:
             TypeError, ValueError: an argument is not of these, does not go with the bound, or does not fit.
@@ -576,7 +589,7 @@ class VAE(nn.Module):
         synchronises no gradients. Call the wrapper, ``wrapped(x).loss(x)``, instead.
         """
         _warn_if_unsynchronised()
-        posterior, latent, p = self._pass(x, condition, samples, bound, generator)
+        posterior, latent, p = self._pass(x, condition, samples, bound, offset, generator, noise)
         return _negative_bound(
             p,
             x,
@@ -685,6 +698,60 @@ class VAE(nn.Module):
         """Features of ``x`` for other uses: the posterior means, ``(batch, number of latent variables)``."""
         return self.encode(x, condition).mu.flatten(1)
 
+    # --- models as files ---
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the model to ``directory``: ``config.json``, and its tensors in ``model.safetensors`` (without
+        safetensors: ``model.pt``). :meth:`from_pretrained` reads both. Other files there are left alone."""
+        pretrained.save(self, Path(directory))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        prior: nn.Module | None = None,
+        **options: Any,
+    ) -> VAE:
+        """The model that :meth:`save_pretrained` wrote, or ``fusedvae train``, on the CPU, in evaluation mode.
+
+        No code of a file is run: networks of :mod:`fusedvae.networks` are made again as the file says; in the place of
+        modules of another kind, pass new ones, which the values of the saved ones are copied to.
+
+        Args:
+            directory: where the model is; or its name on the Hugging Face Hub, if there is no such directory and
+                huggingface_hub is installed.
+            encoder, decoder, prior: modules of kinds that are not fusedvae's own.
+            options: ``revision``, ``token``, ``cache_dir`` and others that ``huggingface_hub.snapshot_download`` takes.
+
+        Raises:
+            FileNotFoundError: there is no model.
+            ValueError: it is damaged, or one of its modules must be passed: the message says which.
+            RuntimeError: the tensors do not fit the modules.
+        """
+        path = Path(directory)
+        if options or not path.is_dir():
+            path = pretrained.downloaded(str(directory), **options)
+        return pretrained.load(cls, path, {"encoder": encoder, "decoder": decoder, "prior": prior})
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "A fusedvae model",
+    ) -> str:
+        """Upload the model to the Hugging Face Hub, as what :meth:`save_pretrained` writes; returns the address.
+
+        Args:
+            name: "owner/model"; made if there is none.
+            private, token, commit_message: as huggingface_hub takes them.
+        """
+        return pretrained.upload(self, name, private=private, token=token, message=commit_message)
+
     def extra_repr(self) -> str:
         latent_dim = self.latent_shape[0] if len(self.latent_shape) == 1 else self.latent_shape
         shown = [f"latent_dim={latent_dim}"]
@@ -703,7 +770,14 @@ class VAE(nn.Module):
     # --- steps of a pass ---
 
     def _pass(
-        self, x: Tensor, condition: Any, samples: int, bound: str, generator: Generator
+        self,
+        x: Tensor,
+        condition: Any,
+        samples: int,
+        bound: str,
+        offset: int,
+        generator: Generator,
+        noise: Tensor | None,
     ) -> tuple[tuple[Tensor, Tensor | None], Latent, _Decoded]:
         """Encode, sample and decode. One sample of an ELBO has no dimension of its own; others lie in front."""
         if bound not in ("elbo", "iwae"):
@@ -713,7 +787,7 @@ class VAE(nn.Module):
             draws = None
         posterior = self._posterior(x, condition)
         estimator = "analytic" if bound == "elbo" else "sample"
-        latent = self._latent(posterior, self._prior(condition), draws, estimator, generator)
+        latent = self._latent(posterior, self._prior(condition), draws, estimator, generator, offset, noise)
         return posterior, latent, self._decoded(latent.z, condition, of=x, samples=draws)
 
     def _posterior(self, x: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
@@ -759,6 +833,7 @@ class VAE(nn.Module):
         estimator: str,
         generator: Generator,
         offset: int = 0,
+        noise: Tensor | None = None,
     ) -> Latent:
         prior_mu, prior_logvar = (None, None) if prior is None else prior
         return functional.latent(
@@ -775,6 +850,7 @@ class VAE(nn.Module):
             samples=samples,
             offset=offset,
             generator=generator,
+            noise=noise,
         )
 
     def _decoded(self, z: Tensor, condition: Any, *, of: Tensor | None = None, samples: int | None = None) -> _Decoded:

@@ -1221,3 +1221,25 @@ def test_the_scale_of_gradients_may_be_assigned() -> None:
 def test_wrong_options_of_the_module_are_named(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ELBOLoss(**options)
+
+
+@pytest.mark.parametrize("bound", ["elbo", "iwae"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_part_of_a_batch_gets_the_noise_that_the_whole_would_give_it(samples: int, bound: str) -> None:
+    vae = VAE(*fusedvae.networks.mlp((7,), 3, hidden=(8,)), 3)
+    x = torch.rand(5, 7)
+    noise = torch.randn(samples, 5, 3) if samples > 1 or bound == "iwae" else torch.randn(5, 3)
+    for whole_options, part_options in (
+        ({}, {"offset": 2 * 3}),
+        ({"noise": noise}, {"noise": noise[..., 2:, :]}),
+    ):
+        if "offset" in part_options and samples > 1:
+            continue  # samples lie in front of the batch: their parts are no stretch of the stream
+        torch.manual_seed(1)
+        whole = vae.loss(x, samples=samples, bound=bound, reduction="none", **whole_options)
+        torch.manual_seed(1)
+        part = vae.loss(x[2:], samples=samples, bound=bound, reduction="none", **part_options)
+        torch.testing.assert_close(part, whole[2:])
+        torch.manual_seed(1)
+        out = vae(x[2:], samples=samples, bound=bound, **part_options)
+        torch.testing.assert_close(out.loss(x[2:], reduction="none"), whole[2:])

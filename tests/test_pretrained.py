@@ -1,0 +1,226 @@
+"""Models as files: what is saved is what is loaded, and no code comes with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedvae
+from fusedvae import VAE, networks
+
+IMAGE = (3, 5, 6)
+
+
+def learned(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape))
+
+
+MODELS: dict[str, Any] = {
+    "conv": lambda: VAE(*networks.conv(IMAGE, 4, width=4, logvar_floor=-3.0), 4),
+    "mlp of one learned scale": lambda: VAE(
+        *networks.mlp(IMAGE, 4, hidden=(9, 7), mean_only=True), 4, recon_logvar="learned"
+    ),
+    "a number": lambda: VAE(*networks.mlp(IMAGE, 4, hidden=(9,), mean_only=True), 4, recon_logvar=-1.5),
+    "tensors, fixed and learned": lambda: VAE(
+        *networks.mlp(IMAGE, 4, hidden=(9,), mean_only=True),
+        4,
+        recon_logvar=torch.randn(3, 1, 1),
+        prior=(learned(4), torch.randn(4)),
+    ),
+    "forms": lambda: VAE(
+        *networks.mlp(IMAGE, (4), hidden=(9,)),
+        4,
+        likelihood="laplace",
+        recon_scale="softplus",
+        recon_clamp=(None, 2.0),
+        recon_eps=1e-3,
+        scale="logstd",
+        clamp=(-5, 3),
+        prior=(0.5, -0.25),
+    ),
+    "logits in float64": lambda: VAE(
+        *networks.mlp(IMAGE, 4, hidden=(9,), mean_only=True), 4, likelihood="bernoulli"
+    ).double(),
+    "labelled images": lambda: VAE(*networks.conv(IMAGE, 4, width=4, classes=3), 4),
+    "labelled vectors": lambda: VAE(*networks.mlp((11,), 4, hidden=(9,), classes=3), 4),
+}
+
+
+def check_same(model: VAE, other: VAE) -> None:
+    assert not other.training
+    assert model.state_dict().keys() == other.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert value.dtype == other.state_dict()[name].dtype
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in other.named_parameters()]
+    shape = model.encoder.shape  # type: ignore[union-attr]
+    x = torch.rand(5, *shape, dtype=next(model.parameters()).dtype)
+    labels = torch.tensor([0, 1, 2, 1, 0]) if hasattr(model.encoder, "labels") else None
+    values = []
+    for each in (model.eval(), other):
+        torch.manual_seed(0)
+        values.append([each.loss(x, labels, full=True), each.generate(5, labels), each.reconstruct(x, labels)])
+    assert all(torch.equal(one, same) for one, same in zip(*values, strict=True))
+
+
+@pytest.mark.parametrize("has_safetensors", [True, False], ids=["safetensors", "torch"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_own_networks_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, has_safetensors: bool
+) -> None:
+    if not has_safetensors:
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path / "model")
+    weights = "model.safetensors" if has_safetensors else "model.pt"
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", weights}
+    check_same(model, VAE.from_pretrained(tmp_path / "model"))
+
+
+def test_the_file_is_what_others_read(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = MODELS["conv"]()
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    assert tensors.keys() == model.state_dict().keys()
+    assert json.loads((tmp_path / "config.json").read_text())["encoder"] == {
+        "class": "ConvEncoder",
+        "arguments": {"shape": [3, 5, 6], "latent_dim": 4, "width": 4},
+    }
+
+
+class Mine(nn.Module):
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Prior(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.randn(3))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.mean, torch.zeros(3)
+
+
+def test_modules_of_other_kinds_are_asked_for_and_filled(tmp_path: Path) -> None:
+    model = VAE(Mine(6, 6), Mine(3, 12), 3, prior=Prior())
+    model.save_pretrained(tmp_path)
+    modules = {"encoder": Mine(6, 6), "decoder": Mine(3, 12), "prior": Prior()}
+    for name, module in modules.items():
+        others = {other: modules[other] for other in modules if other != name}
+        expected = rf"its {name} is a \S+\.{type(module).__name__}, .*from_pretrained\(\.\.\., {name}=\.\.\.\)"
+        with pytest.raises(ValueError, match=expected):
+            VAE.from_pretrained(tmp_path, **others)
+    other = VAE.from_pretrained(tmp_path, **modules)
+    assert other.encoder is modules["encoder"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        VAE.from_pretrained(tmp_path, **{**modules, "encoder": Mine(7, 6)})
+
+
+def test_a_subclass_comes_back_as_one(tmp_path: Path) -> None:
+    class Special(VAE):
+        pass
+
+    Special(*networks.mlp((4,), 2, hidden=(3,)), 2).save_pretrained(tmp_path)
+    assert type(Special.from_pretrained(tmp_path)) is Special
+
+
+def test_what_is_no_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no model: there is no config\.json"):
+        VAE.from_pretrained(tmp_path)
+    MODELS["conv"]().save_pretrained(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    whole = json.loads(config.read_text())
+    damaged: list[Any] = [{name: value for name, value in whole.items() if name != lacking} for lacking in whole]
+    damaged += [
+        3,
+        {},
+        {**whole, "format": 2},
+        {**whole, "weights": "../other.pt"},
+        {**whole, "encoder": {"class": "os.system"}},
+    ]
+    damaged += [{**whole, "encoder": {"class": "conv", "arguments": {}}}]
+    damaged += [{**whole, "encoder": {"class": "ConvEncoder", "arguments": {"nonsense": 1}}}]
+    for content in damaged:
+        if isinstance(content, dict) and "version" not in content and len(content) == len(whole) - 1:
+            continue  # for people only
+        config.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"cannot read .*config\.json"):
+            VAE.from_pretrained(tmp_path)
+    config.write_text(json.dumps(whole))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot read .*model\.safetensors: it is damaged"):
+        VAE.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no model\.safetensors"):
+        VAE.from_pretrained(tmp_path)
+
+
+def test_no_code_of_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mean:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    MODELS["conv"]().save_pretrained(tmp_path)
+    torch.save({"encoder": Mean()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"cannot read .*model\.pt"):
+        VAE.from_pretrained(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded = tmp_path / "hub"
+    asked = []
+
+    class HfApi:
+        def __init__(self, token: str | None) -> None:
+            asked.append(token)
+
+        def create_repo(self, name: str, **options: object) -> object:
+            asked.append((name, options))
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+            asked.append((repo_id, commit_message))
+            Path(folder_path).rename(uploaded)
+            Path(folder_path).mkdir()
+            return "https://hub/commit"
+
+    def snapshot_download(name: str, **options: object) -> str:
+        asked.append((name, options["revision"]))
+        return str(uploaded)
+
+    hub = SimpleNamespace(HfApi=HfApi, snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    model = MODELS["mlp of one learned scale"]()
+    assert model.push_to_hub("a", private=True, token="t", commit_message="new") == "https://hub/commit"
+    check_same(model, fusedvae.VAE.from_pretrained("me/a", revision="main"))
+    assert asked == ["t", ("a", {"private": True, "exist_ok": True}), ("me/a", "new"), ("me/a", "main")]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"huggingface_hub is needed for 'me/a'.*pip install 'fusedvae\[hub\]'"):
+        VAE.from_pretrained("me/a")
+
+
+def test_the_arguments_of_the_hub_are_its_own() -> None:
+    inspect = pytest.importorskip("inspect")
+    hub = pytest.importorskip("huggingface_hub")
+    download = inspect.signature(hub.snapshot_download).parameters
+    assert {"allow_patterns", "revision", "token", "cache_dir"} <= download.keys()
+    assert {"private", "exist_ok"} <= inspect.signature(hub.HfApi.create_repo).parameters.keys()
+    assert {"repo_id", "folder_path", "commit_message"} <= inspect.signature(hub.HfApi.upload_folder).parameters.keys()
