@@ -5,7 +5,14 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-EXTRAS = {"matplotlib": "train", "sklearn": "train", "tqdm": "train", "PIL": "train"}
+EXTRAS = {
+    "matplotlib": "train",
+    "sklearn": "train",
+    "tqdm": "train",
+    "PIL": "train",
+    "braceexpand": "train",
+    "anndata": "h5ad",
+}
 """Which extra of the package brings a module that only commands need."""
 
 

@@ -26,7 +26,10 @@ class Settings:
     data: str = "digits"
     array: str | None = None
     image_size: int | None = None
+    image_shape: tuple[int, ...] | None = None
+    channels: str | None = None
     heldout: float = 0.1
+    test_data: str | None = None
     arch: str = "auto"
     latent: int = 8
     width: int | None = None
@@ -41,6 +44,7 @@ class Settings:
     dtype: str = "float32"
     device: str = "auto"
     threads: int | None = None
+    workers: int | None = None
     backend: str = "auto"
 
     @property

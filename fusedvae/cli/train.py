@@ -24,7 +24,7 @@ import torch
 
 from ..backend import NAMES, resolve, use_backend
 from . import checkpoint, pictures
-from .data import DIGITS, Samples, load
+from .data import DIGITS, Data, Preparation, Samples, prepare
 from .errors import CommandError, require
 from .files import only_writer
 from .options import MOST_THREADS, integer, number, usable_device
@@ -37,10 +37,10 @@ RUNS = Path("runs")
 
 RUN_FILES = (checkpoint.CHECKPOINT, METRICS, *pictures.PICTURES)
 
-MOST_UNITS = 2**24
-"""More are a slip of the keyboard."""
+MOST_UNITS, MOST_PIXELS, MOST_WORKERS = 2**24, 2**14, 1024
+"""More are slips of the keyboard."""
 
-CHANGEABLE = ("data", "array", "image_size", "epochs", "device", "threads", "backend")
+CHANGEABLE = ("data", "array", "test_data", "epochs", "device", "threads", "workers", "backend")
 """Options that may be given again with --resume. The data may have moved, but not changed."""
 
 
@@ -48,6 +48,16 @@ def _directory(text: str) -> Path:
     if not text:  # what "$OUT" is where OUT is not set
         raise argparse.ArgumentTypeError("expected the name of a directory, got ''")
     return Path(text)
+
+
+def _image_shape(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(map(int, text.split(",")))
+    except ValueError:
+        sizes = ()
+    if len(sizes) not in (2, 3) or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected H,W or C,H,W, got {text!r}")
+    return sizes
 
 
 def _recon_logvar(text: str) -> str | float:
@@ -86,17 +96,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         data,
         "--data",
-        f"'{DIGITS}', an .npy or .npz file, or a folder of images; uint8 stands for 0 to 255, other values are scaled "
-        "by their range unless they lie in [0, 1]",
+        f"'{DIGITS}', an .npy, .npz or .h5ad file, a folder of images, or .tar files of these as WebDataset writes "
+        "them ({000..099} stands for numbers); a line of output says how the values are scaled to [0, 1]",
         metavar="SOURCE",
     )
+    option(data, "--test-data", "data to measure on, in the place of a part of --data", metavar="SOURCE")
     option(data, "--array", "which array of an .npz file that holds several", metavar="NAME")
     option(
         data,
         "--image-size",
-        "resize and crop a folder's images to this side",
-        type=integer(1),
+        "resize and crop image files to this side",
+        type=integer(1, MOST_PIXELS),
         metavar="PIXELS",
+    )
+    option(
+        data,
+        "--image-shape",
+        "the images that the rows of an array are: H,W or C,H,W",
+        type=_image_shape,
+        metavar="SIZES",
+    )
+    option(
+        data,
+        "--channels",
+        "where an array of images has its channels: (samples, channels, height, width) or (samples, height, width, "
+        "channels); by default recognised where there are 1, 3 or 4",
+        choices=("first", "last"),
     )
     option(
         data,
@@ -169,6 +194,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option(
         machine,
+        "--workers",
+        "processes that read the data; by default none, or for image files too many to hold in memory one a CPU",
+        type=integer(0, MOST_WORKERS),
+        metavar="N",
+    )
+    option(
+        machine,
         "--backend",
         "what computes sampling and loss; auto: what FUSEDVAE_BACKEND says, else the best that serves the device",
         choices=("auto", *NAMES),
@@ -211,10 +243,15 @@ def run(arguments: argparse.Namespace) -> int:
         settings = _on_this_machine(settings)
         torch.set_num_threads(settings.threads or torch.get_num_threads())
         stack.enter_context(_chosen_backend(settings))
-        samples = load(settings.data, array=settings.array, image_size=settings.image_size)
-        # By its absolute path the data is found again from wherever the run goes on.
-        source = settings.data if settings.data == DIGITS else str(Path(settings.data).absolute())
-        trainer = _new_trainer(dataclasses.replace(settings, data=source), samples)
+        preparation = None
+        if state is not None:
+            with checkpoint.reading(arguments.resume):
+                preparation = Preparation.from_record(state["preparation"])
+        data = prepare(settings, preparation)
+        # By absolute paths the data are found again from wherever the run goes on.
+        test_data = None if settings.test_data is None else _absolute(settings.test_data)
+        absolute = dataclasses.replace(settings, data=_absolute(settings.data), test_data=test_data)
+        trainer = _new_trainer(absolute, data)
         if state is None:
             directory = _new_directory(arguments, settings)
             stack.enter_context(only_writer(directory))
@@ -227,9 +264,13 @@ def run(arguments: argparse.Namespace) -> int:
         return _train(trainer, directory, quiet=arguments.quiet)
 
 
-def _new_trainer(settings: Settings, samples: Samples) -> Trainer:
+def _absolute(source: str) -> str:
+    return source if source == DIGITS else str(Path(source).absolute())
+
+
+def _new_trainer(settings: Settings, data: Data) -> Trainer:
     try:
-        return Trainer(settings, samples)
+        return Trainer(settings, data)
     except (RuntimeError, MemoryError) as error:
         width = "" if settings.width is None else f" and --width {settings.width}"
         raise CommandError(f"cannot make a model of --latent {settings.latent}{width}: {_first_line(error)}") from error
@@ -278,9 +319,11 @@ def _chosen_backend(settings: Settings) -> AbstractContextManager[object]:
 
 def _refuse_among_images(directory: Path, settings: Settings) -> None:
     """A run in the folder of its own data would find its pictures there when it goes on."""
-    source = Path(settings.data)
-    if settings.data != DIGITS and source.is_dir() and directory.resolve().is_relative_to(source.resolve()):
-        raise CommandError(f"{directory} is in {source}, the folder of images to learn: choose another --out")
+    for source in (settings.data, settings.test_data):
+        if source is None or source == DIGITS or not Path(source).is_dir():
+            continue
+        if directory.resolve().is_relative_to(Path(source).resolve()):
+            raise CommandError(f"{directory} is in {source}, the folder of images to learn: choose another --out")
 
 
 def _new_directory(arguments: argparse.Namespace, settings: Settings) -> Path:
@@ -362,6 +405,7 @@ def _train(trainer: Trainer, directory: Path, *, quiet: bool) -> int:
 
 def _print_summary(trainer: Trainer, directory: Path) -> None:
     settings = trainer.settings
+    print(f"data: {trainer.data.description}")
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
         f"{len(trainer.train_samples)} samples of {'x'.join(map(str, trainer.shape))} to train on, "

@@ -7,7 +7,7 @@ import io
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..vae import VAE
 from . import checkpoint
-from .data import Samples, split
+from .data import Data, Samples, batches, in_order
 from .errors import CommandError
 from .files import write_atomically
 from .settings import Settings
@@ -78,14 +78,15 @@ class Trainer:
     random number generators, and the position. The order of the data is a function of the seed and the epoch.
     """
 
-    def __init__(self, settings: Settings, samples: Samples) -> None:
+    def __init__(self, settings: Settings, data: Data) -> None:
         self.settings = settings
         self.device = torch.device(settings.device)
-        self.fingerprint = samples.fingerprint()
-        self.shape = samples.shape
-        self.train_samples, self.heldout_samples = split(samples, settings.heldout)
+        self.data = data
+        self.fingerprint = data.fingerprint()
+        self.shape = data.shape
+        self.train_samples, self.heldout_samples = data.train, data.test
         torch.manual_seed(settings.seed)
-        self.model: VAE = settings.build_model(samples.shape).to(self.device)
+        self.model: VAE = settings.build_model(data.shape).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
         self.epoch, self.step = 0, 0
         self.sums = self._no_sums()
@@ -104,6 +105,7 @@ class Trainer:
             "settings": asdict(self.settings),
             "shape": self.shape,
             "fingerprint": self.fingerprint,
+            "preparation": self.data.preparation.record(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": rng,
@@ -153,18 +155,17 @@ class Trainer:
     ) -> bool:
         """Train to the end, with checkpoints in ``directory``; False if interrupted before it."""
         saved, cost = time.monotonic(), 0.0
-        order = None
+        remaining: Iterator[Tensor] | None = None
         while self.epoch < self.settings.epochs and interruption.signal is None:
-            if order is None:
-                order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(len(self.train_samples))
+            if remaining is None:
+                remaining = self._batches(self.train_samples, self._order()[self.step :])
             if self.step < self.steps_per_epoch:
-                batch = order[self.step * self.settings.batch : (self.step + 1) * self.settings.batch]
-                self.sums += self._train_step(self._batch(self.train_samples, batch))
+                self.sums += self._train_step(next(remaining))
                 self.step += 1
                 after_step()
             else:
                 self._finish_epoch()
-                order = None
+                remaining = None
                 after_epoch(self.history[-1])
             if time.monotonic() - saved > max(CHECKPOINT_SECONDS, 20 * cost):
                 started = time.monotonic()
@@ -180,8 +181,7 @@ class Trainer:
         sums = self._no_sums()
         self.model.eval()
         with torch.no_grad():
-            for start in range(0, len(samples), self.settings.batch):
-                x = self._batch(samples, slice(start, start + self.settings.batch))
+            for x in self._batches(samples, in_order(samples, self.settings.batch)):
                 with self.settings.autocast():
                     terms = self.model.loss(
                         x, beta=self.settings.beta, full=True, return_terms=True, generator=generator
@@ -219,8 +219,15 @@ class Trainer:
                 "--logvar-floor (the checkpoint on the disk is from before)"
             )
 
-    def _batch(self, samples: Samples, indices: np.ndarray | slice) -> Tensor:
-        return samples.batch(indices, device=self.device, dtype=self.settings.data_dtype)
+    def _order(self) -> list[np.ndarray]:
+        """The indices of the training samples in each step of this epoch."""
+        order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(len(self.train_samples))
+        return [order[start : start + self.settings.batch] for start in range(0, len(order), self.settings.batch)]
+
+    def _batches(self, samples: Samples, order: list[np.ndarray]) -> Iterator[Tensor]:
+        workers, dtype = self.settings.workers, self.settings.data_dtype
+        for x, _ in batches(samples, order, workers=workers, device=self.device, dtype=dtype):
+            yield x
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=self.device)
