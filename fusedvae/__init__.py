@@ -1,13 +1,15 @@
 """Fused kernels for variational autoencoders in PyTorch.
 
-`ELBOLoss` and `VAE` are the modules, `functional` what they are made of, `random` the noise; `use_backend` and
+`ELBOLoss`, `GaussianNLLLoss` and `VAE` are the modules, `functional` what they are made of, `random` the noise;
+`distributions` are other libraries' classes, and `patch` makes an installed library use them; `use_backend` and
 `backends` choose and list what computes.
 """
 
-from . import functional, networks, random
+from . import distributions, functional, networks, random
 from .backend import BackendInfo, backends, use_backend
+from .dropins import Patch, patch
 from .functional import ELBOTerms, Latent
-from .losses import ELBOLoss
+from .losses import ELBOLoss, GaussianNLLLoss
 from .vae import VAE, Bernoulli, DiagonalGaussian, DiagonalLaplace, VAEOutput
 from .version import __version__
 
@@ -19,12 +21,16 @@ __all__ = [
     "DiagonalLaplace",
     "ELBOLoss",
     "ELBOTerms",
+    "GaussianNLLLoss",
     "Latent",
+    "Patch",
     "VAEOutput",
     "__version__",
     "backends",
+    "distributions",
     "functional",
     "networks",
+    "patch",
     "random",
     "use_backend",
 ]

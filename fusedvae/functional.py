@@ -931,6 +931,7 @@ def gaussian_nll_loss(
     eps: float = 1e-6,
     reduction: str = "mean",
     *,
+    check: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """`torch.nn.functional.gaussian_nll_loss`, its signature and its results, in one pass.
@@ -944,6 +945,8 @@ def gaussian_nll_loss(
         full: add the constant log(2 pi) / 2 an element.
         eps: lower bound of the variance.
         reduction: "mean" (over elements), "sum" or "none" (one value per element).
+        check: look for negative variances, as PyTorch does; on a GPU the host waits for that. Without it, they count as
+            eps.
         backend: overrides the process's choice for this call.
 
     Raises:
@@ -959,7 +962,7 @@ def gaussian_nll_loss(
     if isinstance(var, Tensor):
         _check_tensor("var", var)
         _check_same_device("var", var, "input", input)
-        if not torch.compiler.is_compiling() and not is_transformed((var,)) and torch.any(var < 0):
+        if check and not torch.compiler.is_compiling() and not is_transformed((var,)) and torch.any(var < 0):
             raise ValueError("var: has negative entries")
         spread = var
         if var.shape != input.shape:

@@ -1,4 +1,4 @@
-"""The loss as a module."""
+"""The losses as modules."""
 
 from __future__ import annotations
 
@@ -159,6 +159,39 @@ class ELBOLoss(nn.Module):
             if isinstance(value, Tensor) or value != default:
                 shown.append(f"{name}={_shown(value)}")
         return ", ".join(shown)
+
+
+class GaussianNLLLoss(nn.GaussianNLLLoss):
+    """`torch.nn.GaussianNLLLoss`, its signature and its results, in one pass: see `functional.gaussian_nll_loss`.
+
+    Args:
+        full: add the constant log(2 pi) / 2 an element.
+        eps: lower bound of the variance.
+        reduction: "mean" (over elements), "sum" or "none" (one value per element).
+        check: look for negative variances, as PyTorch does; on a GPU the host waits for that. Without it, they count as
+            eps.
+        backend: overrides the process's choice.
+    """
+
+    def __init__(
+        self,
+        *,
+        full: bool = False,
+        eps: float = 1e-6,
+        reduction: str = "mean",
+        check: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(full=full, eps=eps, reduction=reduction)
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+        self.check, self.backend = check, backend if backend is None else checked_name(backend)
+
+    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        """The loss of a batch; operands as in `functional.gaussian_nll_loss`."""
+        return functional.gaussian_nll_loss(
+            input, target, var, self.full, self.eps, self.reduction, check=self.check, backend=self.backend
+        )
 
 
 _DEFAULTS = {
