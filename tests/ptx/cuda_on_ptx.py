@@ -1,0 +1,85 @@
+"""A pytest plugin: CPU tensors are served by the CUDA kernels' PTX, through the bindings' own launches.
+
+    pytest -p cuda_on_ptx -k native tests/test_operations.py        # with tests/ptx in PYTHONPATH
+
+The native backend takes the way that it takes to a GPU: a workspace, the stream's address, `launch` rather than `run`.
+Each launch may touch what it was given, and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import executor
+import torch
+from torch import Tensor
+
+STREAM = 0x5EA0
+"""Of which launches must know."""
+
+
+def _load() -> Any:
+    """The extension, linked to the executor, in the place of the installed one."""
+    spec = importlib.util.spec_from_file_location("fusedvae._C", executor.build_extension())
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["fusedvae._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for program in executor.cuda_programs():
+        executor.library().load(program)
+    return module
+
+
+def _watch(task: Any) -> None:
+    """Have launches of a kind of task announce the memory that they are given."""
+    launch = task.launch
+
+    def watched(self: Any, sources: Sequence[Any], device: int, stream: int, workspace: int) -> None:
+        library = executor.library()
+        library.forget_all()
+        library.allow(*(source for source in sources if isinstance(source, Tensor)))
+        if workspace:
+            library.allow((workspace, self.workspace_bytes))
+        launch(self, sources, device, stream, workspace)
+
+    task.launch = watched
+
+
+def install() -> None:
+    """Have the native backend serve CPU tensors by the CUDA kernels."""
+    assert "fusedvae.backend.native" not in sys.modules, "too late: the extension has been imported"
+    extension = _load()
+    for task in (extension.LatentTask, extension.ObjectiveTask, extension.ScaleTask):
+        _watch(task)
+
+    from fusedvae.backend import native
+
+    prepare = native._launcher
+    bits = {code: dtype.itemsize for dtype, code in native._DTYPES.items()}
+
+    def launcher(task: Any, device: torch.device, copies: Sequence[Any] = ()) -> Any:
+        return prepare(task, torch.device("cuda", 0), copies)
+
+    def workspace(gpu: int, stream: int, size: int) -> Tensor:
+        # Of just the size that was asked for, with nothing of use in it but the count of blocks that are done.
+        made = torch.full((size,), 0xFF, dtype=torch.uint8)
+        made[:4] = 0
+        return made
+
+    def normal(out: int, dtype: int, count: int, seed: int, threads: int) -> None:
+        library = executor.library()
+        library.forget_all()
+        library.allow((out, count * bits[dtype]), (seed, 8))
+        extension.launch_normal(out, dtype, count, seed, 0, STREAM)
+
+    native._launcher = launcher  # type: ignore[assignment]
+    native._workspace = workspace
+    native.current_stream_address = lambda gpu: STREAM  # type: ignore[assignment]
+    extension.normal = normal
+    assert extension.cuda_unavailable() == ""
+
+
+install()
