@@ -8,6 +8,7 @@ Each launch may touch what it was given, and nothing else.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ def _load() -> Any:
     assert spec.loader is not None
     module = sys.modules["fusedvae._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    ctypes.CDLL(module.__file__).ptx_expect_stream(ctypes.c_uint64(STREAM))
     for program in executor.cuda_programs():
         executor.library().load(program)
     return module
@@ -44,6 +46,8 @@ def _watch(task: Any) -> None:
         if workspace:
             library.allow((workspace, self.workspace_bytes))
         launch(self, sources, device, stream, workspace)
+        # The count of the blocks that are done is as the next launch needs it.
+        assert not workspace or ctypes.c_uint32.from_address(workspace).value == 0
 
     task.launch = watched
 
@@ -60,10 +64,10 @@ def install() -> None:
     prepare = native._launcher
     bits = {code: dtype.itemsize for dtype, code in native._DTYPES.items()}
 
-    def launcher(task: Any, device: torch.device, copies: Sequence[Any] = ()) -> Any:
-        return prepare(task, torch.device("cuda", 0), copies)
+    def launcher(task: Any, device: torch.device, *more: Any, **options: Any) -> Any:
+        return prepare(task, torch.device("cuda", 0), *more, **options)
 
-    def workspace(gpu: int, stream: int, size: int) -> Tensor:
+    def workspace(gpu: int, stream: int, size: int, **options: Any) -> Tensor:
         # Of just the size that was asked for, with nothing of use in it but the count of blocks that are done.
         made = torch.full((size,), 0xFF, dtype=torch.uint8)
         made[:4] = 0
