@@ -19,7 +19,7 @@ from .preparation import Preparation
 CHANNELS = (1, 3, 4)
 """Sizes by which the channels of a four-dimensional array are recognised."""
 
-_CHUNK = 2**25
+_CHUNK = 2**23
 """Bytes that are read at a time."""
 
 _HASHED_ROWS = 4096

@@ -178,12 +178,11 @@ class ImageSource:
     def read(self, indices: np.ndarray | slice) -> Tensor:
         pages = self.pages.of_file[indices]
         shape = (len(pages), *self.preparation.shape)
-        samples = torch.empty(shape, dtype=torch.float32 if self.pages.has_16_bits else torch.uint8)
-        into = samples.numpy()
+        samples = np.empty(shape, np.float32 if self.pages.has_16_bits else np.uint8)
         for position, (number, page) in enumerate(pages.tolist()):
             with _naming(self.files, number):
-                into[position] = self._decoded(number, page)
-        return samples
+                samples[position] = self._decoded(number, page)
+        return torch.from_numpy(samples)
 
     def _decoded(self, number: int, page: int) -> np.ndarray:
         prepared = self.preparation

@@ -66,5 +66,11 @@ class Preparation:
 
     def finished(self, stored: Tensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
         """A batch as it is stored, on the device and in [0, 1]."""
-        batch = stored.to(device, non_blocking=True).to(dtype)
-        return batch.div_(self.high) if stored.dtype == torch.uint8 else batch  # type: ignore[arg-type]  # not a table's
+        if stored.dtype != torch.uint8:
+            return stored.to(device, non_blocking=True).to(dtype)
+        top: Any = self.high  # a number: a table of bytes has one scale
+        if torch.device(device).type == "cpu":
+            # By NumPy: memory as PyTorch aligns it, glibc before 2.38 often cannot use again, and ever more is taken.
+            numbers = np.float64 if dtype == torch.float64 else np.float32
+            return torch.from_numpy(np.divide(stored.numpy(), top, dtype=numbers)).to(dtype)
+        return stored.to(device, non_blocking=True).to(dtype).div_(top)

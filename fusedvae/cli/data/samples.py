@@ -50,7 +50,7 @@ class InMemory:
         return len(self.values)
 
     def read(self, indices: np.ndarray | slice) -> Tensor:
-        return self.values[indices if isinstance(indices, slice) else torch.from_numpy(indices)]
+        return torch.from_numpy(self.values.numpy()[indices])  # by NumPy, as in Preparation.finished
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.values.dtype} {tuple(self.values.shape)}".encode())
