@@ -11,6 +11,7 @@ EXTRAS = {
     "tqdm": "train",
     "PIL": "train",
     "braceexpand": "train",
+    "torchmetrics": "train",
     "anndata": "h5ad",
 }
 """Which extra of the package brings a module that only commands need."""
