@@ -105,6 +105,11 @@ def register_outputs(*types: type) -> None:
         register(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")  # type: ignore[misc]
 
 
+def is_in_forward_of_ddp() -> bool:
+    """Whether a DistributedDataParallel is calling its module, and so sees all that happens. Without it, False."""
+    return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
 def below_autograd() -> Any:
     """A block in which operators run their kernels, without autograd. needed: an operator's formula calls it."""
     return torch._C._AutoDispatchBelowAutograd()

@@ -25,7 +25,7 @@ from .backend.reference import LIKELIHOODS, PLAIN, Form, Formula, Scale, with_gr
 from .functional import Bounds, ELBOTerms, Generator, Latent, Reduction
 from .layout import broadcasts
 from .losses import checked_latent_forms, checked_recon_form
-from .torch_private import register_outputs
+from .torch_private import is_in_forward_of_ddp, register_outputs
 
 __all__ = ["VAE", "Bernoulli", "DiagonalGaussian", "DiagonalLaplace", "VAEOutput"]
 
@@ -586,7 +586,8 @@ class VAE(nn.Module):
             TypeError, ValueError: an argument is not of these, does not go with the bound, or does not fit.
 
         Where several processes train together, it warns once: it goes past a wrapper around the module, which then
-        synchronises no gradients. Call the wrapper, ``wrapped(x).loss(x)``, instead.
+        synchronises no gradients. Call the wrapper, ``wrapped(x).loss(x)``, instead. Within a module that is wrapped as
+        a whole, such as a LightningModule's ``training_step``, it is right and says nothing.
         """
         _warn_if_unsynchronised()
         posterior, latent, p = self._pass(x, condition, samples, bound, offset, generator, noise)
@@ -946,7 +947,7 @@ def _warn_if_unsynchronised() -> None:
     global _has_warned
     if _has_warned or not (distributed.is_available() and distributed.is_initialized()):
         return
-    if distributed.get_world_size() > 1:
+    if distributed.get_world_size() > 1 and not is_in_forward_of_ddp():
         _has_warned = True
         warnings.warn(
             "VAE.loss was called in a group of processes. It goes past DistributedDataParallel and the like, which do "
