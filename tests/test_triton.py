@@ -82,17 +82,17 @@ def latents(prior: tuple[int, ...] | None = None, name: str = "triton", **option
 
 def no_counts_are_left() -> bool:
     """Whether all counters are zero again: a later launch would never see its last program otherwise."""
-    return all(bool((zeros == 0).all()) for zeros in backend._zeros.values())
+    return all(bool((workspace.counters == 0).all()) for workspace in backend._workspaces.values())
 
 
 def test_nothing_is_kept_behind_the_dispatcher(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
     """A compiler that records launches in a CUDA graph owns all memory that is made meanwhile."""
     monkeypatch.setattr(backend, "_SMALL_TILE", 128)
-    monkeypatch.setattr(backend, "_zeros", {})
+    monkeypatch.setattr(backend, "_workspaces", {})
     expected = objectives((3, 1, 1), "reference") + latents((6, 50), "reference")
     monkeypatch.setattr(ops, "needs_dispatcher", lambda operands: True)
     check(objectives((3, 1, 1)) + latents((6, 50)), expected, 4e-6)
-    assert backend._zeros == {}
+    assert backend._workspaces == {}
 
 
 @pytest.mark.parametrize("scale", SHAPES)
@@ -110,6 +110,50 @@ def test_divergences_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew
     prior, options = LATENTS[kind]
     check(latents(prior, **options), latents(prior, "reference", **options), 4e-6)
     assert no_counts_are_left()
+
+
+@pytest.mark.parametrize("scale", ["scalar", "column"])
+def test_sums_of_parts_of_the_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None, scale: str) -> None:
+    """Many partial sums are added up by many programs, and then what these have found."""
+    monkeypatch.setattr(backend, "_SMALL_TILE", 64)
+    monkeypatch.setattr(backend, "_COLUMN", 4)
+    monkeypatch.setattr(backend, "_MANY", 3)
+    check(objectives(SHAPES[scale]), objectives(SHAPES[scale], "reference"), 4e-6)
+    check(latents((50,)), latents((50,), "reference"), 4e-6)
+    assert no_counts_are_left()
+
+
+def told_of_a_likelihood(monkeypatch: pytest.MonkeyPatch, reduction: str, *shapes: tuple[int, ...]) -> dict[str, Any]:
+    """What a kernel is told of operands of these shapes, over which it is not run; and the room for its sums."""
+    found: dict[str, Any] = {}
+
+    def see(self: Any, sources: Any) -> None:
+        found.update({**self.fixed, **{f"room for {name}": count for name, _, count, _ in self._sums}})
+
+    monkeypatch.setattr(backend._KernelLauncher, "__call__", see)
+    t = [torch.empty(1, device=DEVICE).expand(shape).requires_grad_() for shape in shapes]
+    functional.gaussian_nll(*t, reduction=reduction, backend="triton")
+    return found
+
+
+def test_values_of_many_samples_are_finished_by_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = told_of_a_likelihood(monkeypatch, "none", *[(65_536, 16)] * 3)
+    assert told["chunks"] >= 512
+    assert told["rows"] * told["chunks"] == 65_536
+    assert told["split"] is None  # 128 sums each, one a sample
+    assert told["room for totals"] == 65_536
+
+
+def test_no_program_adds_up_more_than_a_few_thousand_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = told_of_a_likelihood(monkeypatch, "sum", *[(1 << 14, 1 << 12)] * 3)
+    assert told["room for totals"] == 1 << 15
+    assert told["split"] == 256  # of 128 parts
+    told = told_of_a_likelihood(monkeypatch, "sum", *[(65_536, 512)] * 2, (512,))
+    assert told["a_tile_i"] * told["a_split"] <= 8192
+    assert told["a_tile_i"] * told["a_tiles"] / (512 / told["a_tile_i"]) / told["a_split"] <= 8192
+    told = told_of_a_likelihood(monkeypatch, "sum", *[(128, 20_000)] * 2, (20_000,))
+    assert told["a_split"] is None
+    assert told["a_tiles"] / -(-20_000 // told["a_tile_i"]) * told["a_tile_i"] <= 4096
 
 
 def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
@@ -130,7 +174,7 @@ def test_what_needs_64_bits(size: int, strides: tuple[int, int], wide: bool) -> 
     divergence = TermWork(FORMULAS["kl_standard_normal"], False, (mu, logvar), (None, None), (PLAIN,))
     work = LatentWork(divergence, z.shape, False, z=z)
     launch = backend.BACKEND.prepare_latent(work, 3, torch.device(DEVICE))
-    assert launch.fixed["wide"] is wide
+    assert launch.fixed["walk"] & 1 == wide
 
 
 @pytest.mark.parametrize("columns", [8, 6])

@@ -1,8 +1,9 @@
 """Compile the Triton kernels for a chip that need not be there, and print what became of them as JSON.
 
-    python triton_ahead_of_time.py sm_90
+    python triton_ahead_of_time.py sm_90 [REGULAR EXPRESSION]
 
-Launches are recorded from calls on CPU tensors, so that kernels are compiled with the arguments they are called with.
+The expression chooses among the variants by their names. Launches are recorded from calls on CPU tensors, so that
+kernels are compiled with the arguments they are called with.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ INPUTS = ("in0", "in1", "in2", "in3", "weight", "incoming", "noise", "grad_z")
 OUTPUTS = ("value", "g0", "g1", "g2", "g3", "z", "out")
 PREFIXES = ("", "a_", "b_")
 SHAPE = (64, 4, 64, 64)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")
+DOUBLES = (torch.float64,) if backend._VERSION >= (3, 4) else ()
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, *DOUBLES)
 
 
 def launches(call: Any, *, wide: bool = False) -> list[tuple[Any, dict[str, Any]]]:
@@ -52,10 +55,11 @@ def launches(call: Any, *, wide: bool = False) -> list[tuple[Any, dict[str, Any]
     backend._launch = lambda kernel, programs, arguments: found.append((kernel, dict(arguments)))
     call()
     for kernel, arguments in found:
-        assert set(arguments) - {"num_warps", "maxnreg"} == set(kernel.arg_names)
+        assert set(arguments) - set(OPTIONS) == set(kernel.arg_names)
     if wide:
         for _, arguments in found:
-            arguments["wide"] = True
+            for name in {"walk", "a_walk", "b_walk"} & set(arguments):
+                arguments[name] |= 1
     return found
 
 
@@ -123,7 +127,7 @@ def variants_of_terms() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
     """All likelihoods, the forms of their scales, weights."""
     found = {}
     mask = torch.ones(SHAPE, dtype=torch.bool)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16, *DOUBLES):
         name = str(dtype).partition(".")[2]
         t = [leaf(dtype) for _ in range(5)]
         for likelihood, formula in LIKELIHOODS.items():
@@ -151,7 +155,7 @@ def variants_of_terms() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
 def variants_of_the_latent() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
     """Both divergences, analytic and at the sample, the forms of their scales, samples in front, offsets."""
     found = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16, *DOUBLES):
         name = str(dtype).partition(".")[2]
         t = [leaf(dtype) for _ in range(4)]
         for estimator in ("analytic", "sample"):
@@ -162,8 +166,6 @@ def variants_of_the_latent() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
                 found[f"contiguous {estimator} of {scale}, {name}"] = launches(
                     lambda t=t, o=options: latent(*t[:2], **o)
                 )
-                if scale == "softplus" and dtype == torch.float64:
-                    continue  # the one that spills: 48 bytes, of four exponentials and logarithms in float64
                 # With two forms, 16-bit operands go 64 bits at a time.
                 kind = "contiguous" if scale == "logvar" or dtype.itemsize > 2 else "dense"
                 found[f"{kind} {estimator} of {scale}, a prior, {name}"] = launches(
@@ -186,6 +188,8 @@ def variants_of_the_latent() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
 
 def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """What a launch would compile: alignment and ones are part of a kernel's signature."""
+    if backend._VERSION < (3, 3):
+        return source_of_old(kernel, arguments)
     signature, constants, attributes = {}, {}, {}
     for k, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -196,7 +200,7 @@ def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
         if isinstance(value, Tensor):
             signature[parameter.name], aligned = TYPES[value.dtype], value.data_ptr() % 16 == 0
         elif isinstance(value, float):
-            signature[parameter.name], aligned = parameter.annotation_type, False
+            signature[parameter.name], aligned = parameter.annotation_type or "fp32", False
         else:
             signature[parameter.name], aligned = "i64" if value >= 2**31 else "i32", value % 16 == 0
         if aligned and not parameter.do_not_specialize:
@@ -204,12 +208,36 @@ def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def source_of_old(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
+    """The same for Triton 3.2."""
+    from triton.compiler import make_backend
+
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            constants[parameter.name] = value
+        if isinstance(value, Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif not parameter.is_constexpr:
+            signature[parameter.name] = "*i8" if value is None else "i64" if value >= 2**31 else "i32"
+    values = [arguments[parameter.name] for parameter in kernel.params]
+    attributes = make_backend(GPUTarget("cuda", 80, 32)).get_attrs_descriptor(kernel.params, values)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
 def local_memory(assembly: dict[str, Any], target: GPUTarget) -> int:
-    """Bytes of memory of their own that threads need, for spilled registers or arrays; plus the count of spills."""
+    """Bytes of memory of their own that threads need, for spilled registers or arrays; plus the count of spills.
+
+    (AMD's scalar registers spill into lanes of vector registers.)
+    """
     if target.backend == "hip":
-        pattern = r"\.(?:private_segment_fixed_size|vgpr_spill_count|sgpr_spill_count):\s*(\d+)"
+        pattern = r"\.(?:private_segment_fixed_size|vgpr_spill_count):\s*(\d+)"
         found = re.findall(pattern, assembly["amdgcn"])
-        assert len(found) == 3
+        assert len(found) == 2
         return sum(map(int, found))
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -260,7 +288,7 @@ def wanted(arguments: dict[str, Any], names: tuple[str, ...]) -> int:
     return total
 
 
-def main(chip: str) -> None:
+def main(chip: str, chosen: str = "") -> None:
     is_amd = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if is_amd else GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
     backend._LANES = target.warp_size
@@ -268,9 +296,9 @@ def main(chip: str) -> None:
     compiled: dict[tuple[str, str], dict[str, Any]] = {}  # many launches are of the same
     results = []
     for variant, found in variants().items():
-        for kernel, arguments in found:
+        for kernel, arguments in found if re.search(chosen, variant) else ():
             source = source_of(kernel, arguments)
-            options = {name: arguments[name] for name in ("num_warps", "maxnreg") if name in arguments}
+            options = {name: arguments[name] for name in OPTIONS if name in arguments}
             key = source.hash(), str(options)
             if key not in compiled:
                 compiled[key] = what_became(triton.compile(source, target=target, options=options).asm, target)
@@ -288,4 +316,4 @@ def main(chip: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

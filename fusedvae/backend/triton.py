@@ -7,15 +7,16 @@ with what workspace.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
-from math import inf, prod
+from math import inf, isqrt, prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedvae.layout import Strides
+from fusedvae.torch_private import current_stream_address
 
 from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork
 from .reference import GIVEN, Form
@@ -31,7 +32,11 @@ except ImportError as error:
     _import_error = str(error)
 
 
-_BATCH, _OUTER, _INNER, _ALL = 1, 2, 4, 7  # as in triton_kernels
+# As in triton_kernels and triton_math.
+_BATCH, _OUTER, _INNER, _ALL, _ABSENT = 1, 2, 4, 7, 8
+_WIDE, _FLAT, _WHOLE = 1, 2, 4
+_LOG, _SQUARED, _BELOW, _ABOVE = 0, 8, 1, 2
+_MAPS = {"exponential": 1, "linear": 2, "softplus": 3, "bounded": 4}
 
 # --- tiles: what a program takes --------------------------------------------------------------------------------------
 
@@ -74,13 +79,13 @@ def _power(size: int, limit: int) -> int:
     return min(1 << max(size - 1, 0).bit_length(), limit)
 
 
-def _tiles(extent: Extent, summed: Sequence[int] = ()) -> _Tiles:
+def _tiles(extent: Extent, summed: Sequence[int] = (), weight: int = 0) -> _Tiles:
     """Tiles as long along inner as they can be; of columns, where a gradient is ``summed`` over other axes alone.
 
-    ``summed`` has the axes that each gradient is summed over.
+    ``summed`` has the axes that each gradient is summed over. What is heavy twice has smaller ones.
     """
     batch, outer, inner = extent
-    size = _SMALL_TILE if prod(extent) < _SMALL else _TILE
+    size = _SMALL_TILE if prod(extent) < _SMALL else _TILE // max(weight, 1)
     over = 0  # the axes that columns are summed over
     for axes in summed:
         over |= 0 if axes & _INNER else axes
@@ -97,30 +102,40 @@ _LANES = 64 if torch.version.hip else 32
 
 
 _REGISTERS = 128
-"""Enough for all kernels. Without a bound, NVIDIA's assembler spills to fit in one more program at a time."""
+"""Enough for all kernels that do not say so. Without a bound, NVIDIA's assembler spills to fit in one more program at a
+time."""
 
 
-def _options(elements: int, *, is_heavy: bool = False) -> dict[str, Any]:
-    """How the kernels are compiled for tiles of so many elements.
+def _options(elements: int, weight: int = 0) -> dict[str, Any]:
+    """How the kernels are compiled for tiles of so many elements of some weight.
 
     A thread takes 8 elements, which is 128 bits of a 16-bit dtype and twice that of float32. More would take registers
-    (with 16, a few kernels spill) that the threads to hide memory's latency behind need; and what is heavy, as float64
-    is, takes more of them for each element, and 4 elements.
+    (with 16, a few kernels spill) that the threads to hide memory's latency behind need; and what is heavy takes more
+    of them for each element, and 4 elements; what is heavy twice gets all that a processor has.
     """
-    options = {"num_warps": max(1, elements // ((4 if is_heavy else 8) * _LANES))}
-    return options if _LANES == 64 else {**options, "maxnreg": _REGISTERS}
+    warps = max(1, elements // ((4 if weight else 8) * _LANES))
+    # The formulas count on products and sums that are rounded once.
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    if _LANES == 64:
+        return options
+    return {**options, "maxnreg": _REGISTERS if weight < 2 else min((1 << 16) // (warps * _LANES), 255)}
 
 
-def _is_heavy(term: TermWork) -> bool:
-    """Whether an element takes many registers: it is float64, or has two scales that are not logarithms."""
-    return term.in_double or sum(form != Form() for form in term.forms) == 2
+def _weight(term: TermWork) -> int:
+    """How heavy an element is in registers: it is float64, has two scales that are not logarithms, or both."""
+    return term.in_double + (sum(form != Form() for form in term.forms) == 2)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
 class _KernelLauncher:
-    """A launch of a kernel, on sources of the sizes, strides and dtypes that it was prepared for."""
+    """A launch of a kernel, on sources of the sizes, strides and dtypes that it was prepared for.
+
+    Triton looks at every argument of every launch, which takes longer than many a kernel: there are up to 150 of them,
+    and all but a few addresses are the same each time. So only the first launch goes that way. What it compiles is kept
+    with what it was compiled for: beside all that is the same here, which addresses are multiples of 16.
+    """
 
     def __init__(
         self,
@@ -129,7 +144,7 @@ class _KernelLauncher:
         device: torch.device,
         fixed: dict[str, Any],
         parts: dict[str, Part | None],
-        workspace: dict[str, tuple[int, torch.dtype]] | None = None,
+        sums: dict[str, tuple[int, torch.dtype]] | None = None,
         counters: int = 0,
         factors: dict[str, Part] | None = None,
         *,
@@ -140,43 +155,102 @@ class _KernelLauncher:
         Args:
             fixed: the arguments that are the same for all sources. All that are in none of these are None.
             parts: the operands, by parameter.
-            workspace: how many partial sums there is room for, of what dtype, by parameter.
+            sums: how many partial sums there is room for, of what dtype, by parameter.
             counters: how many there are.
             factors: numbers that a fixed argument is multiplied by, by parameter.
-            keeps_workspace: whether counters stay for the next launch.
+            keeps_workspace: whether the memory for sums and counters stays for the next launch.
         """
-        self.fixed: dict[str, Any] = dict.fromkeys(kernel.arg_names) | fixed
+        names = list(kernel.arg_names)
+        self.fixed: dict[str, Any] = dict.fromkeys(names) | fixed
         self._kernel, self._programs, self._device = kernel, programs, device
         given = [(name, part) for name, part in parts.items() if part is not None]
         self._numbers = [(f"{name}_value", part.source) for name, part in given if part.is_number]
-        self._tensors = [(name, part.source) for name, part in given if not part.is_number and part.half is None]
-        self._halves = [(name, part) for name, part in given if part.half is not None]
-        self._workspace = [(name, *size) for name, size in (workspace or {}).items()]
-        self._counters, self._keeps_workspace = counters, keeps_workspace
         self._factors = [(name, part.source) for name, part in (factors or {}).items()]
+        self._tensors = [(name, part) for name, part in given if not part.is_number]
+        self._sums: list[tuple[str, int, int, torch.dtype]] = []
+        end = 0
+        for name, (count, dtype) in (sums or {}).items():
+            self._sums.append((name, end, count, dtype))
+            end += -(-count * dtype.itemsize // 16) * 16
+        self._workspace = (end, counters) if end or counters else None
+        self._keeps_workspace = keeps_workspace
+        # The same by position, for launches without a look at the arguments.
+        position = {name: k for k, name in enumerate(names)}
+        self._values = [self.fixed[name] for name in names]
+        self._addresses = [(position[name], part.source, part.offset) for name, part in self._tensors]
+        self._number_positions = [(position[name], source) for name, source in self._numbers]
+        self._factor_positions = [(position[name], source) for name, source in self._factors]
+        self._sum_positions = [(position[name], offset) for name, offset, _, _ in self._sums]
+        self._counters_position = position.get("counters", 0)
+        self._compiled: dict[Any, _Run] = {}
 
     def __call__(self, sources: tuple[Any, ...]) -> None:
-        device, arguments = self._device, self._arguments(sources)
+        device = self._device
         if _is_traced:
-            torch.library.wrap_triton(self._kernel)[(self._programs,)](**arguments)
+            launch = torch.library.wrap_triton(self._kernel)[(self._programs,)]
+            launch(**{k: v for k, v in self._arguments(sources, None).items() if k != "enable_fp_fusion"})
+        elif device.type != "cuda":
+            self._launch(sources, 0)
+        elif torch.cuda.current_device() == device.index:
+            self._launch(sources, current_stream_address(device.index))
         else:
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                _launch(self._kernel, self._programs, arguments)
+            with torch.cuda.device(device):
+                self._launch(sources, current_stream_address(device.index))
 
-    def _arguments(self, sources: tuple[Any, ...]) -> dict[str, Any]:
-        device, arguments = self._device, self.fixed.copy()
-        for name, source in self._tensors:
-            arguments[name] = sources[source]
+    def _launch(self, sources: tuple[Any, ...], stream: int) -> None:
+        values = self._values.copy()
+        together = 0
+        for position, source, offset in self._addresses:
+            values[position] = address = sources[source].data_ptr() + offset
+            together |= address
+        key = self._key(sources, values)
+        if together & 15:
+            key = key, *[values[position] & 15 == 0 for position, _, _ in self._addresses]
+        run = self._compiled.get(key)
+        # Until the launch, the workspace must not become anyone else's; after it, the stream's order sees to that.
+        workspace = None
+        if self._workspace is not None:
+            workspace = _workspace(*self._workspace, self._device, stream, is_kept=self._keeps_workspace)
+        if run is None:
+            compiled = _launch(self._kernel, self._programs, self._arguments(sources, workspace))
+            run = _run_of(self._kernel, compiled, self._programs)
+            if run is not None:
+                self._compiled[key] = run
+            return
+        for position, source in self._number_positions:
+            values[position] = float(sources[source])
+        for position, source in self._factor_positions:
+            values[position] *= float(sources[source])
+        if workspace is not None:
+            address = workspace.sums.data_ptr()
+            for position, offset in self._sum_positions:
+                values[position] = address + offset
+            values[self._counters_position] = workspace.counters.data_ptr()
+        run(values, stream)
+
+    def _key(self, sources: tuple[Any, ...], values: list[Any]) -> Any:
+        """What else a kernel is compiled for, whose arguments may be changed."""
+        return None
+
+    def _arguments(self, sources: tuple[Any, ...], workspace: _Workspace | None) -> dict[str, Any]:
+        """All arguments, by name; without a workspace, this makes what it takes."""
+        arguments = self.fixed.copy()
+        for name, part in self._tensors:
+            arguments[name] = part.of(sources)
         for name, source in self._numbers:
             arguments[name] = float(sources[source])
         for name, source in self._factors:
             arguments[name] *= float(sources[source])
-        for name, part in self._halves:
-            arguments[name] = part.of(sources)
-        for name, size, dtype in self._workspace:
-            arguments[name] = torch.empty(size, dtype=dtype, device=device)
-        if self._counters:
-            arguments["counters"] = _counters(self._counters, device, are_kept=self._keeps_workspace)
+        for name, offset, count, dtype in self._sums:
+            if workspace is None:
+                arguments[name] = torch.empty(count, dtype=dtype, device=self._device)
+            else:
+                arguments[name] = workspace.sums[offset : offset + count * dtype.itemsize].view(dtype)
+        if self._workspace is not None and self._workspace[1]:
+            if workspace is None:
+                arguments["counters"] = torch.zeros(self._workspace[1], dtype=torch.int32, device=self._device)
+            else:
+                arguments["counters"] = workspace.counters
         return arguments
 
 
@@ -186,27 +260,63 @@ class _LatentLauncher(_KernelLauncher):
     def __init__(self, *arguments: Any, offset: Part | None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._offset = None if offset is None else offset.source
+        names = list(self._kernel.arg_names)
+        self._offset_position, self._in_quads_position = names.index("offset"), names.index("in_quads")
 
-    def _arguments(self, sources: tuple[Any, ...]) -> dict[str, Any]:
-        arguments = super()._arguments(sources)
+    def _key(self, sources: tuple[Any, ...], values: list[Any]) -> Any:
         if self._offset is None:
-            return arguments
-        offset = sources[self._offset]
-        if isinstance(offset, Tensor):  # which only the kernel looks at
-            arguments["offset"] = offset
-        elif offset:
-            arguments["offset"] = int(offset)
-            arguments["in_quads"] = arguments["in_quads"] and offset % 4 == 0
+            return None
+        offset, in_quads = self._offset_of(sources[self._offset])
+        values[self._in_quads_position] = in_quads
+        if isinstance(offset, Tensor):
+            values[self._offset_position] = address = offset.data_ptr()
+            return "in memory", address & 15 == 0, offset.dtype, in_quads
+        values[self._offset_position] = offset
+        return offset is None, offset is not None and offset >= 1 << 31, in_quads
+
+    def _arguments(self, sources: tuple[Any, ...], workspace: _Workspace | None) -> dict[str, Any]:
+        arguments = super()._arguments(sources, workspace)
+        if self._offset is not None:
+            arguments["offset"], arguments["in_quads"] = self._offset_of(sources[self._offset])
         return arguments
+
+    def _offset_of(self, offset: Any) -> tuple[Any, bool]:
+        """The offset as the kernel takes it, and whether counters make neighbours."""
+        in_quads: bool = self.fixed["in_quads"]
+        if isinstance(offset, Tensor):  # which only the kernel looks at
+            return offset, in_quads
+        return int(offset) or None, in_quads and offset % 4 == 0
 
 
 def _nothing(sources: tuple[Any, ...]) -> None:
     """The launcher of no work."""
 
 
-def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-    kernel[(programs,)](**arguments)
+def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> Any:
+    """Launch as Triton has it, which compiles what there is not yet. Returns what was compiled."""
+    return kernel[(programs,)](**arguments)
 
+
+_Run = Callable[[list[Any], int], None]
+"""Launches a compiled kernel on a stream: its arguments in the order of its parameters, with addresses for tensors."""
+
+
+def _run_of(kernel: Any, compiled: Any, programs: int) -> _Run | None:
+    """What launches a compiled kernel; None where there is no such thing, as in the interpreter.
+
+    All that depends on how Triton of some version launches.
+    """
+    try:
+        launch = compiled[programs, 1, 1]
+    except (AttributeError, TypeError):
+        return None
+    if _VERSION >= (3, 3):
+        return lambda values, stream: launch(*values, stream=stream)
+    given = [k for k, parameter in enumerate(kernel.params) if not parameter.is_constexpr]
+    return lambda values, stream: launch(*[values[k] for k in given], stream=stream)
+
+
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2])) if triton else (0, 0)
 
 _is_traced = False
 """Whether launches are for a compiler to see, on tensors without memory."""
@@ -223,22 +333,41 @@ def traced() -> Iterator[None]:
         _is_traced = before
 
 
-_zeros: dict[tuple[torch.device, int], Tensor] = {}
+class _Workspace(NamedTuple):
+    """What the programs of a launch share."""
+
+    sums: Tensor
+    """Bytes."""
+    counters: Tensor
+    """Zero before a launch, and after it."""
 
 
-def _counters(count: int, device: torch.device, *, are_kept: bool) -> Tensor:
-    """Counters that are zero. Kernels leave them so: those of a stream are made once.
+_workspaces: dict[tuple[torch.device, int], _Workspace] = {}
+"""One a device and stream: launches on one stream follow each other, and so may share it."""
 
-    A captured graph or a compiled program, which may run beside anything, gets its own.
+
+def _workspace(size: int, counters: int, device: torch.device, stream: int, *, is_kept: bool) -> _Workspace:
+    """A workspace of at least so many bytes for sums, and counters.
+
+    Graphs are replayed on any stream, several at a time: each has its own, out of its own memory.
     """
-    if not are_kept or _is_traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _zeros.get((device, stream))
-    if found is None or found.numel() < count:
-        size = _power(count, 1 << 62)
-        found = _zeros[device, stream] = torch.zeros(max(size, 64), dtype=torch.int32, device=device)
+    if not is_kept or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return _new_workspace(size, counters, device)
+    found = _workspaces.get((device, stream))
+    if found is None or found.sums.numel() < size or found.counters.numel() < counters:
+        found = _workspaces[device, stream] = _new_workspace(
+            max(size, 1 << 16, found.sums.numel() if found else 0),
+            max(counters, 1 << 10, found.counters.numel() if found else 0),
+            device,
+        )
     return found
+
+
+def _new_workspace(size: int, counters: int, device: torch.device) -> _Workspace:
+    return _Workspace(
+        torch.empty(size, dtype=torch.uint8, device=device),
+        torch.zeros(counters, dtype=torch.int32, device=device),
+    )
 
 
 # --- what kernels are told of a walk ----------------------------------------------------------------------------------
@@ -273,6 +402,28 @@ def _axes(names: Sequence[str], walked: Walk) -> dict[str, int]:
     }
 
 
+def _packed(fields: Sequence[int | None]) -> int:
+    """Four bits each, as kernels take axes and slots."""
+    return sum((_ABSENT if field is None else field) << 4 * k for k, field in enumerate(fields))
+
+
+_MANY = 4096
+"""Partial sums that one program may be left to add up: more are first added up in parts, by as many programs."""
+
+
+def _split(members: int, lanes: int) -> int | None:
+    """How many of ``members`` sums of ``lanes`` values make a part, and so about how many parts there are."""
+    if members * lanes <= _MANY or members < 4:
+        return None
+    return 1 << (isqrt(members - 1).bit_length())
+
+
+def _with_parts(members: int, split: int | None) -> tuple[int, int]:
+    """How many sums there is room for in a group of so many members, its parts included; and how many counters."""
+    parts = -(-members // split) if split else 0
+    return members + parts, 1 + parts
+
+
 class _Sums(NamedTuple):
     """The sums that tiles share, of some outputs."""
 
@@ -282,6 +433,8 @@ class _Sums(NamedTuple):
     """How many partial sums a slot has room for."""
     counters: int
     """How many it takes."""
+    split: int | None
+    """How many are added up at first; None for all."""
 
     @property
     def total(self) -> int:
@@ -290,47 +443,78 @@ class _Sums(NamedTuple):
 
     @property
     def fixed(self) -> dict[str, Any]:
-        return {"slots": self.slots, "partials_step": self.partials, "counters_step": self.counters}
+        return {
+            "slots": _packed(self.slots),
+            "partials_step": self.partials,
+            "counters_step": self.counters,
+            "split": self.split,
+        }
 
 
 def _sums(axes: dict[str, int], tiles: _Tiles) -> _Sums:
     """Those of the outputs among operands with these axes."""
     slots: list[int | None] = []
-    sizes = [(0, 0)]
+    shared: list[tuple[int, int]] = []  # the members of a group, and the lanes of each
     for name in _SUMMED:
-        size = _partial_sums(tiles, axes[name]) if name in axes else (0, 0)
-        slots.append(len(sizes) - 1 if size[0] else None)
-        sizes += [size] if size[0] else []
-    return _Sums(tuple(slots), max(partials for partials, _ in sizes), max(counters for _, counters in sizes))
+        members = prod([count for d, count in enumerate(tiles.counts) if not axes.get(name, _ALL) >> d & 1])
+        slots.append(len(shared) if members > 1 else None)
+        if members > 1:
+            shared.append((members, prod([size for d, size in enumerate(tiles.shape) if axes[name] >> d & 1])))
+    split = max([_split(members, lanes) or 0 for members, lanes in shared], default=0) or None
+    partials = counters = 0
+    for members, lanes in shared:
+        groups, (sums, counts) = tiles.total // members, _with_parts(members, split)
+        partials, counters = max(partials, groups * sums * lanes), max(counters, groups * counts)
+    return _Sums(tuple(slots), partials, counters, split)
 
 
-def _tiles_for(extent: Extent, axes: dict[str, int]) -> _Tiles:
+def _tiles_for(extent: Extent, axes: dict[str, int], weight: int) -> _Tiles:
     """Tiles for operands with these axes."""
-    return _tiles(extent, [_ALL & ~axes[name] for name in _SUMMED if name in axes])
+    return _tiles(extent, [_ALL & ~axes[name] for name in _SUMMED if name in axes], weight)
 
 
-_ScaleForm = tuple[str, bool, float | None, float | None, float] | None
-"""The form of a scale as triton_math has it."""
+def _forms(term: TermWork) -> dict[str, Any]:
+    """The forms of a term's scales."""
+    arguments = dict(_NO_FORMS)
+    for k, ((_, scale), form) in enumerate(zip(term.formula.pairs, term.forms, strict=True)):
+        is_plain = form.map == "exponential" and form.eps == 0
+        arguments[f"form{k}"] = (_LOG if is_plain else _MAPS[form.map]) | (_SQUARED if form.squared else 0)
+        arguments[f"eps{k}"] = float(form.eps)
+        for name, flag, bound in (("low", _BELOW, form.low), ("high", _ABOVE, form.high)):
+            if bound not in (-inf, inf):
+                arguments["bounds"] |= flag << 2 * scale
+                arguments[f"{name}{k}"] = float(bound)
+    return arguments
 
 
-def _scale_form(form: Form) -> _ScaleForm:
-    bounds = tuple([None if bound in (-inf, inf) else float(bound) for bound in (form.low, form.high)])
-    name = "log" if form.map == "exponential" and form.eps == 0 else form.map
-    if (name, form.squared, *bounds) == ("log", False, None, None):
-        return None
-    return name, form.squared, *bounds, float(form.eps)  # type: ignore[return-value]
-
-
-def _forms(term: TermWork) -> dict[str, _ScaleForm]:
-    return {f"form{k}": _scale_form(form) for k, form in enumerate(term.forms)}
+_NO_FORMS: dict[str, Any] = {
+    "bounds": 0,
+    **{f"form{k}": 0 for k in range(2)},
+    **{f"{name}{k}": 0.0 for k in range(2) for name in ("low", "high", "eps")},
+}
 
 
 def _shape(extent: Extent, tiles: _Tiles, in_double: bool) -> dict[str, Any]:
     """What is walked, in what tiles, and in what arithmetic."""
+    if in_double and (3, 0) < _VERSION < (3, 4):
+        raise RuntimeError(
+            f"float64 operands: the Triton kernels need Triton 3.4 or later for them, this is {triton.__version__}; "
+            "use another backend"
+        )
     arguments: dict[str, Any] = dict(zip(("batch", "outer", "inner"), extent, strict=True))
     arguments.update(zip(("tile_b", "tile_o", "tile_i"), tiles.shape, strict=True))
     arguments["dtype"] = tl.float64 if in_double else tl.float32
     return arguments
+
+
+def _walk(extent: Extent, tiles: _Tiles, walked: Sequence[Strides]) -> int:
+    """How tiles lie, as the kernels are told."""
+    found = _WIDE if _is_wide(extent, walked) else 0
+    if extent[:2] == (1, 1):
+        found |= _FLAT
+    if all(size % tile == 0 for size, tile in zip(extent, tiles.shape, strict=True)):
+        found |= _WHOLE
+    return found
 
 
 def _is_wide(extent: Extent, walked: Sequence[Strides]) -> bool:
@@ -341,15 +525,6 @@ def _is_wide(extent: Extent, walked: Sequence[Strides]) -> bool:
         for strides in (*walked, rows)
         if strides
     )
-
-
-def _partial_sums(tiles: _Tiles, axes: int) -> tuple[int, int]:
-    """How many partial sums and counters sums over all but ``axes`` take: none if every tile has sums of its own."""
-    members = prod(count for d, count in enumerate(tiles.counts) if not axes >> d & 1)
-    if members <= 1:
-        return 0, 0
-    lanes = prod(size for d, size in enumerate(tiles.shape) if axes >> d & 1)
-    return tiles.total * lanes, tiles.total // members
 
 
 def _stride(part: Part | None) -> int:
@@ -364,22 +539,25 @@ class _Term(NamedTuple):
     parts: dict[str, Part | None]
     factors: dict[str, Part]
     copies: list[Copy]
+    extent: Extent
     tiles: _Tiles
-    is_wide: bool = False
-    sums: _Sums = _Sums((), 0, 0)
+    sums: _Sums
 
 
 def _absent_term() -> _Term:
     """No term; its numbers are there all the same, since a kernel's numbers have a type."""
-    fixed: dict[str, Any] = {"factor": 0.0, "constant": 0.0, "coefficient_value": 1.0}
+    nothing: tuple[None, ...] = (None,) * len(_TERM_AXES)
+    fixed: dict[str, Any] = {"factor": 0.0, "constant": 0.0, "coefficient_value": 1.0, "axes": _packed(nothing)}
     fixed.update({f"{name}_value": 0.0 for name in (*_INPUTS[1:], "weight")})
-    return _Term(fixed, {}, {}, [], _Tiles((1, 1, 1), (0, 0, 0)))
+    fixed.update(_NO_FORMS)
+    fixed.update(has_gains=False, walk=0, **{f"gain{k}": 1.0 for k in range(_MOST_INPUTS)})
+    return _Term(fixed, {}, {}, [], (0, 0, 0), _Tiles((1, 1, 1), (0, 0, 0)), _Sums((), 0, 0, None))
 
 
-def _term(term: TermWork, sources: int, *, keep_batch: bool) -> _Term:
-    """A term that is walked, or whose values are given."""
+def _term(term: TermWork, sources: int, weight: int, *, keep_batch: bool) -> _Term:
+    """A term that is walked, or whose values are given; in a kernel of some weight."""
     found = _absent_term()
-    found.fixed.update(factor=term.factor, axes=(None,) * len(_TERM_AXES))
+    found.fixed.update(factor=term.factor)
     found.parts.update(coefficient=term.coefficient)
     if term.normalizer is not None and term.normalizer.is_number:
         found.factors.update(factor=term.normalizer)
@@ -395,37 +573,33 @@ def _term(term: TermWork, sources: int, *, keep_batch: bool) -> _Term:
     extent, inputs = walked.extent, len(term.inputs)
     names = (*_INPUTS[:inputs], "weight", "incoming", "value", *_GRADS[:inputs])
     axes = _axes(names, walked)
-    tiles = _tiles_for(extent, axes)
+    tiles = _tiles_for(extent, axes, weight)
     sums = _sums(axes, tiles)
-    fixed = {
-        **found.fixed,
-        **_shape(extent, tiles, term.in_double),
-        **_strides(names, walked.strides),
-        **_forms(term),
-        **sums.fixed,
-        "formula": term.formula.name,
-        "gains": _gains(term),
-        "axes": tuple([axes.get(name) for name in _TERM_AXES]),
-    }
-    return found._replace(
-        fixed=fixed,
-        parts={**found.parts, **dict(zip(names, walked.parts, strict=True))},
-        copies=walked.copies,
-        tiles=tiles,
-        is_wide=_is_wide(extent, walked.strides),
-        sums=sums,
+    found.fixed.update(
+        {
+            **_shape(extent, tiles, term.in_double),
+            **_strides(names, walked.strides),
+            **_forms(term),
+            **_gains(term),
+            **sums.fixed,
+            "formula": term.formula.name,
+            "axes": _packed([axes.get(name) for name in _TERM_AXES]),
+            "walk": _walk(extent, tiles, walked.strides),
+        }
     )
+    parts = {**found.parts, **dict(zip(names, walked.parts, strict=True))}
+    return found._replace(parts=parts, copies=walked.copies, extent=extent, tiles=tiles, sums=sums)
 
 
-def _gains(term: TermWork) -> tuple[float, ...] | None:
-    """What the gradients are multiplied by, one for every input that kernels have; None for nothing."""
+def _gains(term: TermWork) -> dict[str, Any]:
+    """What the gradients are multiplied by."""
     if term.gains is None or set(term.gains) == {1.0}:
-        return None
-    return (*term.gains, *[1.0] * (_MOST_INPUTS - len(term.gains)))
+        return {}
+    return {"has_gains": True, **{f"gain{k}": float(gain) for k, gain in enumerate(term.gains)}}
 
 
-def _workspace(prefix: str, sums: _Sums, in_double: bool) -> dict[str, tuple[int, torch.dtype]]:
-    """That of shared sums, in the dtype of the arithmetic."""
+def _room(prefix: str, sums: _Sums, in_double: bool) -> dict[str, tuple[int, torch.dtype]]:
+    """What shared sums take, in the dtype of the arithmetic."""
     count = sums.total * sums.partials
     return {f"{prefix}partials": (count, torch.float64 if in_double else torch.float32)} if count else {}
 
@@ -433,11 +607,14 @@ def _workspace(prefix: str, sums: _Sums, in_double: bool) -> dict[str, tuple[int
 def _flat(count: int) -> dict[str, Any]:
     """Arguments for kernels that go through dense tensors of ``count`` elements."""
     tile = _SMALL_TILE if count < _SMALL else _TILE
-    return {"tile": tile, "wide": count >= _NARROW, **_options(tile)}
+    return {"tile": tile, "walk": _walk((1, 1, count), _Tiles((1, 1, tile), (1, 1, 1)), ()), **_options(tile)}
 
 
 _SCALED = 2 * _MOST_INPUTS
 """Tensors that a launch can scale: the gradients of an objective."""
+
+_WAVE = 1024
+"""Programs that scale: enough to fill a GPU, and no more, since all that most of them ever do is to read a 1."""
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------
@@ -475,7 +652,7 @@ class _Triton:
         extent = walked.extent
         names = (*_INPUTS[:inputs], "noise", "grad_z", "incoming", "z", "value", *_GRADS[:inputs])
         axes = _axes(names, walked)
-        tiles = _tiles_for(extent, axes)
+        tiles = _tiles_for(extent, axes, _weight(term))
         if not tiles.total:
             return with_copies(_nothing, walked.copies)
         sums = _sums(axes, tiles)
@@ -486,15 +663,15 @@ class _Triton:
             **_strides(names, walked.strides),
             **_forms(term),
             **sums.fixed,
-            **_options(tiles.elements, is_heavy=_is_heavy(term)),
+            **_options(tiles.elements, _weight(term)),
             "formula": term.formula.name,
             "at_sample": work.at_sample,
-            "axes": tuple([axes.get(name) for name in _LATENT_AXES]),
+            "axes": _packed([axes.get(name) for name in _LATENT_AXES]),
             "l0": l0,
             "l1": l1,
             "l2": l2,
             "in_quads": l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and tiles.shape[2] >= 4,
-            "wide": _is_wide(extent, [*walked.strides, walked.logical]),
+            "walk": _walk(extent, tiles, [*walked.strides, walked.logical]),
         }
         parts = {**dict(zip(names, walked.parts, strict=True)), "seed": work.seed}
         launch = _LatentLauncher(
@@ -503,7 +680,7 @@ class _Triton:
             device,
             fixed,
             parts,
-            _workspace("", sums, term.in_double),
+            _room("", sums, term.in_double),
             sums.total * sums.counters,
             offset=work.offset,
             keeps_workspace=keeps_workspace,
@@ -523,30 +700,29 @@ class _Triton:
             return _nothing
         assert len(counts) <= _SCALED
         fixed = _flat(max(counts))
-        programs = 0
+        blocks = 0
         for k, (part, count) in enumerate(zip(tensors, counts, strict=True)):
             if count:
-                parts[f"data_{k}"] = part
-                fixed[f"count_{k}"], fixed[f"first_{k}"] = count, programs
-                programs += -(-count // fixed["tile"])
-        return _KernelLauncher(kernels.scale_kernel, programs, device, fixed, parts)
+                parts[f"data_{k}"], fixed[f"count_{k}"] = part, count
+                blocks = max(blocks, -(-count // fixed["tile"]))
+        return _KernelLauncher(kernels.scale_kernel, min(blocks, _WAVE), device, fixed, parts)
 
 
 def _prepare_elements(work: ObjectiveWork, sources: int, device: torch.device, keeps_workspace: bool) -> Launcher:
     """A term element by element."""
     (term,) = work.terms
-    task = _term(term, sources, keep_batch=False)
+    task = _term(term, sources, _weight(term), keep_batch=False)
     if not task.tiles.total:
         return with_copies(_nothing, task.copies)
     fixed = {"incoming_value": 0.0, "grad_scale_value": 1.0, **task.fixed, "constant": term.constant}
-    fixed.update(wide=task.is_wide, **_options(task.tiles.elements, is_heavy=_is_heavy(term)))
+    fixed.update(_options(task.tiles.elements, _weight(term)))
     launch = _KernelLauncher(
         kernels.elementwise_kernel,
         task.tiles.total,
         device,
         fixed,
         {**task.parts, "grad_scale": work.grad_scale},
-        _workspace("", task.sums, term.in_double),
+        _room("", task.sums, term.in_double),
         task.sums.total * task.sums.counters,
         task.factors,
         keeps_workspace=keeps_workspace,
@@ -559,45 +735,64 @@ def _prepare_values(work: ObjectiveWork, sources: int, device: torch.device, kee
     by_sample, loss = work.values == "sample", work.loss
     assert loss is not None
     assert loss.shape is not None
-    fixed: dict[str, Any] = {"values": loss.shape.numel(), "loss_0": _stride(loss), "by_sample": by_sample}
-    fixed["grad_scale_value"] = 1.0
-    parts: dict[str, Part | None] = {"loss": loss, "grad_scale": work.grad_scale}
-    factors: dict[str, Part] = {}
-    workspace: dict[str, tuple[int, torch.dtype]] = {}
+    values = loss.shape.numel()
+    weight = max(map(_weight, work.terms))
     copies: list[Copy] = []
     tasks: list[_Term] = []
-    counters = 1  # the first counts all programs
-    for prefix, term in zip_longest("ab", work.terms):
-        task = _absent_term()
-        if term is not None:
-            assert term.incoming is None, "what comes in for each element comes for values of elements"
-            assert term.value is None
-            task = _term(term, sources + len(copies), keep_batch=by_sample)
+    for term in work.terms:
+        assert term.incoming is None, "what comes in for each element comes for values of elements"
+        assert term.value is None
+        tasks.append(_term(term, sources + len(copies), weight, keep_batch=by_sample))
+        copies += tasks[-1].copies
+    if not values:
+        return with_copies(_nothing, copies)
+    # What is finished at once: the samples of the larger tiles. A value's sums are of that many tiles.
+    rows = max([task.tiles.shape[0] if task.tiles.total else 64 for task in tasks]) if by_sample else 1
+    chunks = -(-values // rows)
+    addends = [task.tiles.total // (task.tiles.counts[0] if by_sample else 1) for task in tasks if task.tiles.total]
+    split = _split(max(addends, default=0), rows)
+    parts_of_sums = sum(_with_parts(count, split)[0] - count for count in addends)
+    fixed: dict[str, Any] = {
+        "values": values,
+        "loss_0": _stride(loss),
+        "grad_scale_value": 1.0,
+        "by_sample": by_sample,
+        "rows": rows,
+        "chunks": chunks,
+        "split": split,
+        "has_tiles": bool(addends),
+    }
+    parts: dict[str, Part | None] = {"loss": loss, "grad_scale": work.grad_scale}
+    factors: dict[str, Part] = {}
+    totals = sum(task.tiles.total * (task.tiles.shape[0] if by_sample else 1) for task in tasks)
+    room = {"totals": (max(totals, 1), torch.float64)}
+    if split:
+        room["again"] = parts_of_sums * chunks * rows, torch.float64
+    counters = chunks * (1 + parts_of_sums)
+    for prefix, task, term in zip_longest("ab", tasks, work.terms):
+        if term is None:
+            task = _absent_term()
+        else:
             shape = term.inputs[0].shape
             assert shape is not None
-            addends = (shape[1:] if by_sample else shape).numel() if term.weight is None else 1
-            task.fixed.update(constant=term.constant * addends, counters=counters)
+            addends_of_constant = (shape[1:] if by_sample else shape).numel() if term.weight is None else 1
+            task.fixed.update(constant=term.constant * addends_of_constant, counters=counters)
             task.fixed.update(out_0=_stride(term.out), tiles=task.tiles.total)
             task.parts.update(out=term.out)
-            workspace.update(_workspace(f"{prefix}_", task.sums, term.in_double))
+            room.update(_room(f"{prefix}_", task.sums, term.in_double))
         fixed.update({f"{prefix}_{name}": value for name, value in task.fixed.items()})
         parts.update({f"{prefix}_{name}": part for name, part in task.parts.items()})
         factors.update({f"{prefix}_{name}": part for name, part in task.factors.items()})
         counters += task.sums.total * task.sums.counters
-        copies += task.copies
-        tasks.append(task)
     programs = sum(task.tiles.total for task in tasks)
-    totals = sum(task.tiles.total * (task.tiles.shape[0] if by_sample else 1) for task in tasks)
-    workspace["totals"] = max(totals, 1), torch.float64
-    elements, is_heavy = max(task.tiles.elements for task in tasks), any(map(_is_heavy, work.terms))
-    fixed.update(wide=any(task.is_wide for task in tasks), **_options(elements, is_heavy=is_heavy))
+    fixed.update(_options(max(task.tiles.elements for task in tasks), weight))
     launch = _KernelLauncher(
         kernels.objective_kernel,
-        max(programs, 1),
+        programs or chunks,
         device,
         fixed,
         parts,
-        workspace,
+        room,
         counters,
         factors,
         keeps_workspace=keeps_workspace,

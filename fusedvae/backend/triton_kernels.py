@@ -3,19 +3,24 @@
 A program takes a tile of (tile_b, tile_o, tile_i) elements of the extent (batch, outer, inner). An operand comes as its
 address, its strides over batch and outer, and its axes: the dimensions it varies along, one bit each (BATCH, OUTER,
 INNER); it is read as a block of size 1 along the others. A number comes as ``..._value`` instead. An operand that was
-not given is None, its axes too, and everything about it disappears when the kernel is compiled.
+not given is None, its axes ABSENT, and everything about it disappears when the kernel is compiled. What is a constexpr
+selects code, and no number that a caller might change between calls is among these: that would compile a kernel a call.
 
 The inputs of a formula are in0 to in3, the gradients by them g0 to g3; ``form0`` and ``form1`` are the forms of its
-scales, as triton_math has them. ``axes`` are those of the inputs, and of
-what the constants below say, in this order.
+scales, as triton_math has them; ``bounds`` tells which inputs are bounded, two bits each, and ``low0``, ``high0`` and
+``eps0`` are the numbers of the first scale. ``axes`` are those of the inputs, and of what the constants below say, four
+bits each, in this order. ``walk`` says how tiles lie: WIDE where
+offsets or indices might not fit 32 bits; FLAT where batch and outer are 1, so that all operands are gone through in one
+line; WHOLE where no tile reaches past the extent, so that no access needs a mask.
 
 A value or gradient is summed over the dimensions that are not among its axes. Where it shares its sums with other
-tiles, it has one of the launch's ``slots``, else None: slot k of ``partials`` begins at k * ``partials_step``, that of
-``counters`` at k * ``counters_step``.
+tiles, it has one of the launch's ``slots`` (four bits each, too), else ABSENT: slot k of ``partials`` begins at k *
+``partials_step``, that of ``counters`` at k * ``counters_step``.
 
 Sums are the same on every run. A tile's is a tree, in the dtype of the arithmetic; the tiles' sums go to a workspace,
-each at an offset of its own, and the program that finishes last adds them in order, in float64. The counter that tells
-which one that is is zero again afterwards.
+each at an offset of its own, and the program that finishes last adds them in order, in float64. Where they are many,
+``split`` is how many are added up so, by as many programs as that takes, before the last one of these adds up their
+sums. The counters that tell who is last are zero again afterwards.
 """
 
 from __future__ import annotations
@@ -30,21 +35,28 @@ from .triton_math import (
     formula_element,
     philox4x32,
     through,
+    through_bounds,
     unit_interval,
+    within_bounds,
 )
 
 BATCH = tl.constexpr(1)
 OUTER = tl.constexpr(2)
 INNER = tl.constexpr(4)
 ALL = tl.constexpr(7)
+ABSENT = tl.constexpr(8)
 
-# Positions in ``axes``.
-INCOMING = tl.constexpr(4)
-VALUE = tl.constexpr(5)
-GRADS = tl.constexpr(6)  # the first of four
-WEIGHT = tl.constexpr(10)  # of a term
-NOISE = tl.constexpr(10)  # of the latent
-GRAD_Z = tl.constexpr(11)
+WIDE = tl.constexpr(1)
+FLAT = tl.constexpr(2)
+WHOLE = tl.constexpr(4)
+
+# Positions in ``axes``: what is to be divided by, for the last four bits.
+INCOMING = tl.constexpr(16**4)
+VALUE = tl.constexpr(16**5)
+GRADS = tl.constexpr(16**6)  # the first of four
+WEIGHT = tl.constexpr(16**10)  # of a term
+NOISE = tl.constexpr(16**10)  # of the latent
+GRAD_Z = tl.constexpr(16**11)
 
 COMBINED = tl.constexpr(1024)
 """Partial sums that are read at once when they are added up."""
@@ -54,16 +66,19 @@ COMBINED = tl.constexpr(1024)
 
 
 @triton.jit
-def positions(tile, outer, inner, tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr, wide: tl.constexpr):
+def positions(tile, outer, inner, tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr, walk: tl.constexpr):
     """The elements of a tile along each dimension, as blocks that broadcast to the tile."""
-    tiles_o, tiles_i = tl.cdiv(outer, tile_o), tl.cdiv(inner, tile_i)
-    if wide:  # elements or strides that 32 bits cannot count
+    if WIDE & walk:
         tile = tile.to(tl.int64)
-    row = tile // tiles_i
-    b = (row // tiles_o) * tile_b + tl.arange(0, tile_b)[:, None, None]
-    o = (row % tiles_o) * tile_o + tl.arange(0, tile_o)[None, :, None]
-    i = (tile % tiles_i) * tile_i + tl.arange(0, tile_i)[None, None, :]
-    return b, o, i
+    if FLAT & walk:
+        b, o, first = tile * 0, tile * 0, tile * tile_i
+    else:
+        tiles_o, tiles_i = tl.cdiv(outer, tile_o), tl.cdiv(inner, tile_i)
+        row = tile // tiles_i
+        b, o, first = (row // tiles_o) * tile_b, (row % tiles_o) * tile_o, (tile % tiles_i) * tile_i
+    b = b + tl.arange(0, tile_b)[:, None, None]
+    o = o + tl.arange(0, tile_o)[None, :, None]
+    return b, o, first + tl.arange(0, tile_i)[None, None, :]
 
 
 @triton.jit
@@ -81,10 +96,13 @@ def offsets_of(s0, s1, b, o, i, batch, outer, inner, axes: tl.constexpr):
 
 
 @triton.jit
-def load(data, s0, s1, b, o, i, batch, outer, inner, axes: tl.constexpr, dtype: tl.constexpr):
+def load(
+    data, s0, s1, b, o, i, batch, outer, inner, axes: tl.constexpr, walk: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
     """An operand's elements of a tile, in the dtype of the arithmetic."""
     offsets, exists = offsets_of(s0, s1, b, o, i, batch, outer, inner, axes)
-    return tl.load(data + offsets, mask=exists, other=0).to(dtype)
+    where = data + offsets
+    return (tl.load(where) if WHOLE & walk else tl.load(where, mask=exists, other=0)).to(dtype)
 
 
 @triton.jit
@@ -100,25 +118,35 @@ def number_at(data, value):
 
 
 @triton.jit
-def load_or_number(data, s0, s1, value, b, o, i, batch, outer, inner, axes: tl.constexpr, dtype: tl.constexpr):
+def load_or_number(
+    data, s0, s1, value, b, o, i, batch, outer, inner, axes: tl.constexpr, walk: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
     """An operand's elements of a tile or, where it came as a number, that; in the dtype of the arithmetic."""
-    return load(data, s0, s1, b, o, i, batch, outer, inner, axes, dtype) if data is not None else number(value, dtype)
+    if data is not None:
+        found = load(data, s0, s1, b, o, i, batch, outer, inner, axes, walk, dtype)
+    else:
+        found = number(value, dtype)
+    return found
 
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
     """To an operand's dtype; no chip rounds float64 to 16 bits in one go."""
-    if dtype.primitive_bitwidth == 16:
+    if (dtype == tl.bfloat16) or (dtype == tl.float16):
         value = value.to(tl.float32)
     return value.to(dtype)
 
 
 @triton.jit
-def store(data, s0, s1, value, b, o, i, batch, outer, inner, axes: tl.constexpr):
+def store(data, s0, s1, value, b, o, i, batch, outer, inner, axes: tl.constexpr, walk: tl.constexpr):
     """Write an operand's elements of a tile, where the operand was given."""
     if data is not None:
         offsets, exists = offsets_of(s0, s1, b, o, i, batch, outer, inner, axes)
-        tl.store(data + offsets, narrow(value, data.dtype.element_ty), mask=exists)
+        value = narrow(value, data.dtype.element_ty)
+        if WHOLE & walk:
+            tl.store(data + offsets, value)
+        else:
+            tl.store(data + offsets, value, mask=exists)
 
 
 # --- sums -----------------------------------------------------------------------------------------------------------
@@ -126,12 +154,13 @@ def store(data, s0, s1, value, b, o, i, batch, outer, inner, axes: tl.constexpr)
 
 @triton.jit
 def sum_tile(
-    value, b, o, i, batch, outer, inner, axes: tl.constexpr,
+    value, b, o, i, batch, outer, inner, axes: tl.constexpr, walk: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
     """Sums of the elements of a tile that exist, over the dimensions that are not in ``axes``."""
-    exists = (b < batch) & (o < outer) & (i < inner)
-    value = tl.where(exists, tl.broadcast_to(value, (tile_b, tile_o, tile_i)), 0.0)
+    value = tl.broadcast_to(value, (tile_b, tile_o, tile_i))
+    if not WHOLE & walk:
+        value = tl.where((b < batch) & (o < outer) & (i < inner), value, 0.0)
     if not INNER & axes:
         value = tl.sum(value, 2, keep_dims=True)
     if not OUTER & axes:
@@ -206,58 +235,59 @@ def add_up(values, first, step, count, lanes: tl.constexpr, available):
 
 
 @triton.jit
-def publish_sum(
-    totals, value, tile, b, o, i, batch, outer, inner, axes: tl.constexpr,
-    tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
-):  # fmt: skip
-    """Write a tile's part of an objective: the first member of each group, then the second, and so on."""
-    sums = sum_tile(value, b, o, i, batch, outer, inner, axes, tile_b, tile_o, tile_i)
-    group, groups, member, _ = membership(tile, batch, outer, inner, axes, tile_b, tile_o, tile_i)
-    lanes: tl.constexpr = sums.numel
-    offsets = (member * groups + group) * lanes + tl.arange(0, lanes)
-    publish(totals, offsets, tl.reshape(sums, (lanes,)).to(tl.float64), lanes)
-
-
-@triton.jit
 def store_output(
     data, s0, s1, value, tile, b, o, i, batch, outer, inner,
-    partials, counters, partials_step, counters_step, axes: tl.constexpr, slot: tl.constexpr,
+    partials, counters, partials_step, counters_step, split,
+    output: tl.constexpr, axes: tl.constexpr, slots: tl.constexpr, walk: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
-    """Write a value or a gradient where it was given, summed over the dimensions that are not in ``axes``."""
+    """Write a value or a gradient where it was given, summed over the dimensions that are not in its axes.
+
+    ``output`` is its position in ``axes``.
+    """
     if data is not None:
-        if axes == ALL:
-            store(data, s0, s1, value, b, o, i, batch, outer, inner, ALL)
-        elif slot is None:
-            store_sum(data, s0, s1, value, tile, b, o, i, batch, outer, inner, None, None, axes, tile_b, tile_o, tile_i)
+        kept: tl.constexpr = axes // output & 15
+        slot: tl.constexpr = slots // (output // VALUE) & 15
+        if kept == ALL:
+            store(data, s0, s1, value, b, o, i, batch, outer, inner, ALL, walk)
         else:
-            store_sum(
-                data, s0, s1, value, tile, b, o, i, batch, outer, inner,
-                partials + slot * number(partials_step, tl.int64), counters + slot * number(counters_step, tl.int64),
-                axes, tile_b, tile_o, tile_i,
-            )  # fmt: skip
+            sums = sum_tile(value, b, o, i, batch, outer, inner, kept, walk, tile_b, tile_o, tile_i)
+            if slot == ABSENT:
+                store(data, s0, s1, sums, b, o, i, batch, outer, inner, kept, walk)
+            else:
+                store_shared(
+                    data, s0, s1, sums, tile, b, o, i, batch, outer, inner,
+                    partials + slot * number(partials_step, tl.int64),
+                    counters + slot * number(counters_step, tl.int64), split, kept, walk, tile_b, tile_o, tile_i,
+                )  # fmt: skip
 
 
 @triton.jit
-def store_sum(
-    data, s0, s1, value, tile, b, o, i, batch, outer, inner, partials, counters, axes: tl.constexpr,
-    tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
+def store_shared(
+    data, s0, s1, sums, tile, b, o, i, batch, outer, inner, partials, counters, split,
+    axes: tl.constexpr, walk: tl.constexpr, tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
-    """Write an operand that is summed over the dimensions that are not in ``axes``.
-
-    Without ``partials``, tiles share no sum.
-    """
-    sums = sum_tile(value, b, o, i, batch, outer, inner, axes, tile_b, tile_o, tile_i)
-    if partials is None:
-        store(data, s0, s1, sums, b, o, i, batch, outer, inner, axes)
-    else:
-        group, groups, member, members = membership(tile, batch, outer, inner, axes, tile_b, tile_o, tile_i)
-        lanes: tl.constexpr = sums.numel
-        lane = tl.arange(0, lanes)
-        publish(partials, (member * groups + group) * lanes + lane, tl.reshape(sums, (lanes,)), lanes)
+    """Write a tile's sums over the dimensions that are not in ``axes``, added to those of the other tiles."""
+    group, groups, member, members = membership(tile, batch, outer, inner, axes, tile_b, tile_o, tile_i)
+    lanes: tl.constexpr = (
+        (tile_b if BATCH & axes else 1) * (tile_o if OUTER & axes else 1) * (tile_i if INNER & axes else 1)
+    )
+    lane, step = tl.arange(0, lanes), groups * lanes
+    publish(partials, member * step + group * lanes + lane, tl.reshape(sums, (lanes,)), lanes)
+    if split is None:
         if is_last(counters + group, members):
-            total = add_up(partials, group * lanes, groups * lanes, members, lanes, lanes)
-            store(data, s0, s1, tl.reshape(total, sums.shape), b, o, i, batch, outer, inner, axes)
+            total = add_up(partials, group * lanes, step, members, lanes, lanes)
+            store(data, s0, s1, tl.reshape(total, sums.shape), b, o, i, batch, outer, inner, axes, walk)
+    else:
+        part, parts = member // split, tl.cdiv(members, split)
+        count = tl.minimum(members - part * split, split)
+        if is_last(counters + part * groups + group, count):
+            part_of_it = add_up(partials, part * split * step + group * lanes, step, count, lanes, lanes)
+            again = partials + members * number(step, tl.int64)
+            publish(again, part * step + group * lanes + lane, part_of_it.to(sums.dtype), lanes)
+            if is_last(counters + parts * groups + group, parts):
+                total = add_up(again, group * lanes, step, parts, lanes, lanes)
+                store(data, s0, s1, tl.reshape(total, sums.shape), b, o, i, batch, outer, inner, axes, walk)
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------
@@ -294,18 +324,21 @@ def noise_one_by_one(seed, index, wide: tl.constexpr):
 
 @triton.jit
 def noise_tile(
-    seed, offset, l0, l1, l2, b, o, i, tile, inner, in_quads: tl.constexpr, tile_i: tl.constexpr, wide: tl.constexpr
+    seed, offset, l0, l1, l2, b, o, i, tile, inner, in_quads: tl.constexpr, tile_i: tl.constexpr, walk: tl.constexpr
 ):  # fmt: skip
     """The noise of a tile, in float32; l0, l1, l2 are the strides of the logical index, which begins at ``offset``.
 
     ``in_quads``: inner is logically contiguous, and its rows begin at multiples of 4. Then a counter makes four
     neighbours, as long as ``offset`` is a multiple of 4 too: one that came as a number is.
     """
+    wide: tl.constexpr = WIDE & walk
     if in_quads:
-        first = (tile % tl.cdiv(inner, tile_i)) * (tile_i // 4)
         if wide:
-            first = first.to(tl.int64)
-        quad = (b * l0 + o * l1) // 4 + (first + tl.arange(0, tile_i // 4)[None, None, :])
+            tile = tile.to(tl.int64)
+        first = tile if FLAT & walk else tile % tl.cdiv(inner, tile_i)
+        quad = first * (tile_i // 4) + tl.arange(0, tile_i // 4)[None, None, :]
+        if not FLAT & walk:
+            quad = (b * l0 + o * l1) // 4 + quad
         if offset is None:
             noise = noise_in_quads(seed, quad, wide)
         elif offset.dtype.is_ptr():
@@ -330,14 +363,12 @@ def noise_tile(
 
 
 @triton.jit
-def normal_kernel(
-    out, seed, count, tile: tl.constexpr, wide: tl.constexpr
-):  # fmt: skip
+def normal_kernel(out, seed, count, tile: tl.constexpr, walk: tl.constexpr):
     """The noise stream of ``seed`` in a contiguous tensor."""
     program = tl.program_id(0)
-    b, o, i = positions(program, 1, count, 1, 1, tile, wide)
-    noise = noise_tile(tl.load(seed), None, 0, 0, 1, b, o, i, program, count, True, tile, wide)
-    store(out, 0, 0, noise, b, o, i, 1, 1, count, ALL)
+    b, o, i = positions(program, 1, count, 1, 1, tile, walk)
+    noise = noise_tile(tl.load(seed), None, 0, 0, 1, b, o, i, program, count, True, tile, walk)
+    store(out, 0, 0, noise, b, o, i, 1, 1, count, ALL, walk)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -347,6 +378,7 @@ def latent_kernel(
     in1, in1_0, in1_1, in1_value: tl.float64,
     in2, in2_0, in2_1, in2_value: tl.float64,
     in3, in3_0, in3_1, in3_value: tl.float64,
+    low0: tl.float64, high0: tl.float64, eps0: tl.float64, low1: tl.float64, high1: tl.float64, eps1: tl.float64,
     noise, noise_0, noise_1,
     grad_z, grad_z_0, grad_z_1,
     incoming, incoming_0, incoming_1, incoming_value: tl.float64,
@@ -356,9 +388,9 @@ def latent_kernel(
     g1, g1_0, g1_1,
     g2, g2_0, g2_1,
     g3, g3_0, g3_1,
-    partials, counters, partials_step, counters_step, slots: tl.constexpr,
-    formula: tl.constexpr, at_sample: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr,
-    axes: tl.constexpr, in_quads: tl.constexpr, dtype: tl.constexpr, wide: tl.constexpr,
+    partials, counters, partials_step, counters_step, split, slots: tl.constexpr,
+    formula: tl.constexpr, at_sample: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr, bounds: tl.constexpr,
+    axes: tl.constexpr, in_quads: tl.constexpr, dtype: tl.constexpr, walk: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
     """The sample z = mean + deviation * noise of the first two inputs, beside a divergence, perhaps at the sample.
@@ -366,65 +398,79 @@ def latent_kernel(
     Writes z, the divergence and the gradients of sum(grad_z * z) + sum(incoming * divergence), each where it was given.
     """
     tile = tl.program_id(0)
-    b, o, i = positions(tile, outer, inner, tile_b, tile_o, tile_i, wide)
-    v0 = load(in0, in0_0, in0_1, b, o, i, batch, outer, inner, axes[0], dtype)
-    v1 = load_or_number(in1, in1_0, in1_1, in1_value, b, o, i, batch, outer, inner, axes[1], dtype)
-    v2 = load_or_number(in2, in2_0, in2_1, in2_value, b, o, i, batch, outer, inner, axes[2], dtype)
-    v3 = load_or_number(in3, in3_0, in3_1, in3_value, b, o, i, batch, outer, inner, axes[3], dtype)
-    if axes[INCOMING] is not None:
+    b, o, i = positions(tile, outer, inner, tile_b, tile_o, tile_i, walk)
+    v0 = load(in0, in0_0, in0_1, b, o, i, batch, outer, inner, axes & 15, walk, dtype)
+    v1 = load_or_number(in1, in1_0, in1_1, in1_value, b, o, i, batch, outer, inner, axes // 16 & 15, walk, dtype)
+    v2 = load_or_number(in2, in2_0, in2_1, in2_value, b, o, i, batch, outer, inner, axes // 16**2 & 15, walk, dtype)
+    v3 = load_or_number(in3, in3_0, in3_1, in3_value, b, o, i, batch, outer, inner, axes // 16**3 & 15, walk, dtype)
+    comes_in: tl.constexpr = ABSENT & (axes // INCOMING) == 0
+    if comes_in:
         w = load_or_number(
-            incoming, incoming_0, incoming_1, incoming_value, b, o, i, batch, outer, inner, axes[INCOMING], dtype
+            incoming, incoming_0, incoming_1, incoming_value,
+            b, o, i, batch, outer, inner, axes // INCOMING & 15, walk, dtype,
         )  # fmt: skip
     else:
         w = number(1.0, dtype)
+    low0, high0, eps0 = number(low0, dtype), number(high0, dtype), number(eps0, dtype)
+    low1, high1, eps1 = number(low1, dtype), number(high1, dtype), number(eps1, dtype)
+    s1, s3 = within_bounds(v1, bounds >> 2, low0, high0), within_bounds(v3, bounds >> 6, low1, high1)
     if not at_sample:  # before the noise, so that what it takes is free again
-        divergence, d0, d1, d2, d3 = formula_element(formula, v0, v1, v2, v3, w, form0, form1)
-    deviation, d_deviation = deviation_of(v1, form0)
+        divergence, d0, d1, d2, d3 = formula_element(formula, v0, s1, v2, s3, w, form0, eps0, form1, eps1)
+    deviation, d_deviation = deviation_of(s1, form0, eps0)
     if seed is not None:
-        eps = noise_tile(tl.load(seed), offset, l0, l1, l2, b, o, i, tile, inner, in_quads, tile_i, wide).to(dtype)
+        eps = noise_tile(tl.load(seed), offset, l0, l1, l2, b, o, i, tile, inner, in_quads, tile_i, walk).to(dtype)
     elif noise is not None:
-        eps = load(noise, noise_0, noise_1, b, o, i, batch, outer, inner, axes[NOISE], dtype)
+        eps = load(noise, noise_0, noise_1, b, o, i, batch, outer, inner, axes // NOISE & 15, walk, dtype)
     else:
         eps = number(0.0, dtype)  # of no consequence: nothing that depends on it is wanted
     sampled = v0 + deviation * eps
-    store(z, z_0, z_1, sampled, b, o, i, batch, outer, inner, ALL)
+    store(z, z_0, z_1, sampled, b, o, i, batch, outer, inner, ALL, walk)
     if at_sample:
-        divergence, d0, d1, d2, d3, d_z = element_at_sample(formula, v0, v1, v2, v3, sampled, eps, w, form0, form1)
+        divergence, d0, d1, d2, d3, d_z = element_at_sample(
+            formula, v0, s1, v2, s3, sampled, eps, w, form0, eps0, form1, eps1
+        )
     # Only what comes in is added: nothing times a divergence that is infinite would be NaN.
-    comes_in: tl.constexpr = axes[INCOMING] is not None
     if not comes_in:
         d0, d1, d2, d3 = number(0.0, dtype), number(0.0, dtype), number(0.0, dtype), number(0.0, dtype)
     if grad_z is not None or (at_sample and comes_in):
         if grad_z is not None:
-            pull = load(grad_z, grad_z_0, grad_z_1, b, o, i, batch, outer, inner, axes[GRAD_Z], dtype)
+            pull = load(
+                grad_z, grad_z_0, grad_z_1, b, o, i, batch, outer, inner, axes // GRAD_Z & 15, walk, dtype
+            )  # fmt: skip
             if at_sample and comes_in:
                 pull += d_z
         else:
             pull = d_z
-        d_spread = through(pull * eps, d_deviation, form0) if form0 is not None else pull * (eps * d_deviation)
+        d_spread = through(pull * eps, d_deviation, form0) if form0 != 0 else pull * (eps * d_deviation)
         if comes_in:
             d0, d1 = d0 + pull, d1 + d_spread
         else:
             d0, d1 = pull, d_spread
+    d1, d3 = through_bounds(d1, v1, bounds >> 2, low0, high0), through_bounds(d3, v3, bounds >> 6, low1, high1)
     store_output(
         g0, g0_0, g0_1, d0, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[GRADS], slots[1], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        GRADS, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
     store_output(
         g1, g1_0, g1_1, d1, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[GRADS + 1], slots[2], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        GRADS * 16, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
     store_output(
         g2, g2_0, g2_1, d2, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[GRADS + 2], slots[3], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        GRADS * 16**2, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
     store_output(
         g3, g3_0, g3_1, d3, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[GRADS + 3], slots[4], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        GRADS * 16**3, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
     store_output(
         value, value_0, value_1, divergence, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[VALUE], slots[0], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        VALUE, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
 
 
@@ -435,16 +481,18 @@ def term_tile(
     in1, in1_0, in1_1, in1_value,
     in2, in2_0, in2_1, in2_value,
     in3, in3_0, in3_1, in3_value,
+    low0, high0, eps0, low1, high1, eps1,
     weight, weight_0, weight_1, weight_value,
     incoming, incoming_0, incoming_1, incoming_value,
     factor, constant,
+    gain0, gain1, gain2, gain3,
     g0, g0_0, g0_1,
     g1, g1_0, g1_1,
     g2, g2_0, g2_1,
     g3, g3_0, g3_1,
-    partials, counters, partials_step, counters_step, slots: tl.constexpr,
-    formula: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr, gains: tl.constexpr,
-    axes: tl.constexpr, dtype: tl.constexpr, wide: tl.constexpr,
+    partials, counters, partials_step, counters_step, split, slots: tl.constexpr,
+    formula: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr, bounds: tl.constexpr, has_gains: tl.constexpr,
+    axes: tl.constexpr, dtype: tl.constexpr, walk: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
     """A formula on a tile: writes the gradients of sum(factor * incoming * weight * value) where they were given.
@@ -452,44 +500,60 @@ def term_tile(
     Returns the value, and the positions of the elements. With a weight, that is weight * (value + constant): where the
     weight is 0, so are value and gradients, whatever the inputs hold.
     """
-    b, o, i = positions(tile, outer, inner, tile_b, tile_o, tile_i, wide)
-    v0 = load(in0, in0_0, in0_1, b, o, i, batch, outer, inner, axes[0], dtype)
-    v1 = load_or_number(in1, in1_0, in1_1, in1_value, b, o, i, batch, outer, inner, axes[1], dtype)
-    v2 = load_or_number(in2, in2_0, in2_1, in2_value, b, o, i, batch, outer, inner, axes[2], dtype)
-    v3 = load_or_number(in3, in3_0, in3_1, in3_value, b, o, i, batch, outer, inner, axes[3], dtype)
+    b, o, i = positions(tile, outer, inner, tile_b, tile_o, tile_i, walk)
+    v0 = load(in0, in0_0, in0_1, b, o, i, batch, outer, inner, axes & 15, walk, dtype)
+    v1 = load_or_number(in1, in1_0, in1_1, in1_value, b, o, i, batch, outer, inner, axes // 16 & 15, walk, dtype)
+    v2 = load_or_number(in2, in2_0, in2_1, in2_value, b, o, i, batch, outer, inner, axes // 16**2 & 15, walk, dtype)
+    v3 = load_or_number(in3, in3_0, in3_1, in3_value, b, o, i, batch, outer, inner, axes // 16**3 & 15, walk, dtype)
     scale = factor.to(dtype)
-    if axes[WEIGHT] is not None:
+    has_weight: tl.constexpr = ABSENT & (axes // WEIGHT) == 0
+    if has_weight:
         w = load_or_number(
-            weight, weight_0, weight_1, weight_value, b, o, i, batch, outer, inner, axes[WEIGHT], dtype
+            weight, weight_0, weight_1, weight_value,
+            b, o, i, batch, outer, inner, axes // WEIGHT & 15, walk, dtype,
         )  # fmt: skip
         scale = scale * w
-    if axes[INCOMING] is not None:
+    if ABSENT & (axes // INCOMING) == 0:
         scale = scale * load_or_number(
-            incoming, incoming_0, incoming_1, incoming_value, b, o, i, batch, outer, inner, axes[INCOMING], dtype
+            incoming, incoming_0, incoming_1, incoming_value,
+            b, o, i, batch, outer, inner, axes // INCOMING & 15, walk, dtype,
         )  # fmt: skip
-    value, d0, d1, d2, d3 = formula_element(formula, v0, v1, v2, v3, scale, form0, form1)
-    if gains is not None:
-        d0, d1, d2, d3 = d0 * gains[0], d1 * gains[1], d2 * gains[2], d3 * gains[3]
-    if axes[WEIGHT] is not None:
+    low0, high0, eps0 = number(low0, dtype), number(high0, dtype), number(eps0, dtype)
+    low1, high1, eps1 = number(low1, dtype), number(high1, dtype), number(eps1, dtype)
+    s1 = within_bounds(v1, bounds >> 2, low0, high0)
+    s2 = within_bounds(v2, bounds >> 4, low0, high0)
+    s3 = within_bounds(v3, bounds >> 6, low1, high1)
+    value, d0, d1, d2, d3 = formula_element(formula, v0, s1, s2, s3, scale, form0, eps0, form1, eps1)
+    d1 = through_bounds(d1, v1, bounds >> 2, low0, high0)
+    d2 = through_bounds(d2, v2, bounds >> 4, low0, high0)
+    d3 = through_bounds(d3, v3, bounds >> 6, low1, high1)
+    if has_gains:
+        d0, d1 = d0 * number(gain0, dtype), d1 * number(gain1, dtype)
+        d2, d3 = d2 * number(gain2, dtype), d3 * number(gain3, dtype)
+    if has_weight:
         counts = w != 0.0
         value = tl.where(counts, w * (value + number(constant, dtype)), 0.0)
         d0, d1 = tl.where(counts, d0, 0.0), tl.where(counts, d1, 0.0)
         d2, d3 = tl.where(counts, d2, 0.0), tl.where(counts, d3, 0.0)
     store_output(
         g0, g0_0, g0_1, d0, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[GRADS], slots[1], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        GRADS, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
     store_output(
         g1, g1_0, g1_1, d1, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[GRADS + 1], slots[2], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        GRADS * 16, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
     store_output(
         g2, g2_0, g2_1, d2, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[GRADS + 2], slots[3], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        GRADS * 16**2, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
     store_output(
         g3, g3_0, g3_1, d3, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[GRADS + 3], slots[4], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        GRADS * 16**3, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
     return value, b, o, i
 
@@ -510,18 +574,20 @@ def elementwise_kernel(
     in1, in1_0, in1_1, in1_value: tl.float64,
     in2, in2_0, in2_1, in2_value: tl.float64,
     in3, in3_0, in3_1, in3_value: tl.float64,
+    low0: tl.float64, high0: tl.float64, eps0: tl.float64, low1: tl.float64, high1: tl.float64, eps1: tl.float64,
     weight, weight_0, weight_1, weight_value: tl.float64,
     incoming, incoming_0, incoming_1, incoming_value: tl.float64,
     factor: tl.float64, constant: tl.float64, normalizer,
     coefficient, coefficient_value: tl.float64, grad_scale, grad_scale_value: tl.float64,
+    gain0: tl.float64, gain1: tl.float64, gain2: tl.float64, gain3: tl.float64,
     value, value_0, value_1,
     g0, g0_0, g0_1,
     g1, g1_0, g1_1,
     g2, g2_0, g2_1,
     g3, g3_0, g3_1,
-    partials, counters, partials_step, counters_step, slots: tl.constexpr,
-    formula: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr, gains: tl.constexpr,
-    axes: tl.constexpr, dtype: tl.constexpr, wide: tl.constexpr,
+    partials, counters, partials_step, counters_step, split, slots: tl.constexpr,
+    formula: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr, bounds: tl.constexpr, has_gains: tl.constexpr,
+    axes: tl.constexpr, dtype: tl.constexpr, walk: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
     """A term element by element: its weighted values, the constant added, and its gradients."""
@@ -532,42 +598,103 @@ def elementwise_kernel(
         in1, in1_0, in1_1, in1_value,
         in2, in2_0, in2_1, in2_value,
         in3, in3_0, in3_1, in3_value,
+        low0, high0, eps0, low1, high1, eps1,
         weight, weight_0, weight_1, weight_value,
         incoming, incoming_0, incoming_1, incoming_value,
         gradient_factor(factor, normalizer, coefficient, coefficient_value, grad_scale, grad_scale_value), constant,
+        gain0, gain1, gain2, gain3,
         g0, g0_0, g0_1,
         g1, g1_0, g1_1,
         g2, g2_0, g2_1,
         g3, g3_0, g3_1,
-        partials, counters, partials_step, counters_step, slots,
-        formula, form0, form1, gains, axes, dtype, wide, tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split, slots,
+        formula, form0, form1, bounds, has_gains, axes, dtype, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
-    if axes[WEIGHT] is None:
+    if ABSENT & (axes // WEIGHT):
         values += number(constant, dtype)
     store_output(
         value, value_0, value_1, values, tile, b, o, i, batch, outer, inner,
-        partials, counters, partials_step, counters_step, axes[VALUE], slots[0], tile_b, tile_o, tile_i,
+        partials, counters, partials_step, counters_step, split,
+        VALUE, axes, slots, walk, tile_b, tile_o, tile_i,
     )  # fmt: skip
+
+
+# --- objectives -----------------------------------------------------------------------------------------------------
+#
+# A tile's sum of values goes to ``totals``: the first member of each group, then the second, and so on. A group is a
+# row of tiles, where there is a value for each sample, else all tiles. The values are finished ``rows`` at a time, a
+# chunk: by the program that is the last of those that take its samples, of both terms.
+
+
+@triton.jit
+def publish_total(
+    totals, value, tile, b, o, i, batch, outer, inner, by_sample: tl.constexpr, walk: tl.constexpr,
+    tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
+):  # fmt: skip
+    """Write a tile's part of an objective."""
+    axes: tl.constexpr = BATCH if by_sample else 0
+    sums = sum_tile(value, b, o, i, batch, outer, inner, axes, walk, tile_b, tile_o, tile_i)
+    group, groups, member, _ = membership(tile, batch, outer, inner, axes, tile_b, tile_o, tile_i)
+    lanes: tl.constexpr = tile_b if by_sample else 1
+    offsets = (member * groups + group) * lanes + tl.arange(0, lanes)
+    publish(totals, offsets, tl.reshape(sums, (lanes,)).to(tl.float64), lanes)
+
+
+@triton.jit
+def addends_of(tiles, batch, by_sample: tl.constexpr, tile_b: tl.constexpr):
+    """How many tiles' sums make a value of a term, and how far they are apart in ``totals``."""
+    if by_sample:
+        groups = tl.cdiv(batch, tile_b)
+        addends, step = tiles // groups, groups * tile_b
+    else:
+        addends, step = tiles, 1
+    return addends, step
+
+
+@triton.jit
+def blocks_of(chunk, batch, by_sample: tl.constexpr, tile_b: tl.constexpr, rows: tl.constexpr):
+    """How many rows of tiles there are in a chunk."""
+    return tl.cdiv(tl.minimum(batch - chunk * rows, rows), tile_b) if by_sample else 1
+
+
+@triton.jit
+def is_last_of_part(
+    totals, again, counters, tile, tiles, batch, chunk, chunks, first_part, split,
+    by_sample: tl.constexpr, tile_b: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile is the last of the ``split`` whose sums are added up first. If so, writes these sums to ``again``.
+
+    The term's parts begin at ``first_part``.
+    """
+    addends, step = addends_of(tiles, batch, by_sample, tile_b)
+    member = tile % addends if by_sample else tile
+    part = member // split
+    count = tl.minimum(addends - part * split, split)
+    at = (first_part + part) * chunks + chunk
+    last = is_last(counters + at, count * blocks_of(chunk, batch, by_sample, tile_b, rows))
+    if last:
+        first = chunk * rows
+        found = add_up(totals, first + part * split * step, step, count, rows, batch - first if by_sample else 1)
+        publish(again, at * rows + tl.arange(0, rows), found, rows)
+    return last
 
 
 @triton.jit
 def term_values(
-    formula: tl.constexpr, totals, tiles, batch, tile_b: tl.constexpr, given, given_0, factor, normalizer, constant,
-    out, out_0, first, values, by_sample: tl.constexpr, lanes: tl.constexpr,
+    formula: tl.constexpr, totals, first_total, step, addends, batch, given, given_0, factor, normalizer, constant,
+    out, out_0, first, values, by_sample: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    """factor * normalizer * (sum + constant), ``lanes`` of them from the first on; written where that is wanted.
+    """factor * normalizer * (sum + constant), ``rows`` of them from the first on; written where that is wanted.
 
-    The sums are those of the tiles in ``totals`` or, without a formula, of ``batch`` given values.
+    The sums are those of as many ``addends`` in ``totals`` or, without a formula, of ``batch`` given values.
     """
-    at = first + tl.arange(0, lanes)
+    at = first + tl.arange(0, rows)
     if formula is not None:
-        step = tl.cdiv(batch, tile_b) * tile_b if by_sample else 1
-        addends = tiles * (tile_b if by_sample else 1) // tl.maximum(step, 1)
-        found = add_up(totals, first, step, addends, lanes, values - first)
+        found = add_up(totals, first_total, step, addends, rows, values - first)
     elif by_sample:
         found = tl.load(given + at * given_0, mask=at < values, other=0).to(tl.float64)
     else:
-        found = add_up(given, 0, given_0, batch, lanes, 1)
+        found = add_up(given, 0, given_0, batch, rows, 1)
     if constant is not None:
         found += number(constant, tl.float64)
     found *= number(factor, tl.float64)
@@ -585,161 +712,219 @@ def objective_kernel(
     a_in1, a_in1_0, a_in1_1, a_in1_value: tl.float64,
     a_in2, a_in2_0, a_in2_1, a_in2_value: tl.float64,
     a_in3, a_in3_0, a_in3_1, a_in3_value: tl.float64,
+    a_low0: tl.float64, a_high0: tl.float64, a_eps0: tl.float64,
+    a_low1: tl.float64, a_high1: tl.float64, a_eps1: tl.float64,
     a_weight, a_weight_0, a_weight_1, a_weight_value: tl.float64,
     a_factor: tl.float64, a_constant: tl.float64, a_normalizer, a_coefficient, a_coefficient_value: tl.float64,
+    a_gain0: tl.float64, a_gain1: tl.float64, a_gain2: tl.float64, a_gain3: tl.float64,
     a_g0, a_g0_0, a_g0_1,
     a_g1, a_g1_0, a_g1_1,
     a_g2, a_g2_0, a_g2_1,
     a_g3, a_g3_0, a_g3_1,
-    a_partials, a_counters, a_partials_step, a_counters_step, a_slots: tl.constexpr, a_out, a_out_0,
-    a_formula: tl.constexpr, a_form0: tl.constexpr, a_form1: tl.constexpr, a_gains: tl.constexpr,
-    a_axes: tl.constexpr, a_dtype: tl.constexpr,
+    a_partials, a_counters, a_partials_step, a_counters_step, a_split, a_slots: tl.constexpr, a_out, a_out_0,
+    a_formula: tl.constexpr, a_form0: tl.constexpr, a_form1: tl.constexpr, a_bounds: tl.constexpr,
+    a_has_gains: tl.constexpr, a_axes: tl.constexpr, a_dtype: tl.constexpr, a_walk: tl.constexpr,
     a_tile_b: tl.constexpr, a_tile_o: tl.constexpr, a_tile_i: tl.constexpr,
     b_tiles, b_batch, b_outer, b_inner,
     b_in0, b_in0_0, b_in0_1,
     b_in1, b_in1_0, b_in1_1, b_in1_value: tl.float64,
     b_in2, b_in2_0, b_in2_1, b_in2_value: tl.float64,
     b_in3, b_in3_0, b_in3_1, b_in3_value: tl.float64,
+    b_low0: tl.float64, b_high0: tl.float64, b_eps0: tl.float64,
+    b_low1: tl.float64, b_high1: tl.float64, b_eps1: tl.float64,
     b_weight, b_weight_0, b_weight_1, b_weight_value: tl.float64,
     b_factor: tl.float64, b_constant: tl.float64, b_normalizer, b_coefficient, b_coefficient_value: tl.float64,
+    b_gain0: tl.float64, b_gain1: tl.float64, b_gain2: tl.float64, b_gain3: tl.float64,
     b_g0, b_g0_0, b_g0_1,
     b_g1, b_g1_0, b_g1_1,
     b_g2, b_g2_0, b_g2_1,
     b_g3, b_g3_0, b_g3_1,
-    b_partials, b_counters, b_partials_step, b_counters_step, b_slots: tl.constexpr, b_out, b_out_0,
-    b_formula: tl.constexpr, b_form0: tl.constexpr, b_form1: tl.constexpr, b_gains: tl.constexpr,
-    b_axes: tl.constexpr, b_dtype: tl.constexpr,
+    b_partials, b_counters, b_partials_step, b_counters_step, b_split, b_slots: tl.constexpr, b_out, b_out_0,
+    b_formula: tl.constexpr, b_form0: tl.constexpr, b_form1: tl.constexpr, b_bounds: tl.constexpr,
+    b_has_gains: tl.constexpr, b_axes: tl.constexpr, b_dtype: tl.constexpr, b_walk: tl.constexpr,
     b_tile_b: tl.constexpr, b_tile_o: tl.constexpr, b_tile_i: tl.constexpr,
-    loss, loss_0, values, totals, counters, grad_scale, grad_scale_value: tl.float64,
-    by_sample: tl.constexpr, wide: tl.constexpr,
+    loss, loss_0, values, totals, again, counters, chunks, split, grad_scale, grad_scale_value: tl.float64,
+    by_sample: tl.constexpr, rows: tl.constexpr, has_tiles: tl.constexpr,
 ):  # fmt: skip
     """loss = sum of coefficient * term over one or two terms, a and b; the gradients of the loss times grad_scale.
 
     There are ``values`` values: one, or one for each sample. A term without a formula is given: ``in0`` has ``batch``
-    values. The first programs take the tiles of a, the others those of b; ``totals`` holds the sums of the tiles of
-    both. The first of ``counters`` counts all programs; those of a term begin where its own parameter says. Without a
-    weight, a term's constant is what is added to each sum, not to each element.
+    values. The first programs take the tiles of a, the others those of b, or where there are none, a chunk each;
+    ``totals`` holds the sums of the tiles of both, ``again`` those of ``split`` of them. The first of ``counters``
+    count what comes to a chunk; those of a term's gradients begin where its own parameter says. Without a weight, a
+    term's constant is what is added to each sum, not to each element.
     """
     program = tl.program_id(0)
-    axes: tl.constexpr = BATCH if by_sample else 0
+    chunk = program
+    last = program >= 0
+    a_addends, a_step, b_addends, b_step = 0, 1, 0, 1
     first_b = 0  # the first program that takes a tile of b
     a_totals = 0
+    a_arrivals = 0  # at the counter of a chunk, or where sums are split, the parts of a term
     if a_formula is not None:
+        a_addends, a_step = addends_of(a_tiles, a_batch, by_sample, a_tile_b)
         first_b = a_tiles
         a_totals = a_tiles * (a_tile_b if by_sample else 1)
-        if program < a_tiles:
-            value, b, o, i = term_tile(
-                program, a_batch, a_outer, a_inner,
-                a_in0, a_in0_0, a_in0_1,
-                a_in1, a_in1_0, a_in1_1, a_in1_value,
-                a_in2, a_in2_0, a_in2_1, a_in2_value,
-                a_in3, a_in3_0, a_in3_1, a_in3_value,
-                a_weight, a_weight_0, a_weight_1, a_weight_value, None, 0, 0, 1.0,
-                gradient_factor(
-                    a_factor, a_normalizer, a_coefficient, a_coefficient_value, grad_scale, grad_scale_value
-                ),
-                a_constant,
-                a_g0, a_g0_0, a_g0_1,
-                a_g1, a_g1_0, a_g1_1,
-                a_g2, a_g2_0, a_g2_1,
-                a_g3, a_g3_0, a_g3_1,
-                a_partials, counters + a_counters, a_partials_step, a_counters_step, a_slots,
-                a_formula, a_form0, a_form1, a_gains, a_axes, a_dtype, wide,
-                a_tile_b, a_tile_o, a_tile_i,
-            )  # fmt: skip
-            publish_sum(
-                totals, value, program, b, o, i, a_batch, a_outer, a_inner, axes,
-                a_tile_b, a_tile_o, a_tile_i,
-            )  # fmt: skip
+        if split is not None:
+            a_arrivals = tl.cdiv(a_addends, split)
     if b_formula is not None:
-        tile = program - first_b
-        if (tile >= 0) & (tile < b_tiles):
-            value, b, o, i = term_tile(
-                tile, b_batch, b_outer, b_inner,
-                b_in0, b_in0_0, b_in0_1,
-                b_in1, b_in1_0, b_in1_1, b_in1_value,
-                b_in2, b_in2_0, b_in2_1, b_in2_value,
-                b_in3, b_in3_0, b_in3_1, b_in3_value,
-                b_weight, b_weight_0, b_weight_1, b_weight_value, None, 0, 0, 1.0,
-                gradient_factor(
-                    b_factor, b_normalizer, b_coefficient, b_coefficient_value, grad_scale, grad_scale_value
-                ),
-                b_constant,
-                b_g0, b_g0_0, b_g0_1,
-                b_g1, b_g1_0, b_g1_1,
-                b_g2, b_g2_0, b_g2_1,
-                b_g3, b_g3_0, b_g3_1,
-                b_partials, counters + b_counters, b_partials_step, b_counters_step, b_slots,
-                b_formula, b_form0, b_form1, b_gains, b_axes, b_dtype, wide,
-                b_tile_b, b_tile_o, b_tile_i,
-            )  # fmt: skip
-            publish_sum(
-                totals + a_totals, value, tile, b, o, i, b_batch, b_outer, b_inner, axes,
-                b_tile_b, b_tile_o, b_tile_i,
-            )  # fmt: skip
-    if is_last(counters, tl.num_programs(0)):
-        lanes: tl.constexpr = 64 if by_sample else 1
-        for first in range(0, values, lanes):
-            total = tl.zeros((lanes,), tl.float64)
-            # The coefficients are read here, not before: two values more over the whole of a tile's work would be two
-            # registers too many.
-            if a_formula is not None or a_in0 is not None:
-                found = term_values(
-                    a_formula, totals, a_tiles, a_batch, a_tile_b, a_in0, a_in0_0, a_factor, a_normalizer,
-                    a_constant if a_axes[WEIGHT] is None else None, a_out, a_out_0, first, values, by_sample, lanes,
+        b_addends, b_step = addends_of(b_tiles, b_batch, by_sample, b_tile_b)
+    if has_tiles:
+        if not by_sample:
+            chunk = program * 0
+        arrived = program >= 0
+        if a_formula is not None:  # noqa: SIM102 - known when compiling, the other is not
+            if program < first_b:
+                value, b, o, i = term_tile(
+                    program, a_batch, a_outer, a_inner,
+                    a_in0, a_in0_0, a_in0_1,
+                    a_in1, a_in1_0, a_in1_1, a_in1_value,
+                    a_in2, a_in2_0, a_in2_1, a_in2_value,
+                    a_in3, a_in3_0, a_in3_1, a_in3_value,
+                    a_low0, a_high0, a_eps0, a_low1, a_high1, a_eps1,
+                    a_weight, a_weight_0, a_weight_1, a_weight_value, None, 0, 0, 1.0,
+                    gradient_factor(
+                        a_factor, a_normalizer, a_coefficient, a_coefficient_value, grad_scale, grad_scale_value
+                    ),
+                    a_constant,
+                    a_gain0, a_gain1, a_gain2, a_gain3,
+                    a_g0, a_g0_0, a_g0_1,
+                    a_g1, a_g1_0, a_g1_1,
+                    a_g2, a_g2_0, a_g2_1,
+                    a_g3, a_g3_0, a_g3_1,
+                    a_partials, counters + a_counters, a_partials_step, a_counters_step, a_split, a_slots,
+                    a_formula, a_form0, a_form1, a_bounds, a_has_gains, a_axes, a_dtype, a_walk,
+                    a_tile_b, a_tile_o, a_tile_i,
                 )  # fmt: skip
-                total += number_at(a_coefficient, a_coefficient_value) * found
-            if b_formula is not None or b_in0 is not None:
-                found = term_values(
-                    b_formula, totals + a_totals, b_tiles, b_batch, b_tile_b, b_in0, b_in0_0, b_factor, b_normalizer,
-                    b_constant if b_axes[WEIGHT] is None else None, b_out, b_out_0, first, values, by_sample, lanes,
+                publish_total(
+                    totals, value, program, b, o, i, a_batch, a_outer, a_inner, by_sample, a_walk,
+                    a_tile_b, a_tile_o, a_tile_i,
                 )  # fmt: skip
-                total += number_at(b_coefficient, b_coefficient_value) * found
-            at = first + tl.arange(0, lanes)
-            tl.store(loss + at * loss_0, narrow(total, loss.dtype.element_ty), mask=at < values)
+                if by_sample:
+                    chunk = (program // a_addends) * a_tile_b // rows
+                if split is not None:
+                    arrived = is_last_of_part(
+                        totals, again, counters + chunks, program, a_tiles, a_batch, chunk, chunks, 0, split,
+                        by_sample, a_tile_b, rows,
+                    )  # fmt: skip
+        if b_formula is not None:
+            tile = program - first_b
+            if tile >= 0:
+                value, b, o, i = term_tile(
+                    tile, b_batch, b_outer, b_inner,
+                    b_in0, b_in0_0, b_in0_1,
+                    b_in1, b_in1_0, b_in1_1, b_in1_value,
+                    b_in2, b_in2_0, b_in2_1, b_in2_value,
+                    b_in3, b_in3_0, b_in3_1, b_in3_value,
+                    b_low0, b_high0, b_eps0, b_low1, b_high1, b_eps1,
+                    b_weight, b_weight_0, b_weight_1, b_weight_value, None, 0, 0, 1.0,
+                    gradient_factor(
+                        b_factor, b_normalizer, b_coefficient, b_coefficient_value, grad_scale, grad_scale_value
+                    ),
+                    b_constant,
+                    b_gain0, b_gain1, b_gain2, b_gain3,
+                    b_g0, b_g0_0, b_g0_1,
+                    b_g1, b_g1_0, b_g1_1,
+                    b_g2, b_g2_0, b_g2_1,
+                    b_g3, b_g3_0, b_g3_1,
+                    b_partials, counters + b_counters, b_partials_step, b_counters_step, b_split, b_slots,
+                    b_formula, b_form0, b_form1, b_bounds, b_has_gains, b_axes, b_dtype, b_walk,
+                    b_tile_b, b_tile_o, b_tile_i,
+                )  # fmt: skip
+                publish_total(
+                    totals + a_totals, value, tile, b, o, i, b_batch, b_outer, b_inner, by_sample, b_walk,
+                    b_tile_b, b_tile_o, b_tile_i,
+                )  # fmt: skip
+                if by_sample:
+                    chunk = (tile // b_addends) * b_tile_b // rows
+                if split is not None:
+                    arrived = is_last_of_part(
+                        totals + a_totals, again, counters + chunks, tile, b_tiles, b_batch, chunk, chunks, a_arrivals,
+                        split, by_sample, b_tile_b, rows,
+                    )  # fmt: skip
+        if split is None:
+            arrivals = 0
+            if a_formula is not None:
+                arrivals += a_addends * blocks_of(chunk, a_batch, by_sample, a_tile_b, rows)
+            if b_formula is not None:
+                arrivals += b_addends * blocks_of(chunk, b_batch, by_sample, b_tile_b, rows)
+            last = is_last(counters + chunk, arrivals)
+        else:
+            b_arrivals = tl.cdiv(b_addends, split)
+            last = arrived
+            if arrived:
+                last = is_last(counters + chunk, a_arrivals + b_arrivals)
+    if last:
+        first = chunk * rows
+        total = tl.zeros((rows,), tl.float64)
+        # The coefficients are read here, not before: two values more over the whole of a tile's work would be two
+        # registers too many.
+        if a_formula is not None or a_in0 is not None:
+            if split is None:
+                found = term_values(
+                    a_formula, totals, first, a_step, a_addends, a_batch, a_in0, a_in0_0, a_factor, a_normalizer,
+                    a_constant if ABSENT & (a_axes // WEIGHT) else None, a_out, a_out_0, first, values, by_sample, rows,
+                )  # fmt: skip
+            else:
+                found = term_values(
+                    a_formula, again, first, chunks * rows, a_arrivals, a_batch, a_in0, a_in0_0, a_factor, a_normalizer,
+                    a_constant if ABSENT & (a_axes // WEIGHT) else None, a_out, a_out_0, first, values, by_sample, rows,
+                )  # fmt: skip
+            total += number_at(a_coefficient, a_coefficient_value) * found
+        if b_formula is not None or b_in0 is not None:
+            if split is None:
+                found = term_values(
+                    b_formula, totals, a_totals + first, b_step, b_addends, b_batch, b_in0, b_in0_0, b_factor,
+                    b_normalizer, b_constant if ABSENT & (b_axes // WEIGHT) else None, b_out, b_out_0, first, values,
+                    by_sample, rows,
+                )  # fmt: skip
+            else:
+                found = term_values(
+                    b_formula, again, (a_arrivals * chunks + chunk) * rows, chunks * rows, b_arrivals, b_batch, b_in0,
+                    b_in0_0, b_factor, b_normalizer, b_constant if ABSENT & (b_axes // WEIGHT) else None, b_out,
+                    b_out_0, first, values, by_sample, rows,
+                )  # fmt: skip
+            total += number_at(b_coefficient, b_coefficient_value) * found
+        at = first + tl.arange(0, rows)
+        tl.store(loss + at * loss_0, narrow(total, loss.dtype.element_ty), mask=at < values)
+
+
+# --- the incoming factor --------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def scale_block(data, count, first, factor, tile: tl.constexpr, wide: tl.constexpr):
-    """Multiply a program's block of a dense tensor in place, if the tensor was given and has such a block.
-
-    The program numbered ``first`` takes the first block.
-    """
+def scale_blocks(data, count, factor, tile: tl.constexpr, walk: tl.constexpr):
+    """Multiply every so many blocks of a dense tensor in place, if the tensor was given: a program's share of them."""
     if data is not None:
-        block = tl.program_id(0) - first
-        if wide:
-            block = block.to(tl.int64)
-        at = block * tile + tl.arange(0, tile)
-        exists = (at >= 0) & (at < count)
         dtype: tl.constexpr = tl.float64 if data.dtype.element_ty == tl.float64 else tl.float32
-        value = tl.load(data + at, mask=exists, other=0).to(dtype) * factor.to(dtype)
-        tl.store(data + at, narrow(value, data.dtype.element_ty), mask=exists)
+        for block in range(tl.program_id(0), tl.cdiv(count, tile), tl.num_programs(0)):
+            first = number(block, tl.int64 if WIDE & walk else tl.int32) * tile
+            at = first + tl.arange(0, tile)
+            value = tl.load(data + at, mask=at < count, other=0).to(dtype) * factor.to(dtype)
+            tl.store(data + at, narrow(value, data.dtype.element_ty), mask=at < count)
 
 
 @triton.jit
 def scale_kernel(
     factor,
-    data_0, count_0, first_0,
-    data_1, count_1, first_1,
-    data_2, count_2, first_2,
-    data_3, count_3, first_3,
-    data_4, count_4, first_4,
-    data_5, count_5, first_5,
-    data_6, count_6, first_6,
-    data_7, count_7, first_7,
-    tile: tl.constexpr, wide: tl.constexpr,
+    data_0, count_0,
+    data_1, count_1,
+    data_2, count_2,
+    data_3, count_3,
+    data_4, count_4,
+    data_5, count_5,
+    data_6, count_6,
+    data_7, count_7,
+    tile: tl.constexpr, walk: tl.constexpr,
 ):  # fmt: skip
-    """Multiply up to eight dense tensors by one factor, in place; touch nothing when it is 1.
-
-    The programs from ``first_k`` on take tensor k.
-    """
+    """Multiply up to eight dense tensors by one factor, in place; touch nothing when it is 1."""
     by = tl.load(factor)
     if by != 1.0:
-        scale_block(data_0, count_0, first_0, by, tile, wide)
-        scale_block(data_1, count_1, first_1, by, tile, wide)
-        scale_block(data_2, count_2, first_2, by, tile, wide)
-        scale_block(data_3, count_3, first_3, by, tile, wide)
-        scale_block(data_4, count_4, first_4, by, tile, wide)
-        scale_block(data_5, count_5, first_5, by, tile, wide)
-        scale_block(data_6, count_6, first_6, by, tile, wide)
-        scale_block(data_7, count_7, first_7, by, tile, wide)
+        scale_blocks(data_0, count_0, by, tile, walk)
+        scale_blocks(data_1, count_1, by, tile, walk)
+        scale_blocks(data_2, count_2, by, tile, walk)
+        scale_blocks(data_3, count_3, by, tile, walk)
+        scale_blocks(data_4, count_4, by, tile, walk)
+        scale_blocks(data_5, count_5, by, tile, walk)
+        scale_blocks(data_6, count_6, by, tile, walk)
+        scale_blocks(data_7, count_7, by, tile, walk)

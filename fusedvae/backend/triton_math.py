@@ -2,7 +2,8 @@
 
 They compute what those of csrc/math/ do. Below them is the arithmetic that csrc/cpu/simd.h has for CPUs. Triton's own
 exp and sincos are fast approximations (whose error grows with the argument) or use local memory, and have no expm1;
-these are as accurate as the CPU's.
+these are as accurate as the CPU's, but that results below the smallest normal float32 may be 0. They have no branches
+and no tests for what cannot come: a memory-bound kernel on an H100 has time for some 100 instructions an element.
 
 Everything here works element by element, on blocks of any shapes that broadcast to one: what is derived of one input
 alone is derived once where that is broadcast.
@@ -19,18 +20,29 @@ import triton.language as tl
 # their order, the numbers in the dtype of the arithmetic; it ignores what the formula has not. It returns the value,
 # and the derivatives by the four inputs times the weight: 0 by those that it ignores.
 #
-# A form is None where the input is the logarithm that the formula is written in; else it is (map, squared, low, high,
-# eps), as `reference.Form` has them, but that bounds are None where there are none, and that the map is "log" where the
-# logarithm comes without a detour: e^x, nothing added.
+# A form says how a scale is made of an input: a map, as `reference.Form` has it, or LOG where the logarithm that the
+# formula is written in comes without a detour (e^x, nothing added); and SQUARED, where that gives a deviation. ``eps``
+# is the form's. The bounds of an input are not the formula's concern.
+
+LOG = tl.constexpr(0)
+EXPONENTIAL = tl.constexpr(1)
+LINEAR = tl.constexpr(2)
+SOFTPLUS = tl.constexpr(3)
+BOUNDED = tl.constexpr(4)
+MAP = tl.constexpr(7)
+SQUARED = tl.constexpr(8)
+
+BELOW = tl.constexpr(1)
+ABOVE = tl.constexpr(2)
 
 
 @triton.jit
-def gaussian_nll(recon_x, x, spread, in3, weight, form0: tl.constexpr, form1: tl.constexpr):
+def gaussian_nll(recon_x, x, spread, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
     """(l + (recon_x - x)^2 * e^-l) / 2 with l the logarithm of the variance.
 
     Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.2.
     """
-    log, precision, slope = scale_of(spread, -1, form0)
+    log, precision, slope = scale_of(spread, -1, form0, eps0)
     error = recon_x - x
     pull = error * precision
     half_square = (0.5 * error) * pull
@@ -40,12 +52,12 @@ def gaussian_nll(recon_x, x, spread, in3, weight, form0: tl.constexpr, form1: tl
 
 
 @triton.jit
-def laplace_nll(recon_x, x, spread, extra, weight, form0: tl.constexpr, form1: tl.constexpr):
+def laplace_nll(recon_x, x, spread, extra, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
     """(abs(recon_x - x) + extra) / b + log b with b the scale.
 
     Source: Kotz, Kozubowski & Podgórski 2001, "The Laplace distribution and generalizations", section 2.1.
     """
-    log, inverse, slope = scale_of(spread, -1, form0)
+    log, inverse, slope = scale_of(spread, -1, form0, eps0)
     pull = weight * inverse
     distance, d_recon_x = absolute_error(recon_x, x, pull)
     relative = (distance + extra) * inverse
@@ -54,7 +66,7 @@ def laplace_nll(recon_x, x, spread, extra, weight, form0: tl.constexpr, form1: t
 
 
 @triton.jit
-def bernoulli_nll(recon_x, x, pos_weight, in3, weight, form0: tl.constexpr, form1: tl.constexpr):
+def bernoulli_nll(recon_x, x, pos_weight, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
     """softplus(a) - x a of logits a = recon_x; the part of x counts pos_weight times.
 
     (1 - x) a + (1 + (pos_weight - 1) x) softplus(-a). Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.1.
@@ -67,7 +79,7 @@ def bernoulli_nll(recon_x, x, pos_weight, in3, weight, form0: tl.constexpr, form
 
 
 @triton.jit
-def bernoulli_nll_of_probabilities(recon_x, x, in2, in3, weight, form0: tl.constexpr, form1: tl.constexpr):
+def bernoulli_nll_of_probabilities(recon_x, x, in2, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
     """-x log p - (1 - x) log(1 - p) of probabilities p = recon_x.
 
     No logarithm is below -100, and p (1 - p) not below 1e-12 in the derivative, as PyTorch has it. Source: as above.
@@ -80,7 +92,7 @@ def bernoulli_nll_of_probabilities(recon_x, x, in2, in3, weight, form0: tl.const
 
 
 @triton.jit
-def mse(recon_x, x, in2, in3, weight, form0: tl.constexpr, form1: tl.constexpr):
+def mse(recon_x, x, in2, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
     """(recon_x - x)^2."""
     error = recon_x - x
     d_recon_x = (weight + weight) * error
@@ -88,7 +100,7 @@ def mse(recon_x, x, in2, in3, weight, form0: tl.constexpr, form1: tl.constexpr):
 
 
 @triton.jit
-def l1(recon_x, x, in2, in3, weight, form0: tl.constexpr, form1: tl.constexpr):
+def l1(recon_x, x, in2, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
     """abs(recon_x - x)."""
     distance, d_recon_x = absolute_error(recon_x, x, weight)
     return distance, d_recon_x, -d_recon_x, 0.0, 0.0
@@ -103,36 +115,36 @@ def absolute_error(recon_x, x, weight):
 
 
 @triton.jit
-def kl_standard_normal(mu, spread, in2, in3, weight, form0: tl.constexpr, form1: tl.constexpr):
+def kl_standard_normal(mu, spread, in2, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
     """KL(N(mu, sigma^2) || N(0, 1)) = (mu^2 + sigma^2 - 1 - log sigma^2) / 2.
 
     Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix B.
     """
-    if form0 is None or form0[0] == "log":
+    if MAP & form0 == LOG:
         log, slope = log_of(spread, form0)
         _, growth = sigma_and_expm1(log)
     else:
-        log, variance, slope = scale_of(spread, 1, form0)
+        log, variance, slope = scale_of(spread, 1, form0, eps0)
         growth = variance - 1.0
     value = 0.5 * (mu * mu + (growth - log))
     return value, weight * mu, through(weight * (0.5 * growth), slope, form0), 0.0, 0.0
 
 
 @triton.jit
-def kl_normal(mu, spread, prior_mu, prior_spread, weight, form0: tl.constexpr, form1: tl.constexpr):
+def kl_normal(mu, spread, prior_mu, prior_spread, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
     """KL(N(mu, sigma^2) || N(prior_mu, prior_sigma^2)).
 
     (e^d - 1 - d + (mu - prior_mu)^2 / prior_sigma^2) / 2 with d = log sigma^2 - log prior_sigma^2. Source: as above,
     for any two normal distributions.
     """
-    if (form0 is None or form0[0] == "log") and (form1 is None or form1[0] == "log"):
+    if (MAP & form0 == LOG) and (MAP & form1 == LOG):
         log, slope = log_of(spread, form0)
-        prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1)
+        prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1, eps1)
         difference = log - prior_log
         _, growth = sigma_and_expm1(difference)
     else:
-        log, variance, slope = scale_of(spread, 1, form0)
-        prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1)
+        log, variance, slope = scale_of(spread, 1, form0, eps0)
+        prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1, eps1)
         difference = log - prior_log
         growth = variance * precision - 1.0
     error = mu - prior_mu
@@ -145,24 +157,26 @@ def kl_normal(mu, spread, prior_mu, prior_spread, weight, form0: tl.constexpr, f
 
 
 @triton.jit
-def formula_element(formula: tl.constexpr, in0, in1, in2, in3, weight, form0: tl.constexpr, form1: tl.constexpr):
+def formula_element(
+    formula: tl.constexpr, in0, in1, in2, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1
+):
     """The registry: what the formula of that name returns."""
     if formula == "gaussian_nll":
-        value, d0, d1, d2, d3 = gaussian_nll(in0, in1, in2, in3, weight, form0, form1)
+        value, d0, d1, d2, d3 = gaussian_nll(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "laplace_nll":
-        value, d0, d1, d2, d3 = laplace_nll(in0, in1, in2, in3, weight, form0, form1)
+        value, d0, d1, d2, d3 = laplace_nll(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "bernoulli_nll":
-        value, d0, d1, d2, d3 = bernoulli_nll(in0, in1, in2, in3, weight, form0, form1)
+        value, d0, d1, d2, d3 = bernoulli_nll(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "bernoulli_nll_of_probabilities":
-        value, d0, d1, d2, d3 = bernoulli_nll_of_probabilities(in0, in1, in2, in3, weight, form0, form1)
+        value, d0, d1, d2, d3 = bernoulli_nll_of_probabilities(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "mse":
-        value, d0, d1, d2, d3 = mse(in0, in1, in2, in3, weight, form0, form1)
+        value, d0, d1, d2, d3 = mse(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "l1":
-        value, d0, d1, d2, d3 = l1(in0, in1, in2, in3, weight, form0, form1)
+        value, d0, d1, d2, d3 = l1(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "kl_standard_normal":
-        value, d0, d1, d2, d3 = kl_standard_normal(in0, in1, in2, in3, weight, form0, form1)
+        value, d0, d1, d2, d3 = kl_standard_normal(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "kl_normal":
-        value, d0, d1, d2, d3 = kl_normal(in0, in1, in2, in3, weight, form0, form1)
+        value, d0, d1, d2, d3 = kl_normal(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     else:
         tl.static_assert(False, "there is no such formula")
     return value, d0, d1, d2, d3
@@ -176,21 +190,21 @@ def formula_element(formula: tl.constexpr, in0, in1, in2, in3, weight, form0: tl
 
 @triton.jit
 def kl_standard_normal_at_sample(
-    mu, spread, in2, in3, z, noise, weight, form0: tl.constexpr, form1: tl.constexpr
+    mu, spread, in2, in3, z, noise, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1
 ):  # fmt: skip
     """(z^2 - noise^2 - log sigma^2) / 2."""
-    log, slope = scale_log_of(spread, form0)
+    log, slope = scale_log_of(spread, form0, eps0)
     value = 0.5 * ((z - noise) * (z + noise) - log)
     return value, 0.0, through(-0.5 * weight, slope, form0), 0.0, 0.0, weight * z
 
 
 @triton.jit
 def kl_normal_at_sample(
-    mu, spread, prior_mu, prior_spread, z, noise, weight, form0: tl.constexpr, form1: tl.constexpr
+    mu, spread, prior_mu, prior_spread, z, noise, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1
 ):  # fmt: skip
     """(log prior_sigma^2 - log sigma^2 - noise^2 + (z - prior_mu)^2 / prior_sigma^2) / 2."""
-    log, slope = scale_log_of(spread, form0)
-    prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1)
+    log, slope = scale_log_of(spread, form0, eps0)
+    prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1, eps1)
     error = z - prior_mu
     pull = error * precision
     square = error * pull
@@ -203,16 +217,16 @@ def kl_normal_at_sample(
 
 @triton.jit
 def element_at_sample(
-    formula: tl.constexpr, in0, in1, in2, in3, z, noise, weight, form0: tl.constexpr, form1: tl.constexpr
+    formula: tl.constexpr, in0, in1, in2, in3, z, noise, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1
 ):  # fmt: skip
     """The registry: what the divergence of that name returns at a sample."""
     if formula == "kl_standard_normal":
         value, d0, d1, d2, d3, d_z = kl_standard_normal_at_sample(
-            in0, in1, in2, in3, z, noise, weight, form0, form1
+            in0, in1, in2, in3, z, noise, weight, form0, eps0, form1, eps1
         )  # fmt: skip
     elif formula == "kl_normal":
         value, d0, d1, d2, d3, d_z = kl_normal_at_sample(
-            in0, in1, in2, in3, z, noise, weight, form0, form1
+            in0, in1, in2, in3, z, noise, weight, form0, eps0, form1, eps1
         )  # fmt: skip
     else:
         tl.static_assert(False, "there is no such divergence")
@@ -223,31 +237,29 @@ def element_at_sample(
 
 
 @triton.jit
-def within_bounds(x, form: tl.constexpr):
-    """x within the bounds of a form, as torch.clamp does it; NaN stays NaN."""
-    if form is not None:
-        if form[2] is not None:
-            x = tl.where(x < form[2], form[2], x)
-        if form[3] is not None:
-            x = tl.where(x > form[3], form[3], x)
+def within_bounds(x, bounds: tl.constexpr, low, high):
+    """x within those of its bounds that there are, as torch.clamp does it; NaN stays NaN."""
+    if BELOW & bounds:
+        x = tl.where(x < low, low, x)
+    if ABOVE & bounds:
+        x = tl.where(x > high, high, x)
     return x
 
 
 @triton.jit
-def slope_within_bounds(slope, x, form: tl.constexpr):
-    """A derivative where x is within the bounds of a form; 0 elsewhere, and at NaN, if there are any."""
-    if form is not None:
-        if form[2] is not None:
-            slope = tl.where(x >= form[2], slope, 0.0)
-        if form[3] is not None:
-            slope = tl.where(x <= form[3], slope, 0.0)
-    return slope
+def through_bounds(gradient, x, bounds: tl.constexpr, low, high):
+    """A gradient by `within_bounds`, as one by x: 0 outside the bounds, and at NaN if there are any."""
+    if BELOW & bounds:
+        gradient = tl.where(x >= low, gradient, 0.0)
+    if ABOVE & bounds:
+        gradient = tl.where(x <= high, gradient, 0.0)
+    return gradient
 
 
 @triton.jit
 def through(gradient, slope, form: tl.constexpr):
     """A gradient by what a form has made of x, as one by x: none where the form is level, whatever the gradient is."""
-    if form is not None:
+    if form != 0:
         gradient = tl.where(slope == 0.0, 0.0, gradient * slope)
     return gradient
 
@@ -255,55 +267,54 @@ def through(gradient, slope, form: tl.constexpr):
 @triton.jit
 def log_of(x, form: tl.constexpr):
     """The logarithm of a scale that comes from it, and its derivative."""
-    log = within_bounds(x, form)
-    slope = slope_within_bounds(tl.full((), 1.0, x.dtype), x, form)
-    if form is not None and form[1]:
-        log, slope = log + log, slope + slope
-    return log, slope
+    slope = tl.full((), 1.0, x.dtype)
+    if SQUARED & form:
+        x, slope = x + x, slope + slope
+    return x, slope
 
 
 @triton.jit
-def base_of(x, form: tl.constexpr):
-    """The base of a scale that does not come from its logarithm, and its derivative within the bounds."""
-    bounded = within_bounds(x, form)
-    if form[0] == "exponential":
-        slope = exponential(bounded)
-        base = slope + form[4]
-    elif form[0] == "linear":
-        base, slope = bounded + form[4], tl.full((), 1.0, x.dtype)
-    elif form[0] == "softplus":
-        base, slope = softplus(bounded)
-        base = base + form[4]
-    elif form[0] == "bounded":
-        base, slope = tl.where(bounded < form[4], form[4], bounded), tl.full((), 1.0, x.dtype)
+def base_of(x, form: tl.constexpr, eps):
+    """The base of a scale that does not come from its logarithm, and its derivative."""
+    slope = tl.full((), 1.0, x.dtype)
+    if MAP & form == EXPONENTIAL:
+        slope = exponential(x)
+        base = slope + eps
+    elif MAP & form == LINEAR:
+        base = x + eps
+    elif MAP & form == SOFTPLUS:
+        base, slope = softplus(x)
+        base = base + eps
+    elif MAP & form == BOUNDED:
+        base = tl.where(x < eps, eps, x)
     else:
         tl.static_assert(False, "there is no such map")
     return base, slope
 
 
 @triton.jit
-def scale_of(x, power: tl.constexpr, form: tl.constexpr):
+def scale_of(x, power: tl.constexpr, form: tl.constexpr, eps):
     """The logarithm of a scale, its power 1 or -1, and the derivative of the logarithm."""
-    if form is None or form[0] == "log":
+    if MAP & form == LOG:
         log, slope = log_of(x, form)
         scale = exponential(log) if power == 1 else exponential(-log)
     else:
-        base, d_base = base_of(x, form)
+        base, d_base = base_of(x, form, eps)
         inverse = divide(tl.full((), 1.0, x.dtype), base)
-        log, slope = logarithm(base), slope_within_bounds(d_base * inverse, x, form)
+        log, slope = logarithm(base), d_base * inverse
         scale = base if power == 1 else inverse
-        if form[1]:
+        if SQUARED & form:
             log, slope, scale = log + log, slope + slope, scale * scale
     return log, scale, slope
 
 
 @triton.jit
-def scale_log_of(x, form: tl.constexpr):
+def scale_log_of(x, form: tl.constexpr, eps):
     """The logarithm of a scale, and its derivative."""
-    if form is None or form[0] == "log":
+    if MAP & form == LOG:
         log, slope = log_of(x, form)
     else:
-        log, _, slope = scale_of(x, 1, form)
+        log, _, slope = scale_of(x, 1, form, eps)
     return log, slope
 
 
@@ -311,21 +322,20 @@ def scale_log_of(x, form: tl.constexpr):
 
 
 @triton.jit
-def deviation_of(x, form: tl.constexpr):
+def deviation_of(x, form: tl.constexpr, eps):
     """The standard deviation of a variance in some form, and its derivative."""
-    if form is None or form[0] == "log":
+    if MAP & form == LOG:
         log, slope = log_of(x, form)
         # A divergence computes this exponential too: the compiler sees that it is the same.
         deviation, _ = sigma_and_expm1(log)
         slope = through(0.5 * deviation, slope, form)
     else:
-        base, d_base = base_of(x, form)
-        if form[1]:
+        base, d_base = base_of(x, form, eps)
+        if SQUARED & form:
             deviation, slope = base, d_base
         else:
             deviation = root(base)
             slope = divide(0.5 * d_base, deviation)
-        slope = slope_within_bounds(slope, x, form)
     return deviation, slope
 
 
@@ -357,7 +367,7 @@ def unit_interval(word):
 @triton.jit
 def box_muller(u0, u1):
     """Two uniforms to two normals: sqrt(-2 ln u0) * (cos 2 pi u1, sin 2 pi u1)."""
-    radius = tl.sqrt_rn(-2.0 * tl.log(u0))
+    radius = tl.sqrt(-2.0 * log_unit(u0))
     sine, cosine = sincos_turns(u1)
     return radius * cosine, radius * sine
 
@@ -404,63 +414,84 @@ def softplus(x):
 
 
 @triton.jit
+def log_unit(u):
+    """ln u for u in [2^-32, 1], of a power of two and a polynomial in what is left, between -1/3 and 1/3."""
+    bits = u.to(tl.int32, bitcast=True)
+    power = (bits - 0x3F2AAAAB) & -0x800000  # the exponent that leaves a mantissa from 2/3 on
+    m = (bits - power).to(tl.float32, bitcast=True) - 1.0
+    p = m * -0.13021013140678406 + 0.14084610342979431
+    p = p * m - 0.12148627638816833
+    p = p * m + 0.13980610668659210
+    p = p * m - 0.16684235632419586
+    p = p * m + 0.20012299716472626
+    p = p * m - 0.24999669194221497
+    p = p * m + 0.33333182334899902
+    p = (p * m - 0.5) * m
+    p = p * m + m
+    return power.to(tl.float32) * 8.262958405176314e-08 + p  # 2^-23 ln 2
+
+
+@triton.jit
+def nearest(x):
+    """The integer next to x, |x| < 2^22, as a float32 and in the last bits of an int32."""
+    shifted = x + 12582912.0  # 1.5 * 2^23: floats there are integers
+    return shifted - 12582912.0, shifted.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def sincos_turns(u):
     """sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is rounded."""
-    quarter = (u * 4.0 + 0.5).to(tl.int32)
-    a = (u - quarter.to(tl.float32) * 0.25) * 6.28318531
+    quarters, quarter = nearest(u * 4.0)
+    a = (u - quarters * 0.25) * 6.28318531
     z = a * a
     s = z * -1.9515295891e-4 + 8.3321608736e-3
     s = s * z - 1.6666654611e-1
     s = s * z * a + a
     c = z * 2.443315711809948e-5 - 1.388731625493765e-3
     c = c * z + 4.166664568298827e-2
-    c = c * z * z - 0.5 * z + 1.0
-    odd = (quarter & 1) != 0
-    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
-    sine = tl.where((quarter & 2) != 0, -sine, sine)
-    return sine, tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
+    c = c * z * z + (z * -0.5 + 1.0)
+    is_odd = (quarter & 1) != 0
+    return with_sign_of(tl.where(is_odd, c, s), quarter), with_sign_of(tl.where(is_odd, s, c), quarter + 1)
 
 
 @triton.jit
-def reduce_exp(x):
-    """x = n ln 2 + r with |r| <= ln 2 / 2: n, and e^r - 1. Past the bounds e^x is 0 or infinity; NaN stays NaN."""
-    x = tl.where(x < -104.0, -104.0, x)
-    x = tl.where(x > 89.0, 89.0, x)
-    n = tl.floor(x * 1.44269504 + 0.5)
+def with_sign_of(x, quarter):
+    """x, its sign turned in the second half of four quarters."""
+    sign = (quarter << 30) & -0x80000000
+    return (x.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reduce_exp(x, least: tl.constexpr):
+    """x = n ln 2 + r, in float32: r and 2^n, for n from ``least`` to 127.
+
+    Where x is within these bounds |r| is at most ln 2 / 2. 2^-127 comes as 0.
+    """
+    shifted = x * 1.44269504 + 12583039.0  # as in `nearest`, and 127 more: what a float's exponent begins at
+    shifted = tl.minimum(shifted, 12583166.0)
+    if least > -127:
+        shifted = tl.maximum(shifted, 12583039.0 + least)
+    n = shifted - 12583039.0
     r = x - n * 0.693359375
     r = r + n * 2.12194440e-4
-    p = r * 1.9875691500e-4 + 1.3981999507e-3
-    p = p * r + 8.3334519073e-3
-    p = p * r + 4.1665795894e-2
-    p = p * r + 1.6666665459e-1
-    p = p * r + 5.0000001201e-1
-    return n, p * (r * r) + r
-
-
-@triton.jit
-def scale_by_power(v, n):
-    """v * 2^n for an integer n, in two steps: subnormal results and those next to the largest float included."""
-    k = n.to(tl.int32)
-    k1 = k >> 1
-    k2 = k - k1
-    return v * ((k1 + 127) << 23).to(tl.float32, bitcast=True) * ((k2 + 127) << 23).to(tl.float32, bitcast=True)
+    return r, (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def exponential(x):
-    """e^x to about an ulp, in float32 or float64."""
+    """e^x to about two ulp, in float32 or float64."""
     if x.dtype == tl.float64:
-        return tl.exp(x)
-    n, expm1_r = reduce_exp(x)
-    return scale_by_power(expm1_r + 1.0, n)
+        result = tl.exp(x)
+    else:
+        # What overflows or underflows, infinities and NaN too, does so in r.
+        r, power = reduce_exp(x, -126)
+        result = tl.exp2(r * 1.44269504) * power
+    return result
 
 
 @triton.jit
 def sigma_and_expm1(logvar):
-    """sigma = e^(logvar / 2) and e^logvar - 1.
-
-    In float32 of one exponential: expm1(l) = t^2 + 2t with t = expm1(l / 2); what overflows in t^2 does so in e^l.
-    """
+    """sigma = e^(logvar / 2) and e^logvar - 1."""
     half = 0.5 * logvar
     if logvar.dtype == tl.float64:
         sigma = tl.exp(half)
@@ -469,9 +500,18 @@ def sigma_and_expm1(logvar):
         log = tl.log(exp)
         expm1 = tl.where(exp == 1.0, logvar, (exp - 1.0) * (logvar / tl.where(log == 0.0, 1.0, log)))
         expm1 = tl.where(exp == 0.0, -1.0, expm1)
-        return sigma, tl.where(exp == float("inf"), exp, expm1)
-    n, expm1_r = reduce_exp(half)
-    sigma = scale_by_power(expm1_r + 1.0, n)
-    near = scale_by_power(expm1_r, n) + (scale_by_power(tl.full((), 1.0, tl.float32), n) - 1.0)
-    expm1 = tl.where(half > 16.0, sigma - 1.0, near)
-    return sigma, expm1 * expm1 + (expm1 + expm1)
+        expm1 = tl.where(exp == float("inf"), exp, expm1)
+    else:
+        # Of one exponential: expm1(l) = t^2 + 2t with t = expm1(l / 2); what overflows in t^2 does so in e^l.
+        half = tl.maximum(half, -88.0296919, propagate_nan=tl.PropagateNan.ALL)  # -127 ln 2: sigma is 0 from there on
+        r, power = reduce_exp(half, -127)
+        p = r * 1.9875691500e-4 + 1.3981999507e-3
+        p = p * r + 8.3334519073e-3
+        p = p * r + 4.1665795894e-2
+        p = p * r + 1.6666665459e-1
+        p = p * r + 5.0000001201e-1
+        expm1_r = p * (r * r) + r
+        sigma = expm1_r * power + power
+        t = expm1_r * power + (power - 1.0)
+        expm1 = t * t + (t + t)
+    return sigma, expm1

@@ -1,0 +1,195 @@
+"""Launches of the compiled Triton kernels, up to the driver: what reaches it, what is compiled for it, and how soon."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from torch import Tensor
+
+from fusedvae import calls, functional
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from fusedvae.backend import triton as backend  # noqa: E402
+
+
+class Driver:
+    """A driver of a GPU that is not there: it loads kernels and writes down their launches."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.launches: list[tuple[Any, ...]] = []
+        """Programs, the function, and the arguments, with addresses for tensors."""
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 18}, load_binary=self.load_binary
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def load_binary(self, name: str, *binary: Any) -> tuple[Any, ...]:
+        self.loaded.append(name)
+        found = object(), len(self.loaded), 0, 0, 1024  # the module, the function, registers, spills, threads at most
+        return found if backend._VERSION >= (3, 4) else found[:4]
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return self.launch
+
+    def launch(self, x: int, y: int, z: int, stream: int, function: Any, *arguments: Any) -> None:
+        values = arguments[4:]  # behind what is packed of the kernel, of the launch, and two hooks
+        self.launches.append(
+            ((x, y, z), stream, function, *[v.data_ptr() if isinstance(v, Tensor) else v for v in values])
+        )
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    # Where it keeps the one that it has; to ask for it would be to look for a GPU.
+    where = "_active" if hasattr(triton.runtime.driver, "_active") else "active"
+    driver = Driver()
+    monkeypatch.setattr(triton.runtime.driver, where, driver)
+    monkeypatch.setattr(type(backend.BACKEND), "unavailable", lambda self, device_type: None)
+    forget()
+    yield driver
+    forget()
+
+
+def forget() -> None:
+    """Forget what was compiled for another driver, and what launches it."""
+    calls._calls.clear()
+    for kernel in vars(backend.kernels).values():
+        if isinstance(kernel, triton.runtime.JITFunction):
+            (kernel.device_caches if hasattr(kernel, "device_caches") else kernel.cache).clear()
+
+
+def step(operands: list[Tensor], **options: Any) -> None:
+    recon_x, x, spread, mu, logvar = operands
+    z, kl = functional.latent(mu, logvar, backend="triton", **options)
+    loss = functional.elbo_loss(recon_x, x, mu, logvar, spread, beta=0.5, backend="triton")
+    torch.autograd.backward([z, kl, loss], [torch.ones_like(z), torch.ones_like(kl), torch.ones(())])
+
+
+def operands(shift: int = 0) -> list[Tensor]:
+    """Those of a step, each behind so many unused elements of its memory."""
+    shapes = [(8, 16)] * 2 + [(16,)] + [(8, 4)] * 2
+    found = [torch.zeros(shift + torch.Size(s).numel())[shift:].view(s) for s in shapes]
+    return [t.requires_grad_() for t in found]
+
+
+@pytest.mark.parametrize("options", [{}, {"offset": 4}, {"offset": 2**33 + 1}], ids=["plain", "offset", "far"])
+def test_a_launch_without_a_look_is_the_same_as_triton_s_own(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Arguments for arguments, for addresses of any alignment; outputs are the same memory each time."""
+    mu, logvar, seed = torch.zeros(8, 4), torch.zeros(8, 4), torch.tensor(3)
+    z, kl = torch.empty(33)[1:].view(8, 4), torch.empty(8)
+    offset = options.get("offset")
+    sources = (mu, logvar, seed, offset, z, kl)
+    work = latent_work(sources)
+    prepared = backend.BACKEND.prepare_latent(work, len(sources), mu.device)
+    for sources in ((mu, logvar, seed, offset, z, kl), (mu, logvar, seed, offset, torch.empty(8, 4), kl)):
+        driver.launches.clear()
+        direct = backend.BACKEND.prepare_latent(work, len(sources), mu.device)
+        for _ in range(3):
+            direct(sources)
+        prepared(sources)
+        assert len(set(driver.launches)) == 1, "all four launches are one and the same"
+        assert len(driver.launches) == 4
+    assert len(driver.loaded) == 2, "one kernel for all addresses that are multiples of 16, one for others"
+
+
+def latent_work(sources: tuple[Any, ...]) -> Any:
+    mu, logvar, seed, offset, z, kl = calls.parts_of(sources)
+    divergence = calls.TermWork(
+        calls.FORMULAS["kl_standard_normal"],
+        False,
+        (mu, logvar),
+        (None, None),
+        (backend.Form(),),
+        value=kl.with_ones([1]),
+    )
+    return calls.LatentWork(divergence, z.shape, False, seed=seed, offset=offset, z=z)
+
+
+def test_steps_of_any_alignment_launch_what_fits_their_addresses(driver: Driver) -> None:
+    """A kernel that was compiled for addresses that are multiples of 16 must not see others."""
+    names = ["latent_kernel", "objective_kernel", "scale_kernel", "latent_kernel"]
+    step(operands())
+    assert driver.loaded == names
+    step(operands(4))  # 16 bytes
+    assert driver.loaded == names
+    step(operands(1))
+    assert len(driver.loaded) > len(names)
+    loaded = len(driver.loaded)
+    functions = [launch[2] for launch in driver.launches]
+    for shift in (0, 4, 1, 1, 0):
+        step(operands(shift))
+    assert len(driver.loaded) == loaded
+    again = [launch[2] for launch in driver.launches][len(functions) :]
+    assert again[:4] == again[4:8] == again[16:] == functions[:4]
+    assert again[8:12] == again[12:16] == functions[8:]
+
+
+def test_numbers_that_change_compile_nothing(driver: Driver) -> None:
+    """An annealed weight, clamp, eps, beta or balance: the same kernels for all values."""
+    mu, logvar, prior_mu, prior_logvar = (torch.zeros(8, 4).requires_grad_() for _ in range(4))
+    x = torch.zeros(8, 16)
+    recon_x, spread = (torch.zeros(8, 16).requires_grad_() for _ in range(2))
+    loaded = []
+    for k in range(1, 11):
+        a = k / 11
+        options = {"scale": "std", "clamp": (a, 1 + a), "eps": 1e-3 * a, "backend": "triton"}
+        functional.kl_normal(mu, logvar, prior_mu, prior_logvar, balance=a, backend="triton").backward()
+        functional.kl_normal(
+            mu, logvar, prior_mu, prior_logvar, balance=a, **options, reduction="none"
+        ).sum().backward()
+        functional.gaussian_nll(recon_x, x, spread, **options).backward()
+        z, kl = functional.latent(mu, logvar, **options)
+        (z.sum() + kl.sum()).backward()
+        functional.elbo_loss(recon_x, x, mu, logvar, spread, beta=a, recon_clamp=(-a, a), backend="triton").backward()
+        loaded.append(len(driver.loaded))
+    assert loaded == loaded[:1] * 10
+
+
+def test_a_launch_takes_a_few_microseconds(driver: Driver) -> None:
+    """Of Python, before the driver: the best of many, since others run here too."""
+    driver.launch = lambda *arguments: None  # type: ignore[method-assign]
+    launchers: dict[str, tuple[Any, Any]] = {}
+    original = backend._KernelLauncher.__call__
+
+    def seen(self: Any, sources: Any) -> None:
+        launchers[self._kernel.fn.__name__] = self, sources
+        original(self, sources)
+
+    backend._KernelLauncher.__call__ = seen  # type: ignore[method-assign]
+    try:
+        step(operands())
+    finally:
+        backend._KernelLauncher.__call__ = original  # type: ignore[method-assign]
+    for name, (launch, sources) in launchers.items():
+        best = min(timed(launch, sources) for _ in range(200))
+        assert best < 15e-6, f"{name}: {best * 1e6:.1f} µs"
+
+
+def timed(launch: Any, sources: Any) -> float:
+    """Seconds a launch, of ten."""
+    start = time.perf_counter()
+    for _ in itertools.repeat(None, 10):
+        launch(sources)
+    return (time.perf_counter() - start) / 10
