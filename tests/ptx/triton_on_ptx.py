@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from fusedvae.backend import triton as backend
 
 TARGET = GPUTarget("cuda", 90, 32)
-OPTIONS = ("num_warps", "maxnreg")
+OPTIONS = ahead.OPTIONS
 
 _compiled: dict[tuple[Any, ...], tuple[int, Any]] = {}
 """Modules of the executor, and what Triton says of them."""
