@@ -213,6 +213,11 @@ def test_half_precision(dtype: torch.dtype, name: str) -> None:
     same(elementwise(f"neg.{name}x2 {{o}}, {{a}};", torch.int32, pairs[0]).view(dtype), -a)
     found = elementwise(f"add.{name}x2 {{o}}, {{a}}, {{b}};", torch.int32, *pairs[:2])
     same(found.view(dtype), a + b)
+    for comparison, holds in (("lt", a < b), ("neu", a != b)):
+        code = f"setp.{comparison}.{name}x2 %p1|%p2, {{a}}, {{b}}; selp.b32 %r13, 1, 0, %p1;"
+        code += "selp.b32 %r14, 65536, 0, %p2; or.b32 {o}, %r13, %r14;"
+        found = elementwise(code, torch.int32, *pairs[:2])
+        assert torch.equal(found.view(torch.int16) != 0, holds)
 
 
 @pytest.mark.parametrize(("dtype", "name"), HALVES, ids=["f16", "bf16"])

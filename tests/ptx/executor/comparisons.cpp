@@ -1,5 +1,6 @@
 // setp, set and testp.
 #include <cmath>
+#include <type_traits>
 
 #include "decoder.h"
 
@@ -86,6 +87,33 @@ void set_predicate(Warp& warp, const Instruction& i, Mask mask) {
   warp.put_predicate(i.slot[0], first, mask);
 }
 
+// Of a pair in one register: the first predicate tells of the lower one, the second of the upper one.
+template <Comparison comparison, bool holds_for_nan, class T>
+void set_predicates_of_pair(Warp& warp, const Instruction& i, Mask mask) {
+  const Vector<uint32_t>&a = warp.at<uint32_t>(i.slot[2]), &b = warp.at<uint32_t>(i.slot[3]);
+  Mask found[2];
+  for (int half = 0; half < 2; ++half) {
+    uint8_t holds[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const auto part = [&](uint32_t both) {
+        const uint16_t bits = static_cast<uint16_t>(both >> 16 * half);
+        T value;
+        std::memcpy(&value, &bits, sizeof value);
+        return taken(value);
+      };
+      holds[l] = compare<comparison, holds_for_nan>(part(a.lane[l]), part(b.lane[l]));
+    }
+    found[half] = combined(warp, i, mask_of(holds));
+  }
+  warp.put_predicate(i.slot[0], found[0], mask);
+  warp.put_predicate(i.slot[1], found[1], mask);
+}
+
+template <class T>
+struct Pair {
+  T lower, upper;
+};
+
 // All ones, or 1.0, where it holds.
 template <Comparison comparison, bool holds_for_nan, class T>
 void set_value(Warp& warp, const Instruction& i, Mask mask) {
@@ -97,7 +125,12 @@ void set_value(Warp& warp, const Instruction& i, Mask mask) {
 
 template <Comparison comparison, bool holds_for_nan, class T>
 Handler handler_for(bool sets_value) {
-  return sets_value ? set_value<comparison, holds_for_nan, T> : set_predicate<comparison, holds_for_nan, T>;
+  if constexpr (std::is_same_v<T, Pair<Half>>)
+    return set_predicates_of_pair<comparison, holds_for_nan, Half>;
+  else if constexpr (std::is_same_v<T, Pair<Bfloat>>)
+    return set_predicates_of_pair<comparison, holds_for_nan, Bfloat>;
+  else
+    return sets_value ? set_value<comparison, holds_for_nan, T> : set_predicate<comparison, holds_for_nan, T>;
 }
 
 template <class T>
@@ -154,6 +187,10 @@ bool decode_set(Decoder& d) {
     with(Half{});
   else if (type == "bf16")
     with(Bfloat{});
+  else if (type == "f16x2" && !sets_value && i.slot[1] != Decoder::kNowhere)
+    with(Pair<Half>{});
+  else if (type == "bf16x2" && !sets_value && i.slot[1] != Decoder::kNowhere)
+    with(Pair<Bfloat>{});
   else if (type == "f16x2" || type == "bf16x2")
     return false;
   else
