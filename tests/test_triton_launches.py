@@ -114,6 +114,35 @@ def test_a_launch_without_a_look_is_the_same_as_triton_s_own(
     assert len(driver.loaded) == 2, "one kernel for all addresses that are multiples of 16, one for others"
 
 
+def test_what_cannot_be_launched_directly_is_launched_as_triton_has_it(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a Triton whose compiled kernels are something else."""
+    original, seen = backend._launch, []
+
+    def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> object:
+        seen.append(kernel.fn.__name__)
+        original(kernel, programs, arguments)
+        return object()
+
+    monkeypatch.setattr(backend, "_launch", launch)
+    data, factor = torch.ones(100), torch.tensor(2.0)
+    scale = calls.ScaleCall([data, factor], "triton")
+    for _ in range(3):
+        scale.run([data], factor)
+    assert seen == ["scale_kernel"] * 3
+    assert len(set(driver.launches)) == 1
+    assert len(driver.launches) == 3
+
+
+def test_float64_asks_for_a_triton_that_passes_its_numbers(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = [torch.zeros(4, 3, dtype=torch.float64) for _ in range(3)]
+    monkeypatch.setattr(backend, "_VERSION", (3, 3))
+    with pytest.raises(RuntimeError, match=r"float64 operands: .*Triton 3\.4 or later"):
+        functional.gaussian_nll(*t, backend="triton")
+    assert driver.launches == []
+
+
 def latent_work(sources: tuple[Any, ...]) -> Any:
     mu, logvar, seed, offset, z, kl = calls.parts_of(sources)
     divergence = calls.TermWork(
