@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 
 import fusedvae
-from fusedvae.cli import checkpoint, data, main, pictures
+from fusedvae.cli import checkpoint, data, main, pictures, train
 from fusedvae.cli.data import samples as samples_module
 from fusedvae.cli.errors import CommandError
 
@@ -275,6 +277,19 @@ def test_images_are_decoded_by_workers_as_in_memory(folder: Path, monkeypatch: p
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_worker_that_is_killed_is_one_line(
+    folder: Path, nothing_in_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: data.images.ImageSource, indices: np.ndarray) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+    samples = data.load(str(folder))
+    monkeypatch.setattr(data.images.ImageSource, "read", killed)
+    with pytest.raises(CommandError, match=r"a process that reads the data has ended: .*: try --workers 0$"):
+        list(data.batches(samples, data.in_order(samples, 4), workers=1))
+
+
 def test_an_image_that_breaks_while_training_is_one_line(folder: Path, nothing_in_memory: None) -> None:
     samples = data.load(str(folder))
     path = folder / "b" / "05.png"
@@ -528,18 +543,18 @@ def test_measuring_on_data_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pictures, "draw", lambda trainer, directory: None)
-    train, test = (saved(tmp_path / f"{n}.npy", np.random.default_rng(n).normal(size=(20 + n, 3))) for n in (1, 2))
+    learnt, test = (saved(tmp_path / f"{n}.npy", np.random.default_rng(n).normal(size=(20 + n, 3))) for n in (1, 2))
     out = tmp_path / "run"
-    assert main(["train", "--data", train, "--test-data", test, "--out", str(out), *QUICK]) == 0
+    assert main(["train", "--data", learnt, "--test-data", test, "--out", str(out), *QUICK]) == 0
     printed = capsys.readouterr().out
     assert "21 samples of 3 to train on, 22 held out" in printed
     description = "21 x 3 of float64: every column scaled by its own range to 0 to 1"
     assert f"data: {description}\n" in printed
     record = checkpoint.load(out)["preparation"]
     assert record["description"] == description
-    assert record["low"] == tuple(np.load(train).min(0))
+    assert record["low"] == tuple(np.load(learnt).min(0))
     assert main(["train", "--resume", str(out), "--epochs", "2", "--quiet"]) == 0
-    assert main(["train", "--resume", str(out), "--epochs", "3", "--quiet", "--test-data", train]) == 2
+    assert main(["train", "--resume", str(out), "--epochs", "3", "--quiet", "--test-data", learnt]) == 2
     assert "is not the data that this run was trained on" in capsys.readouterr().err
 
 
@@ -555,11 +570,43 @@ def test_a_run_that_reads_as_it_goes_is_that_in_memory(
     assert tables[0] == tables[1] == tables[2]
 
 
+def test_images_of_one_pixel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path / "a.npy", np.arange(12.0).reshape(12, 1, 1))
+    options = [word for word in QUICK if word not in ("--arch", "mlp")]
+    assert main(["train", "--data", path, "--out", str(tmp_path / "a"), *options]) == 0
+    capsys.readouterr()
+    assert main(["train", "--data", path, "--out", str(tmp_path / "b"), *options, "--arch", "conv"]) == 2
+    assert "--arch conv needs images of more than one pixel: use --arch mlp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 TiB"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: f"{type(error).__name__}-{str(error)[:4].strip()}",
+)
+def test_too_little_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def greedy(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "prepare", greedy)
+    assert main(["train"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("fusedvae train: error: not enough memory")
+    assert message.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--image-size", "100000"], "--image-size: expected an integer from 1 to 16384, got '100000'"),
-        (["--image-size", "2147483648"], "--image-size: expected an integer from 1 to 16384"),
+        (["--image-size", "100000"], "--image-size: expected an integer from 1 to 8192, got '100000'"),
+        (["--image-size", "2147483648"], "--image-size: expected an integer from 1 to 8192"),
         (["--workers", "9999"], "--workers: expected an integer from 0 to 1024"),
         (["--workers", "-1"], "--workers: expected an integer from 0 to 1024"),
         (["--image-shape", "28"], "--image-shape: expected H,W or C,H,W, got '28'"),

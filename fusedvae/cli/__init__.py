@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 from .errors import CommandError
 from .streams import tolerant
 
@@ -74,6 +76,14 @@ def _status(argv: list[str], name: str) -> int:
     except CommandError as error:
         message = " ".join(str(error).split())
         print(f"{name}: error: {message}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's error is a type of its own for GPUs only.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        print(
+            f"{name}: error: not enough memory: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

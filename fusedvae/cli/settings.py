@@ -68,11 +68,14 @@ class Settings:
         """A new model for samples of ``shape``, on the CPU."""
         recon_logvar = None if self.recon_logvar == PER_PIXEL else self.recon_logvar
         mean_only, floor = recon_logvar is not None, self.logvar_floor
-        arch = ("conv" if len(shape) == 3 else "mlp") if self.arch == "auto" else self.arch
+        one_pixel = shape[1:] == (1, 1)  # of which a normalisation leaves nothing
+        arch = ("conv" if len(shape) == 3 and not one_pixel else "mlp") if self.arch == "auto" else self.arch
         pair: tuple[nn.Module, nn.Module]
         if arch == "conv":
             if len(shape) != 3:
                 raise CommandError(f"--arch conv needs images, the samples are of shape {shape}: use --arch mlp")
+            if one_pixel:
+                raise CommandError("--arch conv needs images of more than one pixel: use --arch mlp")
             pair = networks.conv(shape, self.latent, width=self.width or 32, mean_only=mean_only, logvar_floor=floor)
         else:
             width = self.width or 512

@@ -37,7 +37,7 @@ RUNS = Path("runs")
 
 RUN_FILES = (checkpoint.CHECKPOINT, METRICS, *pictures.PICTURES)
 
-MOST_UNITS, MOST_PIXELS, MOST_WORKERS = 2**24, 2**14, 1024
+MOST_UNITS, MOST_PIXELS, MOST_WORKERS = 2**24, 2**13, 1024
 """More are slips of the keyboard."""
 
 CHANGEABLE = ("data", "array", "test_data", "epochs", "device", "threads", "workers", "backend")

@@ -188,11 +188,20 @@ def batches(
         generator=torch.Generator(),  # not the default one, of which it would draw a seed
     )
     labels = samples.labels
-    for indices, stored in zip(order, loader, strict=True):
+    for indices, stored in zip(order, _read(loader), strict=True):
         if isinstance(stored, CommandError):
             raise stored
         of_batch = None if labels is None else labels[torch.from_numpy(indices)].to(device, non_blocking=True)
         yield samples.preparation.finished(stored, device, dtype), of_batch
+
+
+def _read(loader: DataLoader[Any]) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise CommandError(f"a process that reads the data has ended: {error}: try --workers 0") from error
 
 
 def in_order(samples: Samples, size: int) -> list[np.ndarray]:
