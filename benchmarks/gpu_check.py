@@ -160,7 +160,9 @@ def exercise(report: Report, device: str, deadline: float) -> None:
         for scale, (name, formula) in itertools.product(((5, 1, 1), (9,), (3, 1, 7, 9), ()), LIKELIHOODS.items()):
             shapes = [(3, 5, 7, 9), (3, 5, 7, 9), scale, (3, 1, 1, 1)]
             inputs = tuple([uniform(dtype, *shape) for shape in shapes[: len(formula.inputs)]])
-            for form, reduction in itertools.product(formula.forms if formula.pairs else [None], ("batchmean", "none")):
+            for form, reduction in itertools.product(
+                formula.forms if formula.scales else [None], ("batchmean", "none")
+            ):
                 written = functional._written(form, None, 0.0)
                 nll = functional._likelihood(name, inputs, written, False, None, reduction, None, 1, backend)
                 torch.autograd.grad(nll.sum(), inputs)

@@ -10,7 +10,17 @@ from .backend import BackendInfo, backends, use_backend
 from .dropins import Patch, patch
 from .functional import ELBOTerms, Latent
 from .losses import ELBOLoss, GaussianNLLLoss
-from .vae import VAE, Bernoulli, DiagonalGaussian, DiagonalLaplace, VAEOutput
+from .vae import (
+    VAE,
+    Bernoulli,
+    DiagonalGaussian,
+    DiagonalLaplace,
+    DiscretizedLogistic,
+    NegativeBinomial,
+    Poisson,
+    VAEOutput,
+    ZeroInflatedNegativeBinomial,
+)
 from .version import __version__
 
 __all__ = [
@@ -19,12 +29,16 @@ __all__ = [
     "Bernoulli",
     "DiagonalGaussian",
     "DiagonalLaplace",
+    "DiscretizedLogistic",
     "ELBOLoss",
     "ELBOTerms",
     "GaussianNLLLoss",
     "Latent",
+    "NegativeBinomial",
     "Patch",
+    "Poisson",
     "VAEOutput",
+    "ZeroInflatedNegativeBinomial",
     "__version__",
     "backends",
     "distributions",

@@ -203,13 +203,13 @@ def _checked_form(names: tuple[str, str, str], written: _Written | None, formula
         raise TypeError(f"{names[2]}: expected a number, got {type(eps).__name__}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"{names[2]}: expected at least 0, got {eps}")
-    return form._replace(low=low, high=high, eps=float(eps))
+    return form._replace(low=low, high=high, eps=form.eps + float(eps))
 
 
 def _checked_recon_form(formula: Formula, written: _Written | None) -> Form | None:
     """The form of a likelihood's scale, of the arguments ``recon_scale``, ...; None of one that has no scale."""
     names = ("recon_scale", "recon_clamp", "recon_eps")
-    if formula.pairs:
+    if formula.scales:
         return _checked_form(names, written, formula)
     absent = (None, None, 0.0)
     for name, value, nothing in zip(names, written or absent, absent, strict=True):
@@ -246,20 +246,21 @@ def _checked_likelihood(likelihood: object) -> Formula:
 def _check_likelihood(formula: Formula, inputs: Operands, names: Sequence[str], packed_dim: int) -> None:
     """Check the inputs of a likelihood: recon_x, x, and whatever else it has, which broadcasts to x's shape."""
     recon_x, x, *others = inputs
-    _check_tensor("recon_x", recon_x)
+    first, *_ = names
+    _check_tensor(first, recon_x)
     _check_tensor("x", x, integers=True)
     assert isinstance(recon_x, Tensor)
     assert isinstance(x, Tensor)
     _check_batched("x", x)
-    _check_same_device("x", x, "recon_x", recon_x)
+    _check_same_device("x", x, first, recon_x)
     is_packed = any(inputs[scale] is None for _, scale in formula.pairs)
     if is_packed:
-        _check_packed("recon_x", recon_x, packed_dim, x.shape)
+        _check_packed(first, recon_x, packed_dim, x.shape)
     elif recon_x.shape != x.shape:
-        raise ValueError(f"x: expected the shape of recon_x {tuple(recon_x.shape)}, got {tuple(x.shape)}")
+        raise ValueError(f"x: expected the shape of {first} {tuple(recon_x.shape)}, got {tuple(x.shape)}")
     for name, value in zip(names[2:], others, strict=False):
         if value is not None:
-            _check_parameter(name, value, x.shape, "recon_x", recon_x)
+            _check_parameter(name, value, x.shape, first, recon_x)
 
 
 def _check_parameter(name: str, value: object, shape: torch.Size, other_name: str, other: Tensor) -> None:
@@ -871,6 +872,157 @@ def bernoulli_nll(
     return _likelihood(name, inputs, None, False, weight, reduction, dim, 1, backend)
 
 
+def discretized_logistic_nll(
+    recon_x: Tensor,
+    x: Tensor,
+    log_scale: Tensor | float | None = 0.0,
+    *,
+    scale: str = "logscale",
+    clamp: Bounds = None,
+    eps: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    dim: Dim = None,
+    packed_dim: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """-log of the logistic distribution's mass in the bin of x, one of 256 in [-1, 1]: 8-bit images / 127.5 - 1.
+
+    A bin ends 1/255 to either side of x; those at -1 and 1 (below -0.999 and above 0.999) are open. With edges (x +-
+    1/255 - recon_x) / s the mass is sigmoid(upper) - sigmoid(lower), computed as softplus(-upper) + softplus(lower) -
+    log(1 - e^-(upper - lower)), in which nothing cancels: where PixelCNN++ goes over to the density at the middle times
+    the width (a mass below 1e-5), this has what that approximates. Nothing is missing of the mass: there is no constant
+    to add. Source: Salimans et al. 2017, "PixelCNN++" (arXiv:1701.05517), section 2.1.
+
+    Args:
+        recon_x: decoder mean, shape (batch, ...); or mean and scale packed, with ``log_scale=None``.
+        x: data in [-1, 1], the shape of the mean.
+        log_scale: logarithm of the scale s, or what ``scale`` says: a tensor that broadcasts to x's shape, or a number.
+        scale: "logscale" (s = e^l), "scale" (s = l) or "softplus" (s = softplus(l)).
+        clamp, eps: bounds of l, and what is added to s: see above. ``clamp=(-7, None)`` is usual.
+        weight: of the elements: see above.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
+        dim: with "none", what is summed over: by default all but the batch.
+        packed_dim: the dimension that halves of packed tensors are along.
+        backend: overrides the process's choice for this call.
+    """
+    written = None if scale == "logscale" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    inputs = (recon_x, x, log_scale)
+    return _likelihood("discretized_logistic", inputs, written, False, weight, reduction, dim, packed_dim, backend)
+
+
+def poisson_nll(
+    rate: Tensor,
+    x: Tensor,
+    *,
+    scale: str = "rate",
+    clamp: Bounds = None,
+    eps: float = 0.0,
+    full: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    dim: Dim = None,
+    backend: str | None = None,
+) -> Tensor:
+    """-log Poisson(x; rate) = sum(rate - x log rate [+ log x!]).
+
+    As torch.nn.functional.poisson_nll_loss with ``log_input=False`` (``scale="rate"``) or ``log_input=True``
+    (``scale="lograte"``). With ``full`` it is -torch.distributions.Poisson(rate).log_prob(x), to which log x! belongs
+    (PyTorch's loss has Stirling's approximation of it), computed so that nothing cancels.
+
+    Args:
+        rate: mean number of counts, or what ``scale`` says, shape (batch, ...).
+        x: counts, the shape of the rate; need not be integers. With ``full``, NaN comes of negative ones.
+        scale: "rate" (the rate itself, to which 1e-8 is added), "lograte" (its logarithm) or "softplus" (a number of
+            which it is the softplus; and 1e-8).
+        clamp, eps: bounds of what is given, and what more is added to the rate: see above.
+        full: add log x!, the logarithm of gamma(x + 1), an element.
+        weight: of the elements: see above.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
+        dim: with "none", what is summed over: by default all but the batch.
+        backend: overrides the process's choice for this call.
+    """
+    written = None if scale == "rate" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    return _likelihood("poisson", (rate, x), written, full, weight, reduction, dim, 1, backend)
+
+
+def negative_binomial_nll(
+    mu: Tensor,
+    x: Tensor,
+    theta: Tensor | float | None,
+    *,
+    scale: str = "theta",
+    clamp: Bounds = None,
+    eps: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    dim: Dim = None,
+    packed_dim: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """-log NB(x; mu, theta), the negative binomial distribution by its mean and inverse dispersion.
+
+    sum(theta log(s / (theta + e)) + x log(s / (mu + e)) - lgamma(x + theta) + lgamma(theta) + lgamma(x + 1)), s =
+    theta + mu + e, e = 1e-8: the variance is mu + mu^2 / theta. Values are those of scvi-tools' log_nb_positive, log x!
+    included (so there is no constant to add), but to the last digits also of a large theta, whose log-gamma functions
+    cancel. Source: Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics"
+    (doi:10.1038/s41592-018-0229-2).
+
+    Args:
+        mu: mean number of counts, shape (batch, ...), at least 0.
+        x: counts, the shape of mu, at least 0; need not be integers. NaN comes of what is out of its range.
+        theta: inverse dispersion, more than 0, or what ``scale`` says: a tensor that broadcasts to x's shape (one a
+            gene, or one a gene and cell), or a number.
+        scale: "theta" (itself), "logtheta" (theta = e^t: scvi-tools' ``px_r``) or "softplus" (theta = softplus(t)).
+        clamp, eps: bounds of t, and what is added to theta: see above.
+        weight: of the elements: see above.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
+        dim: with "none", what is summed over: by default all but the batch.
+        packed_dim: with ``theta=None``, the dimension along which mu and theta are halves of ``mu``.
+        backend: overrides the process's choice for this call.
+    """
+    written = None if scale == "theta" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    inputs = (mu, x, theta)
+    return _likelihood("negative_binomial", inputs, written, False, weight, reduction, dim, packed_dim, backend)
+
+
+def zero_inflated_negative_binomial_nll(
+    mu: Tensor,
+    x: Tensor,
+    theta: Tensor | float | None,
+    zi_logits: Tensor | float,
+    *,
+    scale: str = "theta",
+    clamp: Bounds = None,
+    eps: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    dim: Dim = None,
+    packed_dim: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """-log ZINB(x; mu, theta, zi_logits): the negative binomial distribution, some of it moved to zero.
+
+    With the probability p = sigmoid(zi_logits) of a dropout, sum(-log((1 - p) NB(x))), and where x < 1e-8 sum(-log(p +
+    (1 - p) NB(0))), NB as in `negative_binomial_nll`: the values of scvi-tools' log_zinb_positive. Source: Lopez et al.
+    2018, "Deep generative modeling for single-cell transcriptomics" (doi:10.1038/s41592-018-0229-2).
+
+    Args:
+        mu, x, theta, scale, clamp, eps: as `negative_binomial_nll` takes them.
+        zi_logits: logits of the dropout: a tensor that broadcasts to x's shape, or a number.
+        weight: of the elements: see above.
+        reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
+        dim: with "none", what is summed over: by default all but the batch.
+        packed_dim: with ``theta=None``, the dimension along which mu and theta are halves of ``mu``.
+        backend: overrides the process's choice for this call.
+    """
+    written = None if scale == "theta" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    inputs = (mu, x, theta, zi_logits)
+    return _likelihood(
+        "zero_inflated_negative_binomial", inputs, written, False, weight, reduction, dim, packed_dim, backend
+    )
+
+
 def _likelihood(
     likelihood: str,
     inputs: tuple[Operand, ...],
@@ -909,7 +1061,7 @@ def _likelihood_call(
     formula = LIKELIHOODS[likelihood]
     inputs = operands[: len(formula.inputs)]
     _check_likelihood(formula, inputs, formula.inputs, packed_dim)
-    forms = [_checked_form(("scale", "clamp", "eps"), written, formula)] if formula.pairs else []
+    forms = [_checked_form(("scale", "clamp", "eps"), written, formula)] if formula.scales else []
     x = inputs[1]
     assert isinstance(x, Tensor)
     return _objective_call(
@@ -1030,6 +1182,7 @@ def elbo_loss(
     full: bool = False,
     extra: Tensor | float | None = None,
     pos_weight: Tensor | float | None = None,
+    zi_logits: Tensor | float | None = None,
     weight: Tensor | None = None,
     latent_weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -1043,17 +1196,19 @@ def elbo_loss(
     Terms as in `gaussian_nll` (or the function of another likelihood) and `kl_normal`.
 
     Args:
-        recon_x: decoder mean, or what else the likelihood has first, shape (batch, ...); or mean and scale packed, with
-            ``recon_logvar=None``.
+        recon_x: decoder mean, or what else the likelihood has first (logits, probabilities, a rate), shape (batch,
+            ...); or mean and scale packed, with ``recon_logvar=None``.
         x: data, the shape of the mean; may be of integers or bools.
         mu: mean of q, shape (batch, ...); or mean and scale packed, with ``logvar=None``.
         logvar: log-variance of q, mu's shape; or what ``scale`` says.
         recon_logvar: decoder log-variance, or what ``recon_scale`` says of a likelihood that has a scale: a tensor that
-            broadcasts to x's shape, or a number.
+            broadcasts to x's shape, or a number. Of a negative binomial likelihood it is theta.
         likelihood: "gaussian"; "laplace"; "bernoulli" of logits, "bernoulli_probs" of probabilities; "mse" for the
-            squared error, without a half; "l1" for the absolute error.
+            squared error, without a half; "l1" for the absolute error; "poisson", "negative_binomial" and
+            "zero_inflated_negative_binomial" of counts; "discretized_logistic" of pixels in [-1, 1].
         scale, clamp, eps: the form of q's scale: see above.
-        recon_scale, recon_clamp, recon_eps: the form of the likelihood's: by default "logvar", or "logscale".
+        recon_scale, recon_clamp, recon_eps: the form of the likelihood's: by default "logvar", or "logscale", "theta",
+            "rate" (of recon_x itself).
         prior_mu: mean of the prior: a tensor that broadcasts to mu's shape, or a number; or mean and scale packed, with
             ``prior_logvar=None``. Without both, the prior is N(0, I).
         prior_logvar: log-variance of the prior, or what ``prior_scale`` says: a tensor that broadcasts to mu's shape,
@@ -1063,9 +1218,11 @@ def elbo_loss(
             over the batch.
         beta: weight of the KL: a number, or a 0-dim tensor, whose value may change under a captured or compiled
             program, and which may need a gradient.
-        full: add the likelihood's constant, what makes it a density (log(2 pi) / 2 of a Gaussian), an element of x.
+        full: add the likelihood's constant, what makes it a density (log(2 pi) / 2 of a Gaussian, log x! of a Poisson
+            distribution), an element of x.
         extra: of the Laplace likelihood, what is added to the absolute error: see `laplace_nll`.
         pos_weight: of the Bernoulli likelihood of logits: see `bernoulli_nll`.
+        zi_logits: of the zero-inflated likelihood: see `zero_inflated_negative_binomial_nll`.
         weight: of the elements of x, latent_weight: of those of the latent: see above.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none" (shape (batch,)); or a pair, of the
             likelihood's and of the KL's: ("mean", "batchmean") is what `torch.nn.functional.mse_loss` + KL code does.
@@ -1075,7 +1232,7 @@ def elbo_loss(
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    inputs = _inputs_of(likelihood, recon_x, x, recon_logvar, extra, pos_weight)
+    inputs = _inputs_of(likelihood, recon_x, x, recon_logvar, extra, pos_weight, zi_logits)
     if logvar is _FORGOTTEN:
         if kl is None:
             raise TypeError("logvar: expected a tensor beside mu, or None if both are packed in mu; got nothing")
@@ -1136,6 +1293,7 @@ def _inputs_of(
     scale: Tensor | float | None,
     extra: Tensor | float | None,
     pos_weight: Tensor | float | None,
+    zi_logits: Tensor | float | None,
 ) -> tuple[Operand, ...]:
     """The inputs of a likelihood: as many of these as it has."""
     formula = _checked_likelihood(likelihood)
@@ -1145,6 +1303,8 @@ def _inputs_of(
         found = (recon_x, x, scale)
     elif isinstance(scale, Tensor) or scale:
         raise ValueError(f"recon_logvar: expected none, as the {likelihood} likelihood has no scale")
+    if formula.pairs and isinstance(scale, (int, float)) and not scale and "theta" in others:
+        raise ValueError(f"recon_logvar: expected theta, as the likelihood is {likelihood}; got {scale}")
     if "extra" in others:
         found = (*found, 0.0 if extra is None else extra)
     elif extra is not None:
@@ -1153,6 +1313,12 @@ def _inputs_of(
         found = (*found, 1.0 if pos_weight is None else pos_weight)
     elif pos_weight is not None:
         raise ValueError(f"pos_weight: expected None, as the {likelihood} likelihood has no such input")
+    if "zi_logits" in others:
+        if zi_logits is None:
+            raise TypeError(f"zi_logits: expected a tensor or a number, as the likelihood is {likelihood}; got None")
+        found = (*found, zi_logits)
+    elif zi_logits is not None:
+        raise ValueError(f"zi_logits: expected None, as the {likelihood} likelihood has no such input")
     return found
 
 
@@ -1173,7 +1339,10 @@ def _elbo_call(
 ) -> autograd.RecordedObjective:
     formula = LIKELIHOODS[likelihood]
     count = len(formula.inputs)
-    names = ["recon_logvar" if name in ("recon_logvar", "log_scale") else name for name in formula.inputs]
+    names = [
+        "recon_x",
+        *["recon_logvar" if (0, k) in formula.pairs else name for k, name in enumerate(formula.inputs)][1:],
+    ]
     _check_likelihood(formula, operands[:count], names, packed_dim)
     recon_form = _checked_recon_form(formula, recon)
     x = operands[1]
@@ -1266,6 +1435,8 @@ def _objective_call(
     first = operands[0]
     assert isinstance(first, Tensor)
     enabled = torch.is_grad_enabled()
+    if full:
+        terms = [(FORMULAS[f.in_full] if f.in_full else f, forms, weighting) for f, forms, weighting in terms]
     needed: list[bool] = []
     name, is_weight_learned = _backend_for(operands, backend), False
     for formula, _, weighting in terms:

@@ -23,11 +23,13 @@ class ELBOLoss(nn.Module):
             in place anneals inside compiled and captured programs too.
         reduction: "batchmean" (default), "sum", "mean" (over elements), "weighted_mean", or "none" (one value per
             sample); or a pair, of the likelihood's and of the KL's.
-        likelihood: that of x: "gaussian" (default), "laplace", "bernoulli" (of logits), "bernoulli_probs", "mse", "l1".
+        likelihood: that of x: "gaussian" (default), "laplace", "bernoulli" (of logits), "bernoulli_probs", "mse", "l1",
+            "poisson", "negative_binomial", "zero_inflated_negative_binomial", "discretized_logistic".
         scale, clamp, eps: the form of q's scale, the tensor beside mu: "logvar" (default), "logstd", "std", "var" or
             "softplus"; the bounds it is clamped to; what is added to what the form names.
         recon_scale, recon_clamp, recon_eps: the form of the likelihood's, if it has one; by default "logvar", of a
-            Laplace likelihood "logscale".
+            Laplace or discretized logistic likelihood "logscale", of a negative binomial one "theta", of Poisson's,
+            whose rate it is, "rate".
         prior_scale, prior_clamp, prior_eps: the form of the prior's.
         full: add the likelihood's constant, log(2 pi) / 2 per element of x for a Gaussian.
         grad_scale: what gradients are made times, while the value is what it is; a number or a 0-dim tensor, that may
@@ -114,6 +116,7 @@ class ELBOLoss(nn.Module):
         kl: Tensor | None = None,
         extra: Tensor | float | None = None,
         pos_weight: Tensor | float | None = None,
+        zi_logits: Tensor | float | None = None,
         weight: Tensor | None = None,
         latent_weight: Tensor | None = None,
         return_terms: bool | None = None,
@@ -142,6 +145,7 @@ class ELBOLoss(nn.Module):
             full=self.full,
             extra=extra,
             pos_weight=pos_weight,
+            zi_logits=zi_logits,
             weight=weight,
             latent_weight=latent_weight,
             reduction=self.reduction,

@@ -110,6 +110,21 @@ def is_in_forward_of_ddp() -> bool:
     return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
+def standard_gamma(concentration: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw of gamma distributions of scale 1. Without it, the generator seeds the default one, which is put back."""
+    draw = getattr(torch, "_standard_gamma", None)
+    if draw is not None:
+        drawn: Tensor = draw(concentration, generator=generator)
+        return drawn
+    gamma = torch.distributions.Gamma(concentration, torch.ones_like(concentration))
+    if generator is None:
+        return gamma.sample()
+    device = concentration.device
+    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+        return gamma.sample()
+
+
 def below_autograd() -> Any:
     """A block in which operators run their kernels, without autograd. needed: an operator's formula calls it."""
     return torch._C._AutoDispatchBelowAutograd()

@@ -25,9 +25,19 @@ from .backend.reference import LIKELIHOODS, PLAIN, Form, Formula, Scale, with_gr
 from .functional import Bounds, ELBOTerms, Generator, Latent, Reduction
 from .layout import broadcasts
 from .losses import checked_latent_forms, checked_recon_form
-from .torch_private import is_in_forward_of_ddp, register_outputs
+from .torch_private import is_in_forward_of_ddp, register_outputs, standard_gamma
 
-__all__ = ["VAE", "Bernoulli", "DiagonalGaussian", "DiagonalLaplace", "VAEOutput"]
+__all__ = [
+    "VAE",
+    "Bernoulli",
+    "DiagonalGaussian",
+    "DiagonalLaplace",
+    "DiscretizedLogistic",
+    "NegativeBinomial",
+    "Poisson",
+    "VAEOutput",
+    "ZeroInflatedNegativeBinomial",
+]
 
 # --- distributions ----------------------------------------------------------------------------------------------------
 
@@ -76,18 +86,96 @@ class Bernoulli(NamedTuple):
         return torch.bernoulli(self.mu, generator=generator)
 
 
-Likelihood = DiagonalGaussian | DiagonalLaplace | Bernoulli
+class Poisson(NamedTuple):
+    """A batch of independent Poisson distributions."""
 
-_DISTRIBUTIONS: dict[str, Callable[[Tensor, Tensor], Likelihood]] = {
+    mu: Tensor
+    """Means, which are the rates, ``(batch, *)``."""
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw counts, in ``mu``'s dtype; not differentiable."""
+        return torch.poisson(self.mu.detach(), generator=generator)
+
+
+class NegativeBinomial(NamedTuple):
+    """A batch of independent negative binomial distributions: of counts of variance mu + mu^2 / theta."""
+
+    mu: Tensor
+    """Means, ``(batch, *)``."""
+    theta: Tensor
+    """Inverse dispersions, of ``mu``'s shape or broadcasting to it."""
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw counts, in ``mu``'s dtype, as Poisson's of a rate with a gamma distribution; not differentiable."""
+        mu, theta = self.mu.detach(), self.theta.detach().expand_as(self.mu)
+        return torch.poisson(standard_gamma(theta, generator) * (mu / theta), generator=generator)
+
+
+class ZeroInflatedNegativeBinomial(NamedTuple):
+    """The same, where some counts dropped out, and are zero.
+
+    Source: Lopez et al. 2018 (doi:10.1038/s41592-018-0229-2).
+    """
+
+    mu: Tensor
+    """Means of what did not drop out, ``(batch, *)``."""
+    theta: Tensor
+    """Inverse dispersions, of ``mu``'s shape or broadcasting to it."""
+    zi_logits: Tensor
+    """Logits of a dropout, likewise."""
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw counts, in ``mu``'s dtype; not differentiable."""
+        counts = NegativeBinomial(self.mu, self.theta).sample(generator=generator)
+        kept = torch.sigmoid(-self.zi_logits.detach()).expand_as(counts)
+        return counts * torch.bernoulli(kept, generator=generator)
+
+
+class DiscretizedLogistic(NamedTuple):
+    """A batch of independent logistic distributions in 256 bins of [-1, 1].
+
+    Source: Salimans et al. 2017 (arXiv:1701.05517), section 2.1.
+    """
+
+    mu: Tensor
+    """Means of the logistic distributions, ``(batch, *)``."""
+    log_scale: Tensor
+    """Logarithms of their scales, of ``mu``'s shape or broadcasting to it."""
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the middles of bins, k / 127.5 - 1, in ``mu``'s dtype; not differentiable."""
+        mu = self.mu.detach().to(working_dtype(self.mu))
+        uniform = torch.empty_like(mu).uniform_(torch.finfo(mu.dtype).tiny, 1.0, generator=generator)
+        drawn = mu + torch.exp(self.log_scale.detach()).to(mu.dtype) * torch.logit(uniform)
+        return (torch.round((drawn.clamp(-1.0, 1.0) + 1.0) * 127.5) / 127.5 - 1.0).to(self.mu.dtype)
+
+
+Likelihood = (
+    DiagonalGaussian
+    | DiagonalLaplace
+    | Bernoulli
+    | Poisson
+    | NegativeBinomial
+    | ZeroInflatedNegativeBinomial
+    | DiscretizedLogistic
+)
+
+_DISTRIBUTIONS: dict[str, Callable[..., Likelihood]] = {
     "gaussian": DiagonalGaussian,
     "laplace": DiagonalLaplace,
     "bernoulli": lambda logits, _: Bernoulli(logits.sigmoid(), logits),
     "bernoulli_probs": lambda probabilities, _: Bernoulli(probabilities, probabilities.logit()),
     "mse": lambda mean, _: DiagonalGaussian(mean, mean.new_full((), -math.log(2))),
     "l1": lambda median, _: DiagonalLaplace(median, median.new_zeros(())),
+    "poisson": lambda log_rate, _: Poisson(torch.exp(log_rate)),
+    "negative_binomial": lambda mu, log_theta: NegativeBinomial(mu, torch.exp(log_theta)),
+    "zero_inflated_negative_binomial": lambda mu, log_theta, zi_logits: ZeroInflatedNegativeBinomial(
+        mu, torch.exp(log_theta), zi_logits
+    ),
+    "discretized_logistic": DiscretizedLogistic,
 }
-"""What p(x|z) is, of what the decoder gave and the logarithm of its scale, which some have not: those that the
-likelihoods' constants make densities of."""
+"""What p(x|z) is, of what the decoder gave (if that is a scale itself, of its logarithm), the logarithm of its scale,
+which some have not, and the logits of dropouts: those that the likelihoods' constants make densities of."""
 
 
 # --- the output of a pass ---------------------------------------------------------------------------------------------
@@ -116,6 +204,8 @@ class VAEOutput(NamedTuple):
     form: tuple[int, int, float | None, float | None, float] | None = None
     """Which likelihood this is, and the form of ``recon_logvar``: positions among those that there are, the bounds of a
     clamp, and eps. In numbers, as exported programs keep no words; None for a Gaussian with a plain log-variance."""
+    zi_logits: Tensor | None = None
+    """Of "zero_inflated_negative_binomial", the logits of a dropout, of x's shape or broadcasting to it."""
 
     def loss(
         self,
@@ -134,7 +224,7 @@ class VAEOutput(NamedTuple):
         """
         kind = _Kind.of(self.form)
         return _negative_bound(
-            _Decoded(self.recon_x, self.recon_logvar if kind.formula.pairs else 0.0, kind),
+            _Decoded(self.recon_x, self.recon_logvar if kind.formula.pairs else 0.0, kind, self.zi_logits),
             x,
             Latent(self.z, self.kl),
             self.z.dim() > self.mu.dim(),
@@ -187,7 +277,7 @@ class _Kind(NamedTuple):
         position, scale, low, high, eps = numbers
         likelihood, formula = list(LIKELIHOODS.items())[position]
         clamp = None if (low, high) == (None, None) else (low, high)
-        return cls(likelihood, list(formula.forms)[scale] if formula.pairs else None, clamp, eps)
+        return cls(likelihood, list(formula.forms)[scale] if formula.scales else None, clamp, eps)
 
 
 _PLAIN_GAUSSIAN = _Kind("gaussian", None, None, 0.0)
@@ -200,6 +290,7 @@ class _Decoded(NamedTuple):
     scale: Tensor | float | None
     """0.0 of a likelihood that has none; None where it is packed in the mean, along the channels."""
     kind: _Kind
+    zi_logits: Tensor | None = None
 
     def nll(self, x: Tensor, full: bool, weight: Tensor | None, reduction: str) -> Tensor:
         """-log p(x|z) of several samples: a total over all of them, or with "none" ``(samples, batch)``.
@@ -210,7 +301,7 @@ class _Decoded(NamedTuple):
         targets = x.expand(len(self.mean), *x.shape)
         return functional._likelihood(
             self.kind.likelihood,
-            functional._inputs_of(self.kind.likelihood, self.mean, targets, self.scale, None, None),
+            functional._inputs_of(self.kind.likelihood, self.mean, targets, self.scale, None, None, self.zi_logits),
             functional._written(self.kind.scale, self.kind.clamp, self.kind.eps),
             full,
             weight,
@@ -264,6 +355,7 @@ def _negative_bound(
             recon_scale=p.kind.scale,
             recon_clamp=p.kind.clamp,
             recon_eps=p.kind.eps,
+            zi_logits=p.zi_logits,
             kl=kl,
             beta=beta,
             full=full,
@@ -343,8 +435,12 @@ class VAE(nn.Module):
         likelihood: p(x|z), as :func:`fusedvae.functional.elbo_loss` has it: "gaussian" (default) or "laplace", which
             have a scale; "bernoulli", of which the decoder gives logits, or "bernoulli_probs", probabilities; "mse",
             the squared error, which is a Gaussian of variance 1/2; "l1", the absolute error, which is a Laplace
-            distribution of scale 1. Where there is no scale, the decoder gives one tensor of x's shape.
-        recon_logvar: where the log-variance of p(x|z) comes from, or what else ``recon_scale`` says.
+            distribution of scale 1; "poisson", of which the decoder gives the rate, in the form ``recon_scale``;
+            "negative_binomial", a mean and theta; "zero_inflated_negative_binomial", these and, as the last of a tuple,
+            the logits of a dropout; "discretized_logistic", a mean and a log-scale. Where there is no scale, the
+            decoder gives one tensor of x's shape.
+        recon_logvar: where the log-variance of p(x|z) comes from, or what else ``recon_scale`` says (of a negative
+            binomial likelihood theta; an ``nn.Parameter`` of one a gene is scvi-tools' ``px_r``).
 
             * ``None`` (default): the decoder gives it, in a packed tensor ``(batch, 2 * channels, *)`` or as
               the second of a pair (mean, logvar), which may be anything that broadcasts to the mean.
@@ -353,8 +449,10 @@ class VAE(nn.Module):
               shape ``(channels, 1, 1)`` for one value a channel), or ``"learned"`` (one learned number, of shape
               ``(1,)``, at first 0; 1 if it is a scale itself, for which 0 is none).
         recon_scale, recon_clamp, recon_eps: the form of that scale, as in :mod:`fusedvae.functional`: "logvar"
-            (default), "logstd", "std", "var" or "softplus"; of a Laplace likelihood "logscale" (default), "scale" or
-            "softplus"; bounds (low, high) that it is clamped to; and what is added to what the form names.
+            (default), "logstd", "std", "var" or "softplus"; of a Laplace or discretized logistic likelihood "logscale"
+            (default), "scale" or "softplus"; of a negative binomial one "theta" (default), "logtheta" or "softplus";
+            of the rate of a Poisson distribution "rate" (default), "lograte" or "softplus"; bounds (low, high) that it
+            is clamped to; and what is added to what the form names.
         scale, clamp, eps: the form of what the encoder gives beside the mean, likewise.
         prior: p(z): None for N(0, I); a pair (mean, log-variance) of numbers, tensors (fixed, kept in the state_dict
             as ``prior_mu`` and ``prior_logvar``) or ``nn.Parameter`` (learned), each of a sample's latent shape or
@@ -412,7 +510,7 @@ class VAE(nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}")
         form = checked_recon_form(likelihood, recon_scale, recon_clamp, recon_eps)
         checked_latent_forms(scale, clamp, eps, prior_scale, prior_clamp, prior_eps)
-        if form is None and recon_logvar is not None:
+        if not LIKELIHOODS[likelihood].pairs and recon_logvar is not None:
             raise ValueError(f"recon_logvar: expected None, as the {likelihood} likelihood has no scale")
         self.encoder = encoder
         self.decoder = decoder
@@ -467,8 +565,10 @@ class VAE(nn.Module):
         """The likelihood p(x|z) of ``z``, ``(batch, *latent)``; its ``mu``, the mean, has the shape of x.
 
         A `DiagonalGaussian` (mu, logvar) for "gaussian" and "mse", a `DiagonalLaplace` (mu, log_scale) for "laplace"
-        and "l1", a `Bernoulli` (mu, logits) for the two of these. The second has the mean's shape, or broadcasts to it,
-        and is a log-variance, or logarithm of a scale, in whatever form the decoder gives it.
+        and "l1", a `Bernoulli` (mu, logits) for the two of these, and a `Poisson` (mu), `NegativeBinomial` (mu, theta),
+        `ZeroInflatedNegativeBinomial` (mu, theta, zi_logits) or `DiscretizedLogistic` (mu, log_scale). The second has
+        the mean's shape, or broadcasts to it, and is a log-variance, or logarithm of a scale, in whatever form the
+        decoder gives it.
         """
         return self._distribution(self._decoded(z, condition))
 
@@ -501,7 +601,9 @@ class VAE(nn.Module):
             recon_logvar = recon_logvar.clone()
         elif not isinstance(recon_logvar, Tensor):
             recon_logvar = recon_x.new_full((), recon_logvar)
-        return VAEOutput(recon_x, recon_logvar, *self._gaussian(posterior), latent.z, latent.kl, p.kind.numbers())
+        return VAEOutput(
+            recon_x, recon_logvar, *self._gaussian(posterior), latent.z, latent.kl, p.kind.numbers(), p.zi_logits
+        )
 
     @overload
     def loss(
@@ -856,19 +958,26 @@ class VAE(nn.Module):
 
     def _decoded(self, z: Tensor, condition: Any, *, of: Tensor | None = None, samples: int | None = None) -> _Decoded:
         """Run the decoder on one sample, or on several that lie in front, and take these apart again."""
-        if samples is None:
-            mean, scale = self._likelihood(z, condition, of)
-        else:
-            mean, scale = self._likelihood(z.flatten(0, 1), _repeated(condition, samples, z.shape[1]), of)
-            if isinstance(scale, Tensor) and scale.dim() == mean.dim() and len(scale) == len(mean):
-                scale = scale.unflatten(0, z.shape[:2])
-            mean = mean.unflatten(0, z.shape[:2])
         kind = _Kind(self.likelihood, self.recon_scale, self.recon_clamp, self.recon_eps)
-        return _Decoded(mean, scale, kind)
+        if samples is None:
+            mean, scale, zi_logits = self._likelihood(z, condition, of)
+            return _Decoded(mean, scale, kind, zi_logits)
+        mean, scale, zi_logits = self._likelihood(z.flatten(0, 1), _repeated(condition, samples, z.shape[1]), of)
+        if isinstance(scale, Tensor) and scale.dim() == mean.dim() and len(scale) == len(mean):
+            scale = scale.unflatten(0, z.shape[:2])
+        if zi_logits is not None and zi_logits.dim() == mean.dim() and len(zi_logits) == len(mean):
+            zi_logits = zi_logits.unflatten(0, z.shape[:2])
+        return _Decoded(mean.unflatten(0, z.shape[:2]), scale, kind, zi_logits)
 
-    def _likelihood(self, z: Tensor, condition: Any, of: Tensor | None) -> _Parameters:
+    def _likelihood(
+        self, z: Tensor, condition: Any, of: Tensor | None
+    ) -> tuple[Tensor, Tensor | float | None, Tensor | None]:
         """Run the decoder and check what it gives against ``recon_logvar`` and, if there are some, the data."""
-        mean, logvar = _mean_and_scale("decoder", _called(self.decoder, z, condition))
+        output = _called(self.decoder, z, condition)
+        zi_logits: Tensor | None = None
+        if self.likelihood == "zero_inflated_negative_binomial":
+            output, zi_logits = _with_zi_logits(output)
+        mean, logvar = _mean_and_scale("decoder", output)
         has_scale = len(LIKELIHOODS[self.likelihood].pairs) > 0
         packed = has_scale and logvar is None and self.recon_logvar is None
         if logvar is not None and not has_scale:
@@ -902,8 +1011,8 @@ class VAE(nn.Module):
                     f"got {tuple(mean.shape)}{otherwise}"
                 )
         if not has_scale:
-            return mean, 0.0
-        return mean, (None if packed else self.recon_logvar if logvar is None else logvar)
+            return mean, 0.0, None
+        return mean, (None if packed else self.recon_logvar if logvar is None else logvar), zi_logits
 
     def _gaussian(self, posterior: tuple[Tensor, Tensor | None]) -> DiagonalGaussian:
         """The posterior, taken apart and with a log-variance."""
@@ -936,7 +1045,11 @@ class VAE(nn.Module):
         mean, scale = p.mean, p.scale
         if scale is None:
             mean, scale = mean.chunk(2, dim=1)
-        return _DISTRIBUTIONS[p.kind.likelihood](mean, _log_of(scale, mean, p.kind.form))
+        form = p.kind.form
+        if 0 in p.kind.formula.scales:
+            mean = _log_of(mean, mean, form)
+        zi_logits = () if p.zi_logits is None else (p.zi_logits,)
+        return _DISTRIBUTIONS[p.kind.likelihood](mean, _log_of(scale, mean, form), *zi_logits)
 
 
 _has_warned = False
@@ -1020,6 +1133,16 @@ def _mean_and_scale(name: str, output: object) -> tuple[Tensor, Tensor | None]:
     raise TypeError(f"{name}: expected a tensor or a pair of tensors (mean, logvar) from it, got {got}")
 
 
+def _with_zi_logits(output: object) -> tuple[object, Tensor]:
+    """What a decoder gave before the logits of a dropout, and these."""
+    if not isinstance(output, (tuple, list)) or not 2 <= len(output) <= 3 or not isinstance(output[-1], Tensor):
+        raise TypeError(
+            "decoder: expected (mu, theta, zi_logits) from it, or (mu, zi_logits) where recon_logvar is given, as the "
+            f"likelihood is zero_inflated_negative_binomial; got {type(output).__name__}"
+        )
+    return (output[0] if len(output) == 2 else tuple(output[:2])), output[-1]
+
+
 def _log_of(scale: Tensor | float, mean: Tensor, form: Form) -> Tensor:
     """The logarithm of the scale that a tensor, or number, beside a mean is a form of; in its dtype."""
     if not isinstance(scale, Tensor):
@@ -1046,4 +1169,15 @@ def _shown(sizes: Sequence[int | None]) -> str:
     return f"({inside},)" if len(sizes) == 1 else f"({inside})"
 
 
-register_outputs(DiagonalGaussian, DiagonalLaplace, Bernoulli, VAEOutput, Latent, ELBOTerms)
+register_outputs(
+    DiagonalGaussian,
+    DiagonalLaplace,
+    Bernoulli,
+    Poisson,
+    NegativeBinomial,
+    ZeroInflatedNegativeBinomial,
+    DiscretizedLogistic,
+    VAEOutput,
+    Latent,
+    ELBOTerms,
+)

@@ -88,7 +88,7 @@ class Case:
     ) -> list[Tensor | float]:
         """Inputs that the formula and the forms allow; the first is of the shape itself."""
         found: list[Tensor | float] = []
-        form_of = {scale: form for (_, scale), form in zip(formula.pairs, forms, strict=True)}
+        form_of = dict(zip(formula.scales, forms, strict=True))
         for k, name in enumerate(formula.inputs):
             form = form_of.get(k)
             t = torch.randn(tuple(shape) if k == 0 else self.broadcast(shape))
@@ -98,6 +98,10 @@ class Case:
                 t = torch.sigmoid(t) if name == "x" or formula.name.endswith("probabilities") else t
             elif name in ("extra", "pos_weight"):
                 t = t.abs()
+            elif name == "mu" and not formula.is_divergence:
+                t = t.abs() + 0.3
+            elif name == "x" and formula.name.startswith(("poisson", "negative", "zero")):
+                t = torch.relu(3 * t).round()
             if k > 1 and self.sometimes(0.2):
                 found.append(t.mean().item())
             elif name == "x" and not self.is_usual and self.sometimes(0.2):
@@ -109,7 +113,7 @@ class Case:
 
 def forms_for(case: Case, formula: Formula) -> tuple[Form, ...]:
     plain = case.is_usual or case.sometimes(0.3)
-    return tuple(PLAIN if plain else case.draw.choice(FORMS) for _ in formula.pairs)
+    return tuple(PLAIN if plain else case.draw.choice(FORMS) for _ in formula.scales)
 
 
 def doubles(inputs: Sequence[Tensor | float]) -> list[Tensor]:

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +15,18 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 import fusedvae
-from fusedvae import VAE, Bernoulli, DiagonalLaplace, ELBOLoss, functional, networks
+from fusedvae import (
+    VAE,
+    Bernoulli,
+    DiagonalLaplace,
+    DiscretizedLogistic,
+    ELBOLoss,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+    functional,
+    networks,
+)
 from fusedvae.backend.reference import LIKELIHOODS
 from fusedvae.vae import _DISTRIBUTIONS, DiagonalGaussian, VAEOutput
 
@@ -256,7 +268,34 @@ def test_a_size_left_open_takes_images_of_several_sizes() -> None:
 
 # --- likelihoods ------------------------------------------------------------------------------------------------------
 
-DENSITIES: dict[str, Callable[[Tensor, Tensor], torch.distributions.Distribution]] = {
+
+class ZeroInflated(NamedTuple):
+    """Counts of which some dropped out."""
+
+    counts: torch.distributions.NegativeBinomial
+    zi_logits: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        kept = self.counts.log_prob(x) + nn.functional.logsigmoid(-self.zi_logits)
+        return torch.where(x == 0, torch.logaddexp(kept, nn.functional.logsigmoid(self.zi_logits)), kept)
+
+
+class Binned(NamedTuple):
+    """A logistic distribution in bins."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        upper, lower = (torch.sigmoid((x + half - self.mean) / self.scale) for half in (1 / 255, -1 / 255))
+        return torch.log(torch.where(x > 0.999, 1.0, upper) - torch.where(x < -0.999, 0.0, lower))
+
+
+def negative_binomial(mu: Tensor, theta: Tensor) -> torch.distributions.NegativeBinomial:
+    return torch.distributions.NegativeBinomial(theta, probs=mu / (mu + theta), validate_args=False)
+
+
+DENSITIES: dict[str, Callable[..., Any]] = {
     # name: what p(x|z) is, of the first and, if it has a scale, the second of what the decoder gives
     "gaussian": lambda m, s: torch.distributions.Normal(m, torch.exp(0.5 * s)),
     "laplace": lambda m, s: torch.distributions.Laplace(m, torch.exp(s)),
@@ -264,6 +303,22 @@ DENSITIES: dict[str, Callable[[Tensor, Tensor], torch.distributions.Distribution
     "bernoulli_probs": lambda m, s: torch.distributions.Bernoulli(probs=m),
     "mse": lambda m, s: torch.distributions.Normal(m, math.sqrt(0.5)),
     "l1": lambda m, s: torch.distributions.Laplace(m, 1.0),
+    "poisson": lambda m, s: torch.distributions.Poisson(m + 1e-8),
+    "negative_binomial": negative_binomial,
+    "zero_inflated_negative_binomial": lambda m, s, zi: ZeroInflated(negative_binomial(m, s), zi),
+    "discretized_logistic": lambda m, s: Binned(m, torch.exp(s)),
+}
+DISTRIBUTIONS = {
+    "gaussian": DiagonalGaussian,
+    "laplace": DiagonalLaplace,
+    "bernoulli": Bernoulli,
+    "bernoulli_probs": Bernoulli,
+    "mse": DiagonalGaussian,
+    "l1": DiagonalLaplace,
+    "poisson": Poisson,
+    "negative_binomial": NegativeBinomial,
+    "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
+    "discretized_logistic": DiscretizedLogistic,
 }
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 
@@ -279,20 +334,44 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class AsParameters(nn.Module):
+    """What a module gives, as the parameters of a likelihood: its means, packed with its scales, and logits."""
+
+    def __init__(self, module: nn.Module, likelihood: str) -> None:
+        super().__init__()
+        self.module, self.likelihood = module, likelihood
+
+    def forward(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        given = self.module(z)
+        if self.likelihood == "bernoulli_probs":
+            return torch.sigmoid(given)
+        if self.likelihood == "discretized_logistic":
+            return 0.3 * given  # in whose tails PyTorch's logistic function ends
+        if self.likelihood in ("poisson", "negative_binomial", "zero_inflated_negative_binomial"):
+            given = torch.exp(0.3 * given)
+        if self.likelihood == "zero_inflated_negative_binomial":
+            return given, torch.log(given.chunk(2, 1)[0]) - 0.5
+        return given
+
+
 def vae_of(likelihood: str, **options: object) -> VAE:
     """A VAE of this likelihood, in float64; where there is a scale, the decoder gives it, packed."""
     torch.manual_seed(0)
     decoder = packed_decoder() if LIKELIHOODS[likelihood].pairs else mean_decoder()
-    if likelihood == "bernoulli_probs":
-        decoder.append(nn.Sigmoid())
-    return VAE(packed_encoder(), decoder, LATENT, likelihood=likelihood, **options).double()
+    return VAE(packed_encoder(), AsParameters(decoder, likelihood), LATENT, likelihood=likelihood, **options).double()
+
+
+def density(vae: VAE, z: Tensor) -> Any:
+    """p(x|z) by PyTorch's distributions."""
+    decoded = vae.decoder(z)
+    packed, *zi_logits = decoded if isinstance(decoded, tuple) else (decoded,)
+    mean, scale = packed.chunk(2, 1) if LIKELIHOODS[vae.likelihood].pairs else (packed, None)
+    return DENSITIES[vae.likelihood](mean, scale, *zi_logits)
 
 
 def log_density(vae: VAE, z: Tensor, x: Tensor) -> Tensor:
-    """log p(x|z), per sample, by PyTorch's distributions."""
-    decoded = vae.decoder(z)
-    mean, scale = decoded.chunk(2, 1) if LIKELIHOODS[vae.likelihood].pairs else (decoded, None)
-    return DENSITIES[vae.likelihood](mean, scale).log_prob(x).flatten(1).sum(1)
+    """log p(x|z), per sample."""
+    return density(vae, z).log_prob(x).flatten(1).sum(1)
 
 
 def with_gradients(value: Tensor, vae: VAE) -> list[Tensor]:
@@ -340,7 +419,8 @@ def test_bounds_of_every_likelihood_are_those_of_its_density(
         values = torch.logsumexp(log_weights, 0) - math.log(samples)
     expected = with_gradients(-values.mean(), vae)
     for f, b, e in zip(found, by_output, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-6, atol=1e-9)  # noise is of float32
+        # Noise is of float32, and PyTorch adds no eps to means of counts.
+        torch.testing.assert_close(f, e, rtol=1e-6, atol=2e-8 if "binomial" in likelihood else 1e-9)
         torch.testing.assert_close(b, f, rtol=1e-12, atol=1e-12)
 
 
@@ -348,13 +428,10 @@ def test_bounds_of_every_likelihood_are_those_of_its_density(
 def test_a_decoded_latent_is_a_distribution_of_its_likelihood(likelihood: str) -> None:
     vae = vae_of(likelihood)
     z = torch.randn(2, LATENT, dtype=torch.float64)
-    p = vae.decode(z)
-    decoded = vae.decoder(z)
-    mean, scale = decoded.chunk(2, 1) if LIKELIHOODS[likelihood].pairs else (decoded, None)
-    expected = DENSITIES[likelihood](mean, scale)
-    assert type(p) is {"gaussian": DiagonalGaussian, "mse": DiagonalGaussian}.get(
-        likelihood, DiagonalLaplace if likelihood in ("laplace", "l1") else Bernoulli
-    )
+    p, expected = vae.decode(z), density(vae, z)
+    assert type(p) is DISTRIBUTIONS[likelihood]
+    if not isinstance(p, (DiagonalGaussian, DiagonalLaplace, Bernoulli)):
+        return  # those have a test of their own
     torch.testing.assert_close(p.mu, expected.mean.expand(p.mu.shape))
     if isinstance(p, DiagonalGaussian):
         torch.testing.assert_close(torch.exp(p.logvar).expand_as(p.mu), expected.variance)
@@ -372,6 +449,66 @@ def test_a_decoded_latent_is_a_distribution_of_its_likelihood(likelihood: str) -
     images = vae.generate(3, generator=torch.Generator().manual_seed(1))
     again = torch.randn(3, LATENT, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(images, vae.decode(again).mu)
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        Poisson(torch.tensor([0.3, 8.0])),
+        NegativeBinomial(torch.tensor([0.3, 8.0]), torch.tensor(2.5)),
+        ZeroInflatedNegativeBinomial(torch.tensor([0.3, 8.0]), torch.tensor([0.5, 40.0]), torch.tensor(-0.5)),
+        DiscretizedLogistic(torch.tensor([-0.9, 0.1]), torch.tensor(-2.0)),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+def test_samples_of_counts_and_of_bins_have_the_masses_of_the_likelihoods(p: Any) -> None:
+    generator, count = torch.Generator(), 40_000
+    many = type(p)(p.mu.expand(count, 2), *p[1:])
+    drawn = many.sample(generator=generator.manual_seed(1))
+    assert torch.equal(drawn, many.sample(generator=generator.manual_seed(1)))
+    values = torch.arange(256.0) / 127.5 - 1 if isinstance(p, DiscretizedLogistic) else torch.arange(200.0)
+    x, mean = values[:, None].expand(-1, 2).contiguous(), p.mu.expand(len(values), 2).contiguous()
+    of = {
+        Poisson: lambda: functional.poisson_nll(mean, x, full=True, reduction="none", dim=()),
+        NegativeBinomial: lambda: functional.negative_binomial_nll(mean, x, p[1], reduction="none", dim=()),
+        ZeroInflatedNegativeBinomial: lambda: functional.zero_inflated_negative_binomial_nll(
+            mean, x, p[1], p[2], reduction="none", dim=()
+        ),
+        DiscretizedLogistic: lambda: functional.discretized_logistic_nll(mean, x, p[1], reduction="none", dim=()),
+    }
+    mass = torch.exp(-of[type(p)]())
+    torch.testing.assert_close(mass.sum(0), torch.ones(2), rtol=1e-5, atol=1e-5)
+    for k in range(2):
+        found = torch.stack([(drawn[:, k] - value).abs() < 1e-3 for value in values]).double().mean(1)
+        assert ((found - mass[:, k]).abs() < 5 * (mass[:, k] / count).sqrt() + 1e-4).all()
+
+
+def test_dropouts_come_last_from_a_decoder() -> None:
+    """theta is one a gene, that the module has: what scvi-tools calls px_r."""
+    theta = nn.Parameter(torch.rand(12) + 0.5)
+    heads = nn.ModuleList([nn.Linear(LATENT, 12) for _ in range(2)])
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = heads
+
+        def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.exp(self.heads[0](z)), self.heads[1](z)
+
+    name = "zero_inflated_negative_binomial"
+    vae = VAE(nn.Linear(12, 2 * LATENT), Decoder(), LATENT, likelihood=name, recon_logvar=theta)
+    x = torch.randint(0, 4, (BATCH, 12)).float()
+    out = vae(x)
+    mu, zi_logits = vae.decoder(out.z)
+    expected = functional.zero_inflated_negative_binomial_nll(mu, x, theta, zi_logits) + out.kl.mean()
+    torch.testing.assert_close(out.loss(x), expected)
+    torch.testing.assert_close(vae.decode(out.z).theta, theta)
+    vae.loss(x, samples=3).backward()
+    assert theta.grad is not None
+    assert theta.grad.abs().min() > 0
+    with pytest.raises(TypeError, match=r"decoder: expected \(mu, theta, zi_logits\) .* got Tensor"):
+        VAE(nn.Linear(12, 2 * LATENT), nn.Linear(LATENT, 12), LATENT, likelihood=name).loss(x)
 
 
 def test_samples_of_laplace_distributions_are_differentiable_and_decided_by_the_generator() -> None:

@@ -34,6 +34,16 @@ FUNCTIONS: dict[str, tuple[Function, int]] = {
     "gaussian_nll": (functional.gaussian_nll, 3),
     "gaussian_nll, none": (lambda *t: functional.gaussian_nll(*t, reduction="none"), 3),
     "laplace_nll": (lambda r, x, s, e: functional.laplace_nll(r, x, s, extra=e), 4),
+    "poisson_nll": (lambda r, x: functional.poisson_nll(r, x.abs(), scale="lograte", full=True), 2),
+    "negative_binomial_nll": (
+        lambda r, x, s: functional.negative_binomial_nll(r.exp(), x.abs(), s, scale="logtheta"),
+        3,
+    ),
+    "zero_inflated_negative_binomial_nll": (
+        lambda r, x, s, z: functional.zero_inflated_negative_binomial_nll(r.exp(), x.abs(), s.exp(), z),
+        4,
+    ),
+    "discretized_logistic_nll": (lambda r, x, s: functional.discretized_logistic_nll(r, x, s), 3),
     "bernoulli_nll": (lambda r, x, w: functional.bernoulli_nll(r, x, pos_weight=w), 3),
     "bernoulli_nll, probabilities": (
         lambda r, x: functional.bernoulli_nll(r.sigmoid(), x.sigmoid(), from_logits=False, reduction="sum"),

@@ -6,10 +6,13 @@
 // (what all have in common above, each of them below)
 #include "math/absolute_error.h"
 #include "math/bernoulli.h"
+#include "math/discretized_logistic.h"
 #include "math/gaussian.h"
 #include "math/kl_normal.h"
 #include "math/kl_standard_normal.h"
 #include "math/laplace.h"
+#include "math/negative_binomial.h"
+#include "math/poisson.h"
 #include "math/squared_error.h"
 
 namespace fusedvae {
@@ -27,7 +30,11 @@ using Formulas = List<GaussianNll,                  //
                       BernoulliNllOfProbabilities,  //
                       Mse,                          //
                       L1,                           //
-                      KlStandardNormal,             //
+                      PoissonNll,                   //
+                      PoissonNllInFull,             //
+                      NegativeBinomialNll,          //
+                      ZeroInflatedNegativeBinomialNll, DiscretizedLogisticNll,
+                      KlStandardNormal,  //
                       KlNormal>;
 
 using Divergences = List<KlStandardNormal,          //

@@ -8,6 +8,13 @@
 #define FUSEDVAE_LAMBDA __attribute__((always_inline))
 #endif
 
+// Of what is so long that a call costs nothing beside it, and that loops of every kind would else have a copy of.
+#if defined(__CUDACC__)
+#define FUSEDVAE_OUTLINE __host__ __device__ __noinline__
+#else
+#define FUSEDVAE_OUTLINE __attribute__((noinline))
+#endif
+
 // The CPU kernels are compiled once an instruction set. Each copy lives in a namespace of its own, so that the linker
 // can never put the AVX-512 version of an inline function where a machine without AVX-512 will call it.
 #if defined(FUSEDVAE_ISA)

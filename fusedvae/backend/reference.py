@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+EULER = 0.57721566490153286
+"""-digamma(1)."""
 
 # --- numbers and tensors ----------------------------------------------------------------------------------------------
 
@@ -92,6 +94,15 @@ NORMAL_FORMS = {
 """Of a normal distribution, whose formulas are written in the variance; by what users call them."""
 
 LAPLACE_FORMS = {"logscale": PLAIN, "scale": Form("linear"), "softplus": Form("softplus")}
+
+COUNT_EPS = 1e-8
+"""What likelihoods of counts add to what they take the logarithm of, as scvi-tools and PyTorch do."""
+
+RATE_FORMS = {"rate": Form("linear", eps=COUNT_EPS), "lograte": PLAIN, "softplus": Form("softplus", eps=COUNT_EPS)}
+"""Of the rate of a Poisson distribution."""
+
+DISPERSION_FORMS = {"theta": Form("linear"), "logtheta": PLAIN, "softplus": Form("softplus")}
+"""Of the inverse dispersion of a negative binomial distribution."""
 
 
 class Scale:
@@ -174,6 +185,8 @@ class Formula(NamedTuple):
     inputs: tuple[str, ...]
     elements: Callable[..., Any]
     """Its value for each element, a function of the inputs: tensors of one dtype, numbers, and scales as `Scale`."""
+    scales: tuple[int, ...]
+    """Which of them are scales."""
     pairs: tuple[tuple[int, int], ...]
     """A mean and the scale beside it, which may come packed in one tensor."""
     forms: dict[str, Form]
@@ -184,6 +197,8 @@ class Formula(NamedTuple):
     """Whether it is one, which beta multiplies, and no likelihood."""
     constant: float
     """What ``full`` adds to each element."""
+    in_full: str | None
+    """Or the name of the formula with that, where it depends on the data."""
     at_sample: Callable[..., Any] | None
     """Of a divergence from q to p, log q(z) - log p(z): a function of z, its noise, and the inputs but for the mean."""
 
@@ -191,13 +206,18 @@ class Formula(NamedTuple):
         """Some inputs, none of them packed, as ``elements`` takes them."""
         dtype = working_dtype(*inputs)
         found: list[Any] = [t.to(dtype) if isinstance(t, Tensor) else t for t in inputs]
-        for (_, scale), form in zip(self.pairs, forms, strict=True):
+        for scale, form in zip(self.scales, forms, strict=True):
             found[scale] = Scale(found[scale], form)
         return found
 
+    @property
+    def usual_forms(self) -> list[Form]:
+        """Those that its scales have without a word."""
+        return [next(iter(self.forms.values()))] * len(self.scales)
+
     def __call__(self, inputs: Sequence[Number], forms: Sequence[Form] | None = None) -> Tensor:
-        """The values of some inputs, none of them packed; plain ones, if their forms are not given."""
-        found: Tensor = self.elements(*self.prepared(inputs, [PLAIN] * len(self.pairs) if forms is None else forms))
+        """The values of some inputs, none of them packed; in the usual forms, if these are not given."""
+        found: Tensor = self.elements(*self.prepared(inputs, self.usual_forms if forms is None else forms))
         return found
 
 
@@ -207,20 +227,22 @@ FORMULAS: dict[str, Formula] = {}
 LIKELIHOODS: dict[str, Formula] = {}
 """The likelihoods, by what users call them."""
 
-GIVEN = Formula("given", ("kl",), lambda kl: kl, (), {}, None, True, 0.0, None)
+GIVEN = Formula("given", ("kl",), lambda kl: kl, (), (), {}, None, True, 0.0, None, None)
 """Stands for a divergence that was computed before: a value per sample."""
 
 
 def formula(
     *inputs: str,
     pairs: Sequence[tuple[str, str]] = (),
+    scales: Sequence[str] | None = None,
     forms: dict[str, Form] | None = None,
     likelihood: str | None = None,
     is_divergence: bool = False,
     constant: float = 0.0,
+    in_full: str | None = None,
     at_sample: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function, which takes the inputs."""
+    """Register the decorated function, which takes the inputs; the scales are those of the pairs, if not given."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         positions = tuple((inputs.index(mean), inputs.index(scale)) for mean, scale in pairs)
@@ -228,11 +250,13 @@ def formula(
             function.__name__,
             inputs,
             function,
+            tuple(map(inputs.index, scales)) if scales is not None else tuple(scale for _, scale in positions),
             positions,
             NORMAL_FORMS if forms is None else forms,
             likelihood,
             is_divergence,
             constant,
+            in_full,
             at_sample,
         )
         FORMULAS[made.name] = made
@@ -386,6 +410,149 @@ def l1(recon_x: Tensor, x: Tensor) -> Tensor:
     return (recon_x - x).abs()
 
 
+def _log_of_ratio(ratio: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 + t) and t - log(1 + t) of a ratio 1 + t."""
+    is_near = t.abs() < 0.5
+    log = torch.where(is_near, torch.log1p(torch.where(is_near, t, 0.0)), torch.log(torch.where(is_near, 1.0, ratio)))
+    return log, t - log
+
+
+def _binet(z: Tensor) -> Tensor:
+    """ln gamma(z) - (z - 1/2) ln z + z - ln(2 pi) / 2 for z >= 1, what Stirling's formula leaves out.
+
+    Source of the series: Abramowitz & Stegun 1964, 6.1.40.
+    """
+    is_small = z < (16.0 if z.dtype == torch.float64 else 4.0)
+    small, inverse = torch.where(is_small, z, 1.0), 1.0 / torch.where(is_small, 16.0, z)
+    y, series = inverse.square(), torch.zeros_like(z)
+    for coefficient in (1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12):
+        series = series * y + coefficient
+    below = torch.lgamma(small) - (small - 0.5) * torch.log(small) + (small - HALF_LOG_2PI)
+    return torch.where(is_small, below, inverse * series)
+
+
+def _known(value: Tensor, is_known: Tensor) -> Tensor:
+    """The value, and NaN in it and its derivatives where it is not known."""
+    return value * torch.where(is_known, 1.0, torch.nan).to(value.dtype)
+
+
+@formula("rate", "x", scales=["rate"], forms=RATE_FORMS, likelihood="poisson", in_full="poisson_nll_in_full")
+def poisson_nll(rate: Scale, x: Tensor) -> Tensor:
+    """rate - x log rate, per element, without log x!: torch.nn.functional.poisson_nll_loss."""
+    value: Tensor = rate.value - x * rate.log
+    return value
+
+
+@formula("rate", "x", scales=["rate"], forms=RATE_FORMS)
+def poisson_nll_in_full(rate: Scale, x: Tensor) -> Tensor:
+    """rate - x log rate + log x!, per element: -torch.distributions.Poisson(rate).log_prob(x). NaN for x < 0.
+
+    These cancel where x is near the rate. By Stirling's formula of k = x + 1, with r = rate / k and Binet's function b:
+    k (r - 1 - log r) + log r + log(2 pi k) / 2 + b(k). Source of the method: Loader 2000, "Fast and accurate
+    computation of binomial probabilities".
+    """
+    k = x + 1.0
+    t, log_k = (rate.value - k) / k, torch.log(k)
+    is_near = t.abs() < 0.5
+    log = torch.where(is_near, torch.log1p(torch.where(is_near, t, 0.0)), rate.log - log_k)
+    value = k * (t - log) + log + (0.5 * log_k + HALF_LOG_2PI) + _binet(k)
+    # Where there is one term, nothing of it is lost. Its derivative by x is the other's.
+    at_zero = rate.value - x * (rate.log + EULER)
+    return _known(torch.where(x == 0, at_zero, value), x >= 0)
+
+
+@formula(
+    "mu",
+    "x",
+    "theta",
+    pairs=[("mu", "theta")],
+    forms=DISPERSION_FORMS,
+    likelihood="negative_binomial",
+)
+def negative_binomial_nll(mu: Tensor, x: Tensor, scale: Scale) -> Tensor:
+    """-log NB(x; mean mu, inverse dispersion theta), log x! included, per element; scvi-tools' log_nb_positive.
+
+    theta log(s / (theta + eps)) + x log(s / (mu + eps)) - lgamma(x + theta) + lgamma(theta) + lgamma(x + 1), with s =
+    theta + mu + eps and eps = 1e-8. NaN but for finite mu >= 0, theta > 0, x >= 0. Log-gamma functions of a large theta
+    would cancel, all but a part in a million: csrc/math/negative_binomial.h says what is computed. Sources: Lopez et
+    al. 2018 (doi:10.1038/s41592-018-0229-2); Loader 2000, "Fast and accurate computation of binomial probabilities".
+    """
+    theta, eps = torch.as_tensor(scale.value, dtype=x.dtype, device=x.device), COUNT_EPS
+    mu, x, theta = torch.broadcast_tensors(mu, x, theta)
+    is_known = (mu >= 0) & (mu < math.inf) & (theta > 0) & (theta < math.inf) & (x >= 0) & (x < math.inf)
+    low = (theta < 1).to(x.dtype)
+    k, t, m, total = x + 1.0, theta + low, mu + eps, x + theta
+    n, s = x + t, theta + m
+    log_v, gap_v = _log_of_ratio((theta + eps) / t * (n / s), (theta * (x - mu) + (eps * x - low * mu)) / t / s)
+    log_w, gap_w = _log_of_ratio(m / s * (n / k), (theta / s * (m - k) - (1.0 - low) * (m / s)) / k)
+    high_part = (theta * gap_v + k * gap_w) + (log_w - eps * (total / s)) + 0.5 * torch.log(k * (n / t))
+    above = torch.where(low > 0, total / theta, 1.0)
+    low_part = -(theta * log_v + x * log_w) - 1.0 + 0.5 * torch.log(k * (t / n)) + torch.log(above)
+    others = HALF_LOG_2PI + (_binet(k) + (_binet(t) - _binet(n)))
+    value = torch.where(low > 0, low_part, high_part) + others
+    # Of x = 0 there is one term. Its derivative by x is the other's.
+    d_x = torch.log(s / m) - torch.digamma(torch.where(x == 0, theta, 1.0)) - EULER
+    at_zero = theta * torch.log1p(mu / (theta + eps)) + x * d_x
+    return _known(torch.where(x == 0, at_zero, value), is_known)
+
+
+@formula(
+    "mu",
+    "x",
+    "theta",
+    "zi_logits",
+    pairs=[("mu", "theta")],
+    forms=DISPERSION_FORMS,
+    likelihood="zero_inflated_negative_binomial",
+)
+def zero_inflated_negative_binomial_nll(mu: Tensor, x: Tensor, scale: Scale, zi_logits: Number) -> Tensor:
+    """-log((1 - p) NB(x)), and where x < 1e-8 of p + (1 - p) NB(0), with p = sigmoid(zi_logits), per element.
+
+    scvi-tools' log_zinb_positive. Source: Lopez et al. 2018 (doi:10.1038/s41592-018-0229-2).
+    """
+    a = torch.as_tensor(zi_logits, dtype=x.dtype, device=x.device)
+    is_zero = ((x < COUNT_EPS) & (x >= 0)).expand(mu.shape)
+    nb = negative_binomial_nll(mu, torch.where(is_zero, torch.zeros_like(x), x), scale)
+    dropout = _softplus(a)
+    # log(p + (1 - p) e^-nb) = log(1 + lost), or where hardly anything is left of the 1, log(e^a + e^-nb) - dropout.
+    lost = torch.sigmoid(-a) * torch.expm1(-nb)
+    is_near = lost > -0.5
+    of_zero = torch.where(
+        is_near,
+        -torch.log1p(torch.where(is_near, lost, 0.0)),
+        dropout - torch.logaddexp(*torch.broadcast_tensors(a, -nb)),
+    )
+    return torch.where(is_zero, of_zero, nb + dropout)
+
+
+@formula(
+    "recon_x",
+    "x",
+    "log_scale",
+    pairs=[("recon_x", "log_scale")],
+    forms=LAPLACE_FORMS,
+    likelihood="discretized_logistic",
+)
+def discretized_logistic_nll(recon_x: Tensor, x: Tensor, scale: Scale) -> Tensor:
+    """-log of the logistic distribution's mass in x's bin of 256 in [-1, 1], those at the ends open, per element.
+
+    With the bin's edges (x +- 1/255 - recon_x) / s: softplus(-upper) + softplus(lower) - log(1 - e^-(upper - lower)); a
+    bin that is open lacks what the absent edge has in it. Source: Salimans et al. 2017 (arXiv:1701.05517), section 2.1,
+    whose approximation of narrow bins is the limit of this.
+    """
+    half = 1.0 / 255
+    error, inverse = x - recon_x, scale.inverse
+    above = _softplus(-((error + half) * inverse))
+    below = _softplus((error - half) * inverse)
+    width, log = torch.as_tensor(2 * half * inverse, dtype=x.dtype), torch.as_tensor(scale.log, dtype=x.dtype)
+    is_narrow = width < 1e-4
+    narrow = math.log(2 * half) - log + width * (width / 24 - 0.5)
+    log_mass = torch.where(is_narrow, narrow, torch.log(-torch.expm1(-torch.where(is_narrow, 1.0, width))))
+    is_first, is_last = x < -0.999, x > 0.999
+    value = torch.where(is_last, 0.0, above) + torch.where(is_first, 0.0, below)
+    return value - torch.where(is_first | is_last, 0.0, log_mass)
+
+
 # --- packed operands --------------------------------------------------------------------------------------------------
 
 
@@ -514,7 +681,7 @@ class Objective(NamedTuple):
                 normalizer, position = position, position + 1
             a = self.balance
             gains = None if a is None else (1.0 - a, 1.0 - a, a, a)[: len(formula.inputs)]
-            own = tuple(next(forms) for _ in formula.pairs)
+            own = tuple(next(forms) for _ in formula.scales)
             found.append(Placed(formula, own, gains, self.reductions[k], inputs, weight, normalizer))
         return tuple(found)
 

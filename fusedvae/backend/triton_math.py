@@ -107,6 +107,146 @@ def l1(recon_x, x, in2, in3, weight, form0: tl.constexpr, eps0, form1: tl.conste
 
 
 @triton.jit
+def discretized_logistic_nll(recon_x, x, spread, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
+    """-log of the logistic distribution's mass in x's bin, one of 256 in [-1, 1], of which those at the ends are open.
+
+    softplus(-upper) + softplus(lower) - log(1 - e^-width), with edges (x +- 1/255 - recon_x) / s; an open bin lacks
+    what the absent edge has in it. Source: Salimans et al. 2017 (arXiv:1701.05517), section 2.1.
+    """
+    log, inverse, slope = scale_of(spread, -1, form0, eps0)
+    width = inverse * (2.0 / 255.0)
+    _, fall = sigma_and_expm1(-width)
+    is_narrow = width < 1e-4
+    narrow = (-4.8481163645984613 - log) + (width * (1.0 / 24.0) - 0.5) * width  # log(2 / 255)
+    log_mass = tl.where(is_narrow, narrow, logarithm(tl.where(is_narrow, 1.0, -fall)))
+    d_wide = divide(width * (fall + 1.0), tl.where(is_narrow, 1.0, -fall))
+    d_log_mass = tl.where(is_narrow, 1.0 + (width * (1.0 / 12.0) - 0.5) * width, tl.where(width > 100.0, 0.0, d_wide))
+    error = x - recon_x
+    is_first, is_last = x < -0.999, x > 0.999
+    is_open = is_first | is_last
+    upper, lower = (error + 1.0 / 255.0) * inverse, (error - 1.0 / 255.0) * inverse
+    above, d_above = softplus(-upper)
+    below, d_below = softplus(lower)
+    d_above, d_below = tl.where(is_last, 0.0, d_above), tl.where(is_first, 0.0, d_below)
+    value = tl.where(is_last, 0.0, above) + tl.where(is_first, 0.0, below) - tl.where(is_open, 0.0, log_mass)
+    d_recon_x = (weight * inverse) * (d_above - d_below)
+    moved = tl.where(d_above == 0.0, 0.0, upper * d_above) - tl.where(d_below == 0.0, 0.0, lower * d_below)
+    d_spread = through(weight * (moved + tl.where(is_open, 0.0, d_log_mass)), slope, form0)
+    return value, d_recon_x, -d_recon_x, d_spread, 0.0
+
+
+@triton.jit
+def poisson_nll(spread, x, in2, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
+    """rate - x log rate, by the rate: torch.nn.functional.poisson_nll_loss."""
+    log, rate, slope = scale_of(spread, 1, form0, eps0)
+    return rate - x * log, through(weight * (rate - x), slope, form0), -(weight * log), 0.0, 0.0
+
+
+@triton.jit
+def poisson_nll_in_full(spread, x, in2, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
+    """rate - x log rate + log x!, put together from small terms: see csrc/math/poisson.h. NaN for x < 0."""
+    log, rate, slope = scale_of(spread, 1, form0, eps0)
+    next = x + 1.0
+    inverse = divide(tl.full((), 1.0, x.dtype), next)
+    log_next = logarithm(next)
+    t = (rate - next) * inverse
+    log_ratio, gap = log_of_ratio(rate * inverse, t)
+    is_usual = (rate > 1e-30) & (rate < 1e30)
+    log_ratio = tl.where(is_usual, log_ratio, log - log_next)
+    gap = tl.where(is_usual, gap, t - log_ratio)
+    rest, d_rest = binet(inverse)
+    value = (next * gap + log_ratio) + ((0.5 * log_next + 0.91893853320467274) + rest)
+    value = tl.where(x == 0.0, rate, tl.where(x >= 0.0, value, float("nan")))
+    return (
+        value,
+        through(weight * (rate - x), slope, form0),
+        weight * ((d_rest - 0.5 * inverse) - log_ratio),
+        0.0,
+        0.0,
+    )
+
+
+@triton.jit
+def negative_binomial(mu, x, theta):
+    """-log NB(x; mu, theta), and its derivatives by mu, x and theta: see csrc/math/negative_binomial.h."""
+    one = tl.full((), 1.0, x.dtype)
+    is_low = theta < 1.0
+    low = tl.where(is_low, one, 0.0)
+    k, t, m, total = x + 1.0, theta + low, mu + 1e-8, x + theta
+    n, s = x + t, theta + m
+    k_inverse, t_inverse, n_inverse, s_inverse = divide(one, k), divide(one, t), divide(one, n), divide(one, s)
+    total_inverse = divide(low, total)
+    log_v, gap_v = log_of_ratio(
+        ((theta + 1e-8) * t_inverse) * (n * s_inverse),
+        ((theta * (x - mu) + (1e-8 * x - low * mu)) * t_inverse) * s_inverse,
+    )
+    log_w, gap_w = log_of_ratio(
+        (m * s_inverse) * (n * k_inverse),
+        ((theta * s_inverse) * (m - k) - (1.0 - low) * (m * s_inverse)) * k_inverse,
+    )
+    spread = root(6.28318530717958648 * k * tl.where(is_low, t * n_inverse, n * t_inverse))
+    log_spread = logarithm(tl.where(is_low, spread * divide(total, theta), spread))
+    of_k, d_k = binet(k_inverse)
+    of_t, d_t = binet(t_inverse)
+    of_n, d_n = binet(n_inverse)
+    high_part = (theta * gap_v + k * gap_w) + (log_w - 1e-8 * (total * s_inverse))
+    low_part = -(theta * log_v + x * log_w) - 1.0
+    value = tl.where(is_low, low_part, high_part) + (log_spread + (of_k + (of_t - of_n)))
+    d_mu = (theta * s_inverse) * divide(m - x, m)
+    d_theta = (gap_v + (low - 1e-8) * (x * t_inverse) * s_inverse + divide(1e-8 * (mu * s_inverse), theta + 1e-8)) - (
+        (0.5 * x * n_inverse) * t_inverse + (d_n - d_t) + divide(x * total_inverse, theta)
+    )
+    d_x = (d_k - d_n) - 0.5 * (k_inverse - n_inverse) - log_w + total_inverse
+    # 1 of what is finite and in its range; 0 times an infinity is NaN.
+    known = tl.where(mu >= 0.0, 1.0 + 0.0 * mu, float("nan")) * tl.where(x >= 0.0, 1.0 + 0.0 * x, float("nan"))
+    known = known * tl.where(theta > 0.0, 1.0 + 0.0 * theta, float("nan"))
+    return known * tl.where(x == 0.0, -theta * log_v, value), known * d_mu, known * d_x, known * d_theta
+
+
+@triton.jit
+def negative_binomial_nll(mu, x, spread, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
+    """-log NB(x; mu, theta), by mean and inverse dispersion, as scvi-tools has it.
+
+    Source: Lopez et al. 2018 (doi:10.1038/s41592-018-0229-2).
+    """
+    _, theta, slope = scale_of(spread, 1, form0, eps0)
+    value, d_mu, d_x, d_theta = negative_binomial(mu, x, theta)
+    return value, weight * d_mu, weight * d_x, through(weight * (d_theta * theta), slope, form0), 0.0
+
+
+@triton.jit
+def zero_inflated_negative_binomial_nll(
+    mu, x, spread, zi_logits, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1
+):
+    """-log of (1 - p) NB(x), and for x < 1e-8 of p + (1 - p) NB(0), with the logits of p.
+
+    Source: as above; csrc/math/negative_binomial.h says what is computed.
+    """
+    _, theta, slope = scale_of(spread, 1, form0, eps0)
+    is_zero = (x < 1e-8) & (x >= 0.0)
+    nb, d_mu, d_x, d_theta = negative_binomial(mu, tl.where(is_zero, 0.0, x), theta)
+    dropout, d_dropout = softplus(zi_logits)
+    _, kept = softplus(-zi_logits)
+    _, fall = sigma_and_expm1(-nb)
+    lost, reached = kept * fall, zi_logits + nb
+    is_near = lost > -0.5
+    smaller = exponential(tl.where(reached < 0.0, reached, -reached))
+    log = logarithm_of_1_plus(tl.where(is_near, lost, smaller))
+    of_zero = tl.where(is_near, -log, (dropout - tl.where(reached < 0.0, -nb, zi_logits)) - log)
+    half = divide(tl.full((), 1.0, x.dtype), 1.0 + smaller)
+    share, rest = tl.where(reached < 0.0, half, smaller * half), tl.where(reached < 0.0, smaller * half, half)
+    d_zi_logits = tl.where(is_near, divide(lost * d_dropout, tl.where(is_near, 1.0 + lost, 1.0)), d_dropout - rest)
+    of_nb = weight * tl.where(is_zero, share, 1.0)
+    return (
+        tl.where(is_zero, of_zero, nb + dropout),
+        of_nb * d_mu,
+        tl.where(is_zero, 0.0, of_nb * d_x),
+        through(of_nb * (d_theta * theta), slope, form0),
+        weight * tl.where(is_zero, d_zi_logits, d_dropout),
+    )
+
+
+@triton.jit
 def absolute_error(recon_x, x, weight):
     """abs(recon_x - x), and its derivative by recon_x times a weight: 0 at 0 and at NaN, as PyTorch has it."""
     error = recon_x - x
@@ -173,6 +313,18 @@ def formula_element(
         value, d0, d1, d2, d3 = mse(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "l1":
         value, d0, d1, d2, d3 = l1(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
+    elif formula == "poisson_nll":
+        value, d0, d1, d2, d3 = poisson_nll(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
+    elif formula == "poisson_nll_in_full":
+        value, d0, d1, d2, d3 = poisson_nll_in_full(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
+    elif formula == "negative_binomial_nll":
+        value, d0, d1, d2, d3 = negative_binomial_nll(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
+    elif formula == "zero_inflated_negative_binomial_nll":
+        value, d0, d1, d2, d3 = zero_inflated_negative_binomial_nll(
+            in0, in1, in2, in3, weight, form0, eps0, form1, eps1
+        )
+    elif formula == "discretized_logistic_nll":
+        value, d0, d1, d2, d3 = discretized_logistic_nll(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "kl_standard_normal":
         value, d0, d1, d2, d3 = kl_standard_normal(in0, in1, in2, in3, weight, form0, eps0, form1, eps1)
     elif formula == "kl_normal":
@@ -401,6 +553,79 @@ def logarithm_of_1_plus(x):
     """ln(1 + x) for x >= -1: what the sum loses to rounding comes back as a correction."""
     sum = 1.0 + x
     return tl.where(sum == 0.0, float("-inf"), tl.log(sum) + divide(x - (sum - 1.0), sum))
+
+
+@triton.jit
+def binet(inverse):
+    """Binet's function of z >= 1, of which the inverse is given, and its derivative: see csrc/math/gamma.h."""
+    y = inverse * inverse
+    if y.dtype == tl.float64:
+        value = y * 0.012299899347407984019 + 0.90399395566993606937
+        value = value * y + 10.132052401473506168
+        value = value * y + 36.659076162591562041
+        value = value * y + 54.795764794216287449
+        value = value * y + 37.474827894949182812
+        value = value * y + 12.00390897360027098
+        value = value * y + 1.699568641901633913
+        value = value * y + 0.083333333333333332708
+        p = y * 0.26673323077912195796 + 13.218542166333262904
+        p = p * y + 132.66031288633142716
+        p = p * y + 458.81399080341701663
+        p = p * y + 671.4512045153452642
+        p = p * y + 454.33446780036699691
+        p = p * y + 144.71832244155957155
+        p = p * y + 20.428157036152914986
+        p = p * y + 1.0
+        value = value / p
+        slope = y * 0.029982130593297672924 + 2.116406874290534301
+        slope = slope * y + 21.004448730536242091
+        slope = slope * y + 66.662552767808492163
+        slope = slope * y + 87.512149658423467484
+        slope = slope * y + 52.797689873554892946
+        slope = slope * y + 15.001534800040488539
+        slope = slope * y + 1.8947475899705531379
+        slope = slope * y + 0.083333333333333327527
+        p = y * 1.1057126041821516151 + 38.839326895341300087
+        p = p * y + 308.76281074899510364
+        p = p * y + 887.01116227007189775
+        p = p * y + 1107.5939759821893247
+        p = p * y + 650.76025322373338545
+        p = p * y + 182.25449566092115438
+        p = p * y + 22.836971079646385015
+        p = p * y + 1.0
+        slope = slope / p
+    else:
+        value = inverse * 0.0001422189407 + -0.0006456698628
+        value = value * inverse + 0.001063533093
+        value = value * inverse + -6.090973309e-5
+        value = value * inverse + -0.002770688113
+        value = value * inverse + -3.497345344e-7
+        value = value * inverse + 0.08333333672
+        slope = inverse * -0.0003225929695 + 0.002006198234
+        slope = slope * inverse + -0.005104469462
+        slope = slope * inverse + 0.006051482821
+        slope = slope * inverse + -0.0004654275852
+        slope = slope * inverse + -0.008280495156
+        slope = slope * inverse + -2.380851643e-6
+        slope = slope * inverse + 0.08333335173
+    return inverse * value, -y * slope
+
+
+@triton.jit
+def log_of_ratio(ratio, t):
+    """log(1 + t) and t - log(1 + t) of a ratio 1 + t, by the series of 2 artanh(t / (2 + t)) next to 1."""
+    is_near = (t < 0.25) & (t > -0.25)
+    s = divide(t, t + 2.0)
+    z = s * s
+    p = z * (1.0 / 17.0) + 1.0 / 15.0
+    p = p * z + 1.0 / 13.0
+    p = p * z + 1.0 / 11.0
+    p = p * z + 1.0 / 9.0
+    p = p * z + 1.0 / 7.0
+    p = p * z + 1.0 / 5.0
+    p = p * z + 1.0 / 3.0
+    gap, log = s * (t - (z + z) * p), logarithm(ratio)
+    return tl.where(is_near, t - gap, log), tl.where(is_near, gap, t - log)
 
 
 @triton.jit

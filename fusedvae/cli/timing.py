@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import functional
 from ..backend import resolve, use_backend
 from ..losses import ELBOLoss
-from ..vae import VAE
+from ..vae import VAE, DiagonalGaussian
 from .bench.measuring import Contestant, interleaved
 from .settings import Settings
 
@@ -67,7 +67,9 @@ def step_times(model: VAE, x: Tensor, settings: Settings) -> StepTimes | None:
         with use_backend("reference"), settings.autocast():
             mu, logvar = model.encode(x)
             z = functional.reparameterize(mu, logvar, noise=torch.randn_like(mu))
-            recon_x, recon_logvar = model.decode(z)
+            p = model.decode(z)
+            assert isinstance(p, DiagonalGaussian)
+            recon_x, recon_logvar = p
             loss = objective(recon_x, x, mu, logvar, recon_logvar)
         loss.backward()
         optimizer.step()

@@ -459,6 +459,24 @@ Expected divergence_at_sample(double mu, double logvar, double prior_mu, double 
           size + reach * reach * precision};
 }
 
+// Of counts, by lgamma and its differences: those of digamma.
+struct Counts {
+  double value, d_mu, d_x, d_theta;
+};
+double digamma(double x) {
+  double sum = 0;
+  for (; x < 12; ++x) sum -= 1 / x;
+  const double y = 1 / (x * x);
+  return sum + std::log(x) - 1 / (2 * x) - y * (1. / 12 - y * (1. / 120 - y * (1. / 252 - y / 240)));
+}
+Counts negative_binomial(double mu, double x, double theta) {
+  const double eps = 1e-8, s = theta + mu + eps;
+  const double of_theta = std::log(s / (theta + eps)), of_x = std::log(s / (mu + eps));
+  return {theta * of_theta + x * of_x - std::lgamma(x + theta) + std::lgamma(theta) + std::lgamma(x + 1),
+          (theta + x) / s - x / (mu + eps), of_x - digamma(x + theta) + digamma(x + 1),
+          of_theta + (theta + x) / s - theta / (theta + eps) - digamma(x + theta) + digamma(theta)};
+}
+
 const Reference kReferences[] = {
     {"gaussian_nll",
      3,
@@ -503,6 +521,61 @@ const Reference kReferences[] = {
        return Expected{error * error, size, {2 * error, -2 * error}, size};
      }},
     {"l1", 2, {{-2, 2}, {-2, 2}}, [](const double* in, double) { return absolute_error(in[0] - in[1]); }},
+    {"poisson_nll",
+     2,
+     {kScale, {0, 6}},
+     [](const double* in, double) {
+       const double rate = std::exp(in[0]), x = in[1], size = 2 + rate + x * (1 + std::fabs(in[0]));
+       return Expected{rate - x * in[0], size, {rate - x, -in[0]}, size};
+     }},
+    {"poisson_nll_in_full",
+     2,
+     {kScale, {0, 6}},
+     [](const double* in, double) {
+       const double rate = std::exp(in[0]), x = in[1], size = 8 + rate + x * (1 + std::fabs(in[0]));
+       return Expected{rate - x * in[0] + std::lgamma(x + 1), size, {rate - x, digamma(x + 1) - in[0]}, size};
+     }},
+    {"negative_binomial_nll",
+     3,
+     {{0.2, 6}, {0, 6}, kScale},
+     [](const double* in, double) {
+       const double theta = std::exp(in[2]);
+       const Counts nb = negative_binomial(in[0], in[1], theta);
+       const double size = 40 * (1 + theta) * (1 + std::fabs(in[2])) + std::fabs(nb.value),
+                    steep = size + std::fabs(nb.d_mu);
+       return Expected{nb.value, size, {nb.d_mu, nb.d_x, theta * nb.d_theta}, steep};
+     }},
+    {"zero_inflated_negative_binomial_nll",
+     4,
+     {{0.2, 6}, {0, 6}, kScale, {-3, 3}},
+     [](const double* in, double) {
+       const double theta = std::exp(in[2]), x = in[1], kept = 1 / (1 + std::exp(in[3]));
+       const Counts nb = negative_binomial(in[0], x, theta);
+       const double size = 40 * (1 + theta) * (1 + std::fabs(in[2])) + std::fabs(nb.value),
+                    steep = size + std::fabs(nb.d_mu);
+       const double zero = std::exp(-nb.value), left = 1 - kept + kept * zero, share = kept * zero / left;
+       if (x == 0)
+         return Expected{-std::log(left), size, {share * nb.d_mu, 0, share * theta * nb.d_theta, share - kept}, steep};
+       return Expected{nb.value - std::log(kept), size, {nb.d_mu, nb.d_x, theta * nb.d_theta, 1 - kept}, steep};
+     }},
+    {"discretized_logistic_nll",
+     3,
+     {{-1, 1}, {-1, 1}, kScale},
+     [](const double* in, double) {
+       const double inverse = std::exp(-in[2]), error = in[1] - in[0], width = 2 * inverse / 255;
+       const double upper = error * inverse + width / 2, lower = error * inverse - width / 2;
+       const bool is_first = in[1] < -0.999, is_last = in[1] > 0.999;
+       const double above = is_last ? 0 : 1 / (1 + std::exp(upper)), below = is_first ? 0 : 1 / (1 + std::exp(-lower));
+       const auto softplus = [](double t) { return std::max(t, 0.) + std::log1p(std::exp(-std::fabs(t))); };
+       const double value = (is_last ? 0 : softplus(-upper)) + (is_first ? 0 : softplus(lower));
+       const bool is_open = is_first || is_last;
+       const double size = 12 * (1 + inverse) * (1 + inverse) + value;
+       return Expected{is_open ? value : value - std::log(-std::expm1(-width)),
+                       size,
+                       {inverse * (above - below), inverse * (below - above),
+                        upper * above - lower * below + (is_open ? 0 : width / std::expm1(width))},
+                       size};
+     }},
     {"kl_standard_normal",
      2,
      {{-2, 2}, kScale},

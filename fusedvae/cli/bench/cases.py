@@ -23,6 +23,8 @@ CLAMP = (-30.0, 20.0)
 """What diffusers and CompVis/latent-diffusion bound log-variances by."""
 DEFAULTS: dict[str, float] = {"extra": 0.0, "pos_weight": 1.0}
 """Inputs of likelihoods that hardly anybody gives, and what they are then."""
+COUNTS = ("poisson", "negative_binomial", "zero_inflated_negative_binomial")
+"""The likelihoods of counts."""
 
 
 class Operation(NamedTuple):
@@ -52,14 +54,14 @@ class Operation(NamedTuple):
     def is_plain(self) -> bool:
         """Whether its scale has the form that it has without a word, if any."""
         found = self.formula
-        return not found.pairs or (self.scale == next(iter(found.forms)) and self.clamp is None)
+        return not found.scales or (self.scale == next(iter(found.forms)) and self.clamp is None)
 
     @property
     def forms(self) -> list[Form]:
         """Those of the scales of its likelihood, or of its posterior, as formulas take them."""
         found = self.formula
         low, high = (-math.inf, math.inf) if self.clamp is None else self.clamp
-        return [found.forms[self.scale]._replace(low=low, high=high) for _ in found.pairs] if self.scale else []
+        return [found.forms[self.scale]._replace(low=low, high=high) for _ in found.scales] if self.scale else []
 
     @property
     def formula(self) -> Formula:
@@ -72,17 +74,20 @@ _TITLES = {
     "bernoulli_probs": "binary cross-entropy of probabilities",
     "mse": "squared error",
     "l1": "absolute error",
+    "negative_binomial": "negative binomial negative log-likelihood",
+    "zero_inflated_negative_binomial": "zero-inflated negative binomial negative log-likelihood",
+    "discretized_logistic": "negative log-likelihood of a logistic distribution in bins",
 }
 """What to call likelihoods whose names say little."""
 
 
 def _plain_form(formula: Formula) -> str | None:
-    return next(iter(formula.forms)) if formula.pairs else None
+    return next(iter(formula.forms)) if formula.scales else None
 
 
 def _other_forms(formula: Formula) -> dict[str, tuple[str, tuple[float, float] | None]]:
     """The forms of a formula's scale but for the first, by what operations are called: their names, and bounds."""
-    if not formula.pairs:
+    if not formula.scales:
         return {}
     first, *others = formula.forms
     found: dict[str, tuple[str, tuple[float, float] | None]] = {name: (name, None) for name in others}
@@ -523,10 +528,16 @@ def operands(case: Case, generator: torch.Generator) -> Operands:
     if formula is not None:
         assert shapes.x is not None
         made.x = uniform(shapes.x)
+        if case.likelihood in COUNTS:  # half of them zeros
+            made.x = arranged(torch.relu(made.x.float() * 12 - 6).round().to(dtype))
         if case.likelihood == "bernoulli":
             made.recon_x = normal(shapes.x, 0.0, 2.0)
         elif case.likelihood == "bernoulli_probs":  # in no dtype rounded to 0 or 1
             made.recon_x = uniform(shapes.x, 0.01, 0.99)
+        elif case.likelihood == "poisson":
+            made.recon_x = normal(shapes.x, 0.0, 1.0, case.spec.forms[0])
+        elif case.likelihood in COUNTS:
+            made.recon_x = uniform(shapes.x, 0.1, 4.0)
         else:
             made.recon_x = uniform(shapes.x)
         made.recon_x.requires_grad_()
