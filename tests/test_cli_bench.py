@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fusedvae
-from fusedvae.backend.reference import FORMULAS, LIKELIHOODS, NORMAL_FORMS, PLAIN, Form, Formula, Scale
+from fusedvae.backend.reference import FORMULAS, LIKELIHOODS, NORMAL_FORMS, PLAIN, Form, Scale
 from fusedvae.cli import bench, main
 from fusedvae.cli.bench import cases, checking, compare, contestants, measuring, report, statistics, suite, table
 from fusedvae.cli.bench.cases import Case
@@ -239,8 +239,12 @@ def test_operands_are_what_the_operation_takes(operation: str) -> None:
             assert logarithm.std().item() == pytest.approx(0.5, abs=0.05)
     assert (made.recon_logvar is not None) == (case.formula is not None and bool(case.formula.pairs))
     if made.x is not None and made.recon_x is not None:
-        assert 0 <= made.x.min() < made.x.max() <= 1
-        if case.likelihood == "bernoulli":
+        assert 0 <= made.x.min() < made.x.max() <= (6 if case.likelihood in cases.COUNTS else 1)
+        if case.likelihood in cases.COUNTS:
+            assert 0.2 < (made.x == 0).double().mean() < 0.8
+            assert torch.equal(made.x, made.x.round())
+            assert case.spec.scale != "theta" or made.recon_x.min() > 0
+        elif case.likelihood == "bernoulli":
             assert made.recon_x.min() < -1 < 1 < made.recon_x.max()
         else:
             assert 0 < made.recon_x.min() < made.recon_x.max() < 1
@@ -502,7 +506,9 @@ def add_new_operations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def another_likelihood(monkeypatch: pytest.MonkeyPatch) -> str:
     """The operation of a likelihood that nobody has written kernels for."""
     inputs, pairs, forms = ("recon_x", "x", "log_scale", "shift"), ((0, 2),), {"logscale": PLAIN, "b": Form("linear")}
-    formula = Formula("throwaway_nll", inputs, _shifted_laplace, pairs, forms, "throwaway", False, math.log(2), None)
+    formula = LIKELIHOODS["laplace"]._replace(
+        name="throwaway_nll", inputs=inputs, elements=_shifted_laplace, pairs=pairs, forms=forms, likelihood="throwaway"
+    )
     monkeypatch.setitem(FORMULAS, formula.name, formula)
     monkeypatch.setitem(LIKELIHOODS, "throwaway", formula)
     operation, of_form = add_new_operations(monkeypatch)

@@ -72,6 +72,10 @@ def _operand(shape: tuple[int, ...], kind: str) -> Tensor:
         return (normal > 0).double()
     if kind == "in (0, 1)":
         return normal.sigmoid()
+    if kind == "counts":
+        return torch.relu(3 * normal).round()
+    if kind == "pixels":
+        return torch.tanh(2 * normal).mul(127.5).round().div(127.5).clamp(-1, 1)
     if kind == "> 0":
         return normal.exp()
     factor = re.fullmatch(r"\* (\d+)", kind)

@@ -544,7 +544,7 @@ def discretized_logistic_nll(recon_x: Tensor, x: Tensor, scale: Scale) -> Tensor
     error, inverse = x - recon_x, scale.inverse
     above = _softplus(-((error + half) * inverse))
     below = _softplus((error - half) * inverse)
-    width, log = torch.as_tensor(2 * half * inverse, dtype=x.dtype), torch.as_tensor(scale.log, dtype=x.dtype)
+    width, log = (torch.as_tensor(t, dtype=x.dtype, device=x.device) for t in (2 * half * inverse, scale.log))
     is_narrow = width < 1e-4
     narrow = math.log(2 * half) - log + width * (width / 24 - 0.5)
     log_mass = torch.where(is_narrow, narrow, torch.log(-torch.expm1(-torch.where(is_narrow, 1.0, width))))

@@ -476,7 +476,7 @@ def _tiles_for(extent: Extent, axes: dict[str, int], weight: int) -> _Tiles:
 def _forms(term: TermWork) -> dict[str, Any]:
     """The forms of a term's scales."""
     arguments = dict(_NO_FORMS)
-    for k, ((_, scale), form) in enumerate(zip(term.formula.pairs, term.forms, strict=True)):
+    for k, (scale, form) in enumerate(zip(term.formula.scales, term.forms, strict=True)):
         is_plain = form.map == "exponential" and form.eps == 0
         arguments[f"form{k}"] = (_LOG if is_plain else _MAPS[form.map]) | (_SQUARED if form.squared else 0)
         arguments[f"eps{k}"] = float(form.eps)

@@ -520,10 +520,12 @@ def term_tile(
         )  # fmt: skip
     low0, high0, eps0 = number(low0, dtype), number(high0, dtype), number(eps0, dtype)
     low1, high1, eps1 = number(low1, dtype), number(high1, dtype), number(eps1, dtype)
+    s0 = within_bounds(v0, bounds, low0, high0)
     s1 = within_bounds(v1, bounds >> 2, low0, high0)
     s2 = within_bounds(v2, bounds >> 4, low0, high0)
     s3 = within_bounds(v3, bounds >> 6, low1, high1)
-    value, d0, d1, d2, d3 = formula_element(formula, v0, s1, s2, s3, scale, form0, eps0, form1, eps1)
+    value, d0, d1, d2, d3 = formula_element(formula, s0, s1, s2, s3, scale, form0, eps0, form1, eps1)
+    d0 = through_bounds(d0, v0, bounds, low0, high0)
     d1 = through_bounds(d1, v1, bounds >> 2, low0, high0)
     d2 = through_bounds(d2, v2, bounds >> 4, low0, high0)
     d3 = through_bounds(d3, v3, bounds >> 6, low1, high1)
