@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -275,6 +276,19 @@ def test_images_are_decoded_by_workers_as_in_memory(folder: Path, monkeypatch: p
             assert torch.equal(x, held.batch(indices))
             assert torch.equal(labels, held.labels[torch.from_numpy(indices)])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_leave_signals_to_the_main_process(folder: Path, nothing_in_memory: None) -> None:
+    samples = data.load(str(folder))
+    loaded = data.batches(samples, data.in_order(samples, 1), workers=2)
+    found = [next(loaded)[0]]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    found += [x for x, _ in loaded]
+    assert torch.equal(torch.cat(found), samples.batch(slice(None)))
 
 
 def test_a_worker_that_is_killed_is_one_line(

@@ -153,9 +153,10 @@ class _StoredBatches(Dataset):
 
 
 def _start_worker(number: int) -> None:
-    """Leave Ctrl-C to the main process, which lets a step end and then its workers."""
+    """Leave signals to the main process, which lets a step end and then its workers: Ctrl-C, schedulers and `timeout`
+    send them to all processes of a group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def default_workers(samples: Samples) -> int:
