@@ -80,7 +80,7 @@ def patch(library: str, *, noise: str = "fused") -> Patch:
     Args:
         library: "diffusers": the posteriors of its autoencoders. "pythae": the samples of its models, and the losses
             of VAE, BetaVAE, DisentangledBetaVAE, IWAE, CIWAE, MIWAE, PIWAE, VAMP, VAE_IAF and VAE_LinNF. "scvi": normal
-            distributions, their samples and divergences.
+            distributions, their samples and divergences, and the densities of two distributions of counts.
         noise: "fused" for the package's noise; "library" for the library's own, so that a seed gives what it gave
             before, at the price of drawing it.
 
