@@ -152,11 +152,14 @@ class _StoredBatches(Dataset):
             return error  # raised by the main process: a worker's exceptions come with a traceback in their message
 
 
+_LEFT_TO_THE_MAIN_PROCESS = (signal.SIGINT, signal.SIGTERM)
+"""It lets a step end and saves, and then ends its workers. Ctrl-C, schedulers and `timeout` send these to all processes
+of a group."""
+
+
 def _start_worker(number: int) -> None:
-    """Leave signals to the main process, which lets a step end and then its workers: Ctrl-C, schedulers and `timeout`
-    send them to all processes of a group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in _LEFT_TO_THE_MAIN_PROCESS:
+        signal.signal(name, signal.SIG_IGN)
 
 
 def default_workers(samples: Samples) -> int:
@@ -197,8 +200,14 @@ def batches(
 
 
 def _read(loader: DataLoader[Any]) -> Iterator[Any]:
+    # Workers inherit the mask, so that no signal finds them before they ignore it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_MAIN_PROCESS)
     try:
-        yield from loader
+        loading = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield from loading
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
