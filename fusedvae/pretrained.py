@@ -6,7 +6,7 @@ are read: no code of a file is run. Both are of the state_dict.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -159,6 +159,11 @@ def _untupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def weights_name() -> str:
+    """Of the file that :func:`save` writes tensors to."""
+    return PICKLED if importlib.util.find_spec("safetensors") is None else SAFETENSORS
+
+
 def _packed(model: nn.Module) -> tuple[str, bytes]:
     """The state_dict as a file, and its name."""
     # Copies: safetensors takes no two tensors that share memory, and none with gaps.
@@ -166,13 +171,12 @@ def _packed(model: nn.Module) -> tuple[str, bytes]:
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()
     }
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        file = io.BytesIO()
-        torch.save(tensors, file)
-        return PICKLED, file.getvalue()
-    return SAFETENSORS, save(tensors, metadata={"format": "pt"})
+    name = weights_name()
+    if name == SAFETENSORS:
+        return name, importlib.import_module("safetensors.torch").save(tensors, metadata={"format": "pt"})
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return name, file.getvalue()
 
 
 def _unpacked(directory: Path, name: str) -> dict[str, Tensor]:

@@ -110,6 +110,14 @@ def test_the_end_compares_a_step_with_the_reference(
         assert "medians of interleaved runs, with the fused kernels and with the reference" in printed
         assert re.search(rf"a training step of 8 samples: {comparison}", printed)
         assert re.search(rf"sampling, KL and NLL, forward and backward: {comparison}", printed)
+        last = printed.splitlines()[-1]
+        saves = (
+            r"the loss is [\d.]+ times as fast as in eager PyTorch, which saves [\d.]+ [mµ]s of every step; there it"
+        )
+        none = r"none at this size: the fused loss takes [\d.]+ times as long as in eager PyTorch"
+        assert re.match(
+            rf"gain: ({saves} was \d+ % of a step, and the other \d+ %, networks and optimizer|{none})", last
+        )
     command = ["train", "--data", str(array), "--out", str(tmp_path / "b"), "--epochs", "1", *TINY]
     assert main([*command, "--backend", "reference"]) == 0
     assert "no fused kernels are in use" in capsys.readouterr().out
@@ -238,6 +246,22 @@ def test_tiles_are_laid_out_in_rows() -> None:
         ["--threads", "2"],
         ["--backend", "reference"],
         ["--heldout", "0.5"],
+        ["--likelihood", "laplace"],
+        ["--likelihood", "bernoulli"],
+        ["--likelihood", "mse"],
+        ["--likelihood", "l1"],
+        ["--recon-scale", "softplus"],
+        ["--recon-eps", "0.01"],
+        ["--scale", "logstd"],
+        ["--eps", "0.01"],
+        ["--samples", "3"],
+        ["--grad-accum", "3"],
+        ["--clip-grad", "0.5"],
+        ["--lr-schedule", "cosine"],
+        ["--lr-schedule", "linear"],
+        ["--lr-warmup", "0.5"],
+        ["--ema", "0.9"],
+        ["--dtype", "float16"],
     ],
     ids=" ".join,
 )
@@ -454,7 +478,7 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
-def test_ctrl_c_after_the_last_epoch_leaves_the_pictures_for_later(
+def test_ctrl_c_after_the_last_epoch_leaves_the_pictures_too(
     array: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, drawn = tmp_path / "a run", []
@@ -467,11 +491,19 @@ def test_ctrl_c_after_the_last_epoch_leaves_the_pictures_for_later(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "evaluate", interrupted)
         assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY]) == 130
-    expected = f"interrupted after the last epoch, before the pictures; to go on: fusedvae train --resume '{out}'\n"
+    expected = f"interrupted after the last epoch; to go on: fusedvae train --resume '{out}'\n"
     assert capsys.readouterr().out.endswith(expected)
-    assert (len(rows(out)), drawn) == (1, [])
-    assert main(["train", "--resume", str(out), "--quiet"]) == 0
     assert (len(rows(out)), drawn) == (1, [out])
+    assert main(["train", "--resume", str(out), "--quiet"]) == 0
+    assert (len(rows(out)), drawn) == (1, [out, out])
+
+
+def test_a_run_that_is_interrupted_before_its_first_epoch_ends_has_pictures_and_a_model(
+    array: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(monkeypatch, 2)
+    assert main(["train", "--data", str(array), "--out", str(tmp_path / "a"), "--epochs", "3", *TINY]) == 130
+    assert sorted(contents(tmp_path / "a")) == sorted({*train.RUN_FILES} - {"evaluation.csv"})
 
 
 def test_ctrl_c_during_the_last_checkpoint_is_not_lost(

@@ -19,7 +19,8 @@ from typing import NoReturn
 
 import torch
 
-from .errors import CommandError
+from .errors import CommandError, LostProcessError
+from .processes import speaks
 from .streams import tolerant
 
 COMMANDS = ("train", "bench", "info")
@@ -74,6 +75,8 @@ def _status(argv: list[str], name: str) -> int:
         arguments = _parser().parse_args(argv)
         return int(arguments.run(arguments))
     except CommandError as error:
+        if not (speaks() or isinstance(error, LostProcessError)):
+            return 2
         message = " ".join(str(error).split())
         print(f"{name}: error: {message}", file=sys.stderr)
         return 2
@@ -86,7 +89,8 @@ def _status(argv: list[str], name: str) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        if speaks():
+            print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except SystemExit as request:  # argparse's --help
         return int(request.code or 0)

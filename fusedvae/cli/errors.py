@@ -12,13 +12,20 @@ EXTRAS = {
     "PIL": "train",
     "braceexpand": "train",
     "torchmetrics": "train",
+    "yaml": "train",
     "anndata": "h5ad",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
 }
 """Which extra of the package brings a module that only commands need."""
 
 
 class CommandError(Exception):
     """Something the user can put right. Shown as one line; the exit status is 2."""
+
+
+class LostProcessError(CommandError):
+    """Another process of the run has ended: said by each of those that are left, as the first may be the one."""
 
 
 def require(module: str) -> ModuleType:

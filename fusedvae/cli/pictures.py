@@ -33,14 +33,18 @@ _COMPONENTS = ("first principal component", "second principal component")
 
 def draw(trainer: Trainer, directory: Path) -> None:
     """Draw every picture of ``PICTURES`` into ``directory``."""
-    model, settings = trainer.model.eval(), trainer.settings
+    model, settings = trainer.trained_model().eval(), trainer.settings
+    device = next(model.parameters()).device
     few = trainer.heldout_samples.subset(slice(40))
     with torch.no_grad(), settings.autocast():
-        x = few.batch(slice(None), device=trainer.device, dtype=settings.data_dtype)
-        pairs = torch.stack([x, model.reconstruct(x).to(x.dtype)])
-        samples = model.generate(100, generator=torch.Generator(trainer.device).manual_seed(settings.seed))
-        walks, variables = _traversal(model, x)
-        embedded = _embedding(trainer, trainer.train_samples.subset(slice(5000)))
+        x, condition = _batch(trainer, few, slice(None), device)
+        pairs = torch.stack([x, model.reconstruct(x, condition).to(x.dtype)])
+        generator = torch.Generator(device).manual_seed(settings.seed)
+        # Of each class, if there are some, as many: ten of them make a column each.
+        classes = torch.arange(100, device=device) % max(len(trainer.data.classes), 1)
+        samples = model.generate(100, trainer.condition(classes), generator=generator)
+        walks, variables = _traversal(model, x, condition)
+        embedded = _embedding(trainer, model, trainer.train_samples.subset(slice(5000)), device)
     _save_tiles(
         directory / RECONSTRUCTIONS,
         _one_above_the_other(pairs),
@@ -61,28 +65,36 @@ def draw(trainer: Trainer, directory: Path) -> None:
     _save_curve(directory / CURVE, trainer.history)
 
 
-def _traversal(model: VAE, x: Tensor, *, rows: int = 10) -> tuple[Tensor, list[int]]:
+def _batch(trainer: Trainer, samples: Samples, rows: slice, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Samples, and what the model is told of them."""
+    x = samples.batch(rows, device=device, dtype=trainer.settings.data_dtype)
+    labels = None if samples.labels is None else samples.labels[rows].to(device)
+    return x, trainer.condition(labels)
+
+
+def _traversal(model: VAE, x: Tensor, condition: Tensor | None, *, rows: int = 10) -> tuple[Tensor, list[int]]:
     """Decode the first of ``x`` with one latent variable at a time moved through its prior.
 
     The variables are those of the largest KL over ``x``: the ones that the model uses.
     """
-    mu, logvar = (parameter.float() for parameter in model.encode(x))
+    mu, logvar = (parameter.float() for parameter in model.encode(x, condition))
     kl = (mu.square() + torch.expm1(logvar) - logvar).mean(0)
     variables = kl.argsort(descending=True)[:rows]
     z = mu[0].repeat(len(variables), len(_STEPS), 1)
     for row, variable in enumerate(variables):
         z[row, :, variable] = torch.tensor(_STEPS, device=z.device)
-    decoded = model.decode(z.flatten(0, 1).to(next(model.parameters()).dtype)).mu
+    z = z.flatten(0, 1).to(next(model.parameters()).dtype)
+    decoded = model.decode(z, None if condition is None else condition[:1].expand(len(z))).mu
     return decoded, variables.tolist()
 
 
-def _embedding(trainer: Trainer, samples: Samples) -> Tensor:
+def _embedding(trainer: Trainer, model: VAE, samples: Samples, device: torch.device) -> Tensor:
     """Posterior means, their two largest principal components if there are more than two."""
     parts = []
     for start in range(0, len(samples), trainer.settings.batch):
         indices = slice(start, start + trainer.settings.batch)
-        x = samples.batch(indices, device=trainer.device, dtype=trainer.settings.data_dtype)
-        parts.append(trainer.model.embed(x).double().cpu())
+        x, condition = _batch(trainer, samples, indices, device)
+        parts.append(model.embed(x, condition).double().cpu())
     points = torch.cat(parts)
     if points.shape[1] == 1:
         return torch.cat([points, torch.zeros_like(points)], dim=1)
@@ -186,5 +198,6 @@ def _save_curve(path: Path, history: list[dict[str, float]]) -> None:
         axes.set_ylabel("nats per sample")
         axes.set_title(name, fontsize=10)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=8)
+        if epochs:
+            axes.legend(fontsize=8)
     _save(path, figure)

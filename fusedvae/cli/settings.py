@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
-from torch import nn
 
 from .. import networks
 from ..vae import VAE
 from .errors import CommandError
 
 ARCHITECTURES = ("auto", "conv", "mlp")
-DTYPES = ("float32", "float64", "bfloat16")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+MIXED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes of mixed precision: parameters of their own would not feel the optimizer's small steps."""
+LIKELIHOODS = ("gaussian", "laplace", "bernoulli", "mse", "l1")
+"""Those of which the package's decoders give the parameters: probabilities they do not."""
+SCALES = ("logvar", "logstd", "softplus")
+RECON_SCALES = ("logvar", "logstd", "logscale", "softplus")
+"""Forms of a scale that any number is of: the networks bound nothing."""
+BOUNDS = ("elbo", "iwae")
+CONDITIONS = ("none", "labels")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+BETA_SCHEDULES = ("linear", "cosine", "cyclical")
+LOGGERS = ("none", "tensorboard", "wandb")
+EPOCHS, STEPS_A_RESOLUTION = 30, 375
+"""Of a run that says nothing of them: through the data so often at least, and so many steps for each resolution at
+which the convolutional networks see an image."""
 PER_PIXEL: Final = "per-pixel"
 LEARNED: Final = "learned"
 
@@ -33,53 +48,140 @@ class Settings:
     arch: str = "auto"
     latent: int = 8
     width: int | None = None
+    condition: str = "none"
+    likelihood: str = "gaussian"
     recon_logvar: float | Literal["per-pixel", "learned"] = PER_PIXEL
     logvar_floor: float = networks.LOGVAR_FLOOR
+    recon_scale: str | None = None
+    recon_clamp: tuple[float | None, float | None] | None = None
+    recon_eps: float = 0.0
+    scale: str = "logvar"
+    clamp: tuple[float | None, float | None] | None = None
+    eps: float = 0.0
+    bound: str = "elbo"
+    samples: int = 1
     beta: float = 1.0
     warmup: float = 0.0
-    epochs: int = 30
+    beta_schedule: str = "linear"
+    epochs: int | None = None
     batch: int = 64
+    grad_accum: int = 1
     lr: float = 1e-3
+    lr_schedule: str = "constant"
+    lr_warmup: float = 0.0
+    lr_final: float = 0.0
+    clip_grad: float | None = None
+    ema: float | None = None
     seed: int = 0
+    evaluate_every: int = 0
+    evaluate_samples: int = 100
+    logger: str = "none"
     dtype: str = "float32"
     device: str = "auto"
     threads: int | None = None
     workers: int | None = None
     backend: str = "auto"
+    compile: bool = False
+    fsdp: bool = False
 
     @property
     def data_dtype(self) -> torch.dtype:
         """Of the data and the parameters."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """Of what the networks give."""
+        return MIXED.get(self.dtype, self.data_dtype)
+
     def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision for bfloat16, whose own parameters would not feel the optimizer's small steps."""
-        if self.dtype != "bfloat16":
+        """Mixed precision, where that was asked for."""
+        if self.dtype not in MIXED:
             return nullcontext()
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+        return torch.autocast(torch.device(self.device).type, MIXED[self.dtype])
+
+    def check(self, classes: int) -> None:
+        """Refuse options that do not go together, or with data of so many classes."""
+        if self.bound == "iwae" and (self.beta != 1 or self.warmup > 0):
+            raise CommandError("--bound iwae is a bound for --beta 1 only, without --warmup")
+        if self.beta_schedule == "cyclical" and self.warmup == 0:
+            raise CommandError(
+                "--beta-schedule cyclical needs --warmup, the epochs over which beta grows in each cycle"
+            )
+        if self.condition == "labels" and classes == 0:
+            raise CommandError(f"--condition labels needs labels, and {self.data} has none")
+        if self.fsdp and self.compile:
+            raise CommandError("--fsdp and --compile do not go together")
 
     def beta_at(self, step: int, steps_per_epoch: int) -> float:
-        """The weight of the KL in step ``step`` (from 0) of the run: linear over the warm-up, then
-        constant."""
-        ramp = self.warmup * steps_per_epoch
-        return self.beta * min(1.0, (step + 1) / ramp) if ramp else self.beta
+        """The weight of the KL in step ``step`` (from 0) of the run.
 
-    def build_model(self, shape: tuple[int, ...]) -> VAE:
-        """A new model for samples of ``shape``, on the CPU."""
-        recon_logvar = None if self.recon_logvar == PER_PIXEL else self.recon_logvar
-        mean_only, floor = recon_logvar is not None, self.logvar_floor
+        It grows over the warm-up and then stays; "cyclical": stays as long as it grew, and starts anew (Fu et al. 2019,
+        arXiv:1903.10145).
+        """
+        ramp = self.warmup * steps_per_epoch
+        if not ramp:
+            return self.beta
+        if self.beta_schedule == "cyclical":
+            step %= max(round(2 * ramp), 1)
+        part = min(1.0, (step + 1) / ramp)
+        return self.beta * ((1 - math.cos(math.pi * part)) / 2 if self.beta_schedule == "cosine" else part)
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate in step ``step`` (from 0) of the run: it grows over its warm-up, then goes to ``lr_final``
+        times itself in the last step, in a line or in half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
+        assert self.epochs is not None
+        ramp = self.lr_warmup * steps_per_epoch
+        if step + 1 < ramp:
+            return self.lr * (step + 1) / ramp
+        if self.lr_schedule == "constant":
+            return self.lr
+        part = (step - ramp) / max(self.epochs * steps_per_epoch - 1 - ramp, 1)
+        part = min(max(part, 0.0), 1.0)
+        left = (1 + math.cos(math.pi * part)) / 2 if self.lr_schedule == "cosine" else 1 - part
+        return self.lr * (self.lr_final + (1 - self.lr_final) * left)
+
+    def epochs_of(self, samples: int, shape: tuple[int, ...]) -> int:
+        """How often to go through so many samples of a shape: as often as was asked for; else 30 times, or, where these
+        make few steps, as often as larger images take longer to learn."""
+        if self.epochs is not None:
+            return self.epochs
+        halvings = 0 if len(shape) < 3 else max(0, math.ceil(math.log2(max(shape[1:]) / 4)))
+        steps = STEPS_A_RESOLUTION * (1 + max(halvings, 1))
+        return max(EPOCHS, -(-steps // -(-samples // self.batch)))
+
+    def build_model(self, shape: tuple[int, ...], classes: int = 0) -> VAE:
+        """A new model for samples of ``shape``, on the CPU; ``classes`` are how many labels there are to be told."""
+        has_scale = self.likelihood in ("gaussian", "laplace")
+        recon_logvar = None if self.recon_logvar == PER_PIXEL or not has_scale else self.recon_logvar
         one_pixel = shape[1:] == (1, 1)  # of which a normalisation leaves nothing
         arch = ("conv" if len(shape) == 3 and not one_pixel else "mlp") if self.arch == "auto" else self.arch
-        pair: tuple[nn.Module, nn.Module]
+        options: dict[str, Any] = {"mean_only": recon_logvar is not None or not has_scale}
+        options["logvar_floor"] = self.logvar_floor
+        options["classes"] = classes if self.condition == "labels" else None
         if arch == "conv":
             if len(shape) != 3:
                 raise CommandError(f"--arch conv needs images, the samples are of shape {shape}: use --arch mlp")
             if one_pixel:
                 raise CommandError("--arch conv needs images of more than one pixel: use --arch mlp")
-            pair = networks.conv(shape, self.latent, width=self.width or 32, mean_only=mean_only, logvar_floor=floor)
+            encoder, decoder = networks.conv(shape, self.latent, width=self.width or 32, **options)
         else:
             width = self.width or 512
-            hidden = (width, max(width // 2, 1))
-            pair = networks.mlp(shape, self.latent, hidden=hidden, mean_only=mean_only, logvar_floor=floor)
-        encoder, decoder = pair
-        return VAE(encoder, decoder, self.latent, recon_logvar=recon_logvar).to(self.data_dtype)
+            encoder, decoder = networks.mlp(shape, self.latent, hidden=(width, max(width // 2, 1)), **options)
+        try:
+            model = VAE(
+                encoder,
+                decoder,
+                self.latent,
+                likelihood=self.likelihood,
+                recon_logvar=recon_logvar,
+                recon_scale=self.recon_scale,
+                recon_clamp=self.recon_clamp,
+                recon_eps=self.recon_eps,
+                scale=self.scale,
+                clamp=self.clamp,
+                eps=self.eps,
+            )
+        except ValueError as error:  # the forms: which of them a likelihood has
+            raise CommandError(f"--{str(error).replace('_', '-', 1)}") from error
+        return model.to(self.data_dtype)

@@ -6,15 +6,14 @@ import copy
 import os
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import functional
 from ..backend import resolve, use_backend
-from ..losses import ELBOLoss
-from ..vae import VAE, DiagonalGaussian
+from ..vae import VAE
 from .bench.measuring import Contestant, interleaved
 from .settings import Settings
 
@@ -45,54 +44,60 @@ class StepTimes(NamedTuple):
     """Sampling, KL and NLL, forward and backward, on given outputs of the networks."""
 
 
-def step_times(model: VAE, x: Tensor, settings: Settings) -> StepTimes | None:
+def step_times(model: VAE, x: Tensor, settings: Settings, condition: Tensor | None = None) -> StepTimes | None:
     """Time steps on the batch ``x`` with a copy of ``model``; None where the fused kernels are not in use.
 
     The reference is what people write: plain PyTorch with noise from ``torch.randn``.
     """
     if resolve(x.device.type) == "reference":
         return None
-    model, objective = copy.deepcopy(model).train(), ELBOLoss()
+    model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+    how: dict[str, Any] = {"samples": settings.samples, "bound": settings.bound}
+    with settings.autocast():
+        out = model(x, condition, **how)
 
-    def fused_step() -> None:
+    def noise() -> Tensor:
+        return torch.randn_like(out.z)
+
+    def step(noise: Tensor | None) -> None:
         optimizer.zero_grad(set_to_none=True)
         with settings.autocast():
-            loss = model.loss(x)
+            loss = model(x, condition, **how, noise=noise).loss(x)
         loss.backward()
         optimizer.step()
+
+    def fused_step() -> None:
+        step(None)
 
     def reference_step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with use_backend("reference"), settings.autocast():
-            mu, logvar = model.encode(x)
-            z = functional.reparameterize(mu, logvar, noise=torch.randn_like(mu))
-            p = model.decode(z)
-            assert isinstance(p, DiagonalGaussian)
-            recon_x, recon_logvar = p
-            loss = objective(recon_x, x, mu, logvar, recon_logvar)
-        loss.backward()
-        optimizer.step()
-
-    with settings.autocast():
-        out = model(x)
+        with use_backend("reference"):
+            step(noise())
 
     operands = (out.mu, out.logvar, out.recon_x, out.recon_logvar)
     mu, logvar, recon_x, recon_logvar = (o.detach().requires_grad_(o.requires_grad) for o in operands)
     # A log-variance that is fixed takes no gradient.
     leaves = [operand for operand in (mu, logvar, recon_x, recon_logvar) if operand.requires_grad]
     ones = [torch.ones((), device=x.device), torch.ones_like(out.z)]
+    several = out.z.dim() > out.mu.dim()
+
+    def objective(noise: Tensor | None) -> None:
+        z, kl = functional.latent(
+            mu,
+            logvar,
+            samples=settings.samples if several else None,
+            estimator="sample" if settings.bound == "iwae" else "analytic",
+            noise=noise,
+        )
+        loss = out._replace(recon_x=recon_x, recon_logvar=recon_logvar, z=z, kl=kl).loss(x)
+        torch.autograd.grad([loss, z], leaves, [ones[0].to(loss.dtype), ones[1]])
 
     def fused_objective() -> None:
-        z, kl = functional.latent(mu, logvar)
-        loss = objective(recon_x, x, None, None, recon_logvar, kl=kl)
-        torch.autograd.grad([loss, z], leaves, [ones[0].to(loss.dtype), ones[1]])
+        objective(None)
 
     def reference_objective() -> None:
         with use_backend("reference"):
-            z = functional.reparameterize(mu, logvar, noise=torch.randn_like(mu))
-            loss = objective(recon_x, x, mu, logvar, recon_logvar)
-        torch.autograd.grad([loss, z], leaves, [ones[0].to(loss.dtype), ones[1]])
+            objective(noise())
 
     return StepTimes(
         _compare(fused_step, reference_step, x.device),

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
-from types import FrameType, TracebackType
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
+from .. import ops, pretrained, random
 from ..vae import VAE
-from . import checkpoint
+from . import checkpoint, sharding
 from .data import Data, Samples, batches, in_order
 from .errors import CommandError
 from .files import write_atomically
+from .interruption import Interruption
+from .objective import Objective
+from .processes import ALONE, Alone
 from .settings import Settings
 
 METRICS = "metrics.csv"
@@ -37,175 +42,309 @@ COLUMNS = (
 """Of metrics.csv, values per sample. There is no wall-clock time among them: the files of two runs of the same
 settings can be compared byte for byte."""
 
+MODEL_FILES = (pretrained.CONFIG, pretrained.weights_name())
+"""The trained model, for `fusedvae.VAE.from_pretrained`."""
+
 CHECKPOINT_SECONDS = 10.0
 """Checkpoints are written this often, or less if they take more than a twentieth of the time."""
 
 Row = dict[str, float]
-
-
-class Interruption:
-    """While active, turns a first SIGINT or SIGTERM into a request that the loop sees between two steps.
-
-    The second one raises KeyboardInterrupt at once: the last checkpoint stays as it is.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._previous: dict[int, object] = {}
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+Batch = tuple[Tensor, Tensor | None]
+"""Samples, and their labels if they have some."""
 
 
 class Trainer:
     """A model, its optimizer, its data and how far it has come.
 
     Everything that the next step depends on is in :meth:`state`: the parameters, the optimizer's moments, the
-    random number generators, and the position. The order of the data is a function of the seed and the epoch.
+    random number generators, and the position. The order of the data is a function of the seed and the epoch, and the
+    noise of a sample one of the seed and its place in its batch: several processes, each with its rows of every batch,
+    compute what one would have, up to rounding.
     """
 
-    def __init__(self, settings: Settings, data: Data) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, data: Data, group: Alone = ALONE) -> None:
+        epochs = settings.epochs_of(len(data.train), data.shape)
+        self.settings = settings = dataclasses.replace(settings, epochs=epochs)
+        self.epochs = epochs
+        self.data, self.group = data, group
+        settings.check(len(data.classes))
         self.device = torch.device(settings.device)
-        self.data = data
         self.fingerprint = data.fingerprint()
         self.shape = data.shape
         self.train_samples, self.heldout_samples = data.train, data.test
         torch.manual_seed(settings.seed)
-        self.model: VAE = settings.build_model(data.shape).to(self.device)
+        self.model: VAE = settings.build_model(data.shape, len(data.classes))
+        if not settings.fsdp:
+            self.model.to(self.device)
+        self.averaged: AveragedModel | None = None
+        if settings.ema is not None:
+            # Sharded tensors are averaged one by one: the operation that takes many does not know them.
+            how = {"avg_fn": get_ema_avg_fn} if settings.fsdp else {"multi_avg_fn": get_ema_multi_avg_fn}
+            self.averaged = AveragedModel(self.model, **{name: make(settings.ema) for name, make in how.items()})
+        self.objective = Objective(self.model, settings.samples, settings.bound)
+        self.evaluated = self.objective
+        if self.averaged is not None:
+            averaged: Any = self.averaged.module
+            self.evaluated = Objective(averaged, settings.samples, settings.bound)
+        if settings.fsdp:
+            for objective in {self.objective, self.evaluated}:
+                sharding.shard(objective, self.device)
+        if settings.compile:
+            self.objective.compile()
+        self._wrapped: nn.Module = self.objective
+        if group.size > 1 and not settings.fsdp:
+            self._wrapped = nn.parallel.DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == "float16")
         self.epoch, self.step = 0, 0
         self.sums = self._no_sums()
         self.history: list[Row] = []
+        self.evaluations: list[Row] = []
+        """Rows of evaluation.csv, which go with the history; in the first process."""
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.train_samples) // self.settings.batch)
 
-    def state(self) -> dict[str, object]:
-        """All that :meth:`restore` needs, as tensors and plain values."""
+    # --- what a run is, for the disk ---
+
+    def state(self) -> dict[str, Any]:
+        """All that :meth:`restore` needs, as tensors and plain values: the same for any number of processes, each of
+        which must call it; whole in the first one."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {
-            "settings": asdict(self.settings),
+        moments = {
+            index: {name: sharding.whole(value, keep=self.group.is_first) for name, value in found.items()}
+            for index, found in self.optimizer.state_dict()["state"].items()
+        }
+        state = {
+            "settings": dataclasses.asdict(self.settings),
             "shape": self.shape,
             "fingerprint": self.fingerprint,
             "preparation": self.data.preparation.record(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self._whole_state(self.model),
+            "optimizer": {"state": moments},
+            "scaler": self.scaler.state_dict(),
             "rng": rng,
             "epoch": self.epoch,
             "step": self.step,
-            "sums": self.sums,
+            "sums": self.group.sum(self.sums),
             "history": self.history,
+            "evaluations": self.evaluations,
         }
+        if self.averaged is not None:
+            state["averaged"] = {
+                "model": self._whole_state(self.averaged.module),
+                "updates": int(self.averaged.n_averaged),
+            }
+        return state
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state` that was made with the same settings and data."""
         if state["fingerprint"] != self.fingerprint:
             raise CommandError(
                 f"{self.settings.data} is not the data that this run was trained on: its contents differ"
             )
-        moments = state["optimizer"]["state"]
+        moments, scaling = state["optimizer"]["state"], state["scaler"]
         _check_moments(self.optimizer, moments)
-        self.model.load_state_dict(state["model"])
+        sharding.load(self.model, state["model"])
+        if self.averaged is not None:
+            sharding.load(self.averaged.module, state["averaged"]["model"])
+            self.averaged.n_averaged.fill_(_count(state["averaged"]["updates"]))
         groups = self.optimizer.state_dict()["param_groups"]  # follow from the settings
+        parameters = list(self.model.parameters())
+        moments = {
+            index: {name: sharding.like(value, parameters[index]) for name, value in found.items()}
+            for index, found in moments.items()
+        }
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(scaling)
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         self.epoch, self.step = _count(state["epoch"]), _count(state["step"])
-        self.sums = self._no_sums().copy_(state["sums"])
+        sums = self._no_sums().copy_(state["sums"])
+        self.sums = sums if self.group.is_first else self._no_sums()
         self.history = [{name: row[name] + 0 for name in COLUMNS} for row in state["history"]]
+        self.evaluations = [{str(name): value + 0 for name, value in row.items()} for row in state["evaluations"]]
         if len(self.history) != self.epoch or self.step > self.steps_per_epoch:
             raise ValueError("a position that the run cannot be in")
 
     def save(self, directory: Path) -> None:
-        """Write the checkpoint, then the metrics, which are a part of it in a form for people."""
-        self._check_finite(self.sums, *self.model.parameters())
-        checkpoint.save(directory, self.state())
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, COLUMNS)
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_atomically(directory / METRICS, lambda file: file.write(table.getvalue().encode("ascii")))
+        """Write the checkpoint, then the metrics, which are a part of it in a form for people. Every process calls it,
+        and the first one writes."""
+        state = self.state()
+        with self.group.together():
+            if self.group.is_first:
+                self._check_finite(state["sums"][0], *state["model"].values())
+                checkpoint.save(directory, state)
+                write_csv(directory / METRICS, COLUMNS, self.history)
+
+    def save_model(self, directory: Path) -> None:
+        """Write the trained model, for `fusedvae.VAE.from_pretrained`. The first process does."""
+        extra = {"preparation": self.data.preparation.record()}
+        pretrained.save(self.trained_model(), directory, extra=extra, write=_write_bytes)
+
+    def trained_model(self) -> VAE:
+        """What is evaluated: the average of the weights, if there is one. Of sharded weights a whole copy on the CPU,
+        after :meth:`gather_model`."""
+        return self._gathered if self.settings.fsdp else self.evaluated.model
+
+    def gather_model(self) -> None:
+        """Make sharded weights whole in the first process. Every process calls it."""
+        if self.settings.fsdp:
+            state = self._whole_state(self.evaluated.model)
+            if self.group.is_first:
+                self._gathered = self.settings.build_model(self.shape, len(self.data.classes))
+                self._gathered.load_state_dict(state)
+
+    def _whole_state(self, model: nn.Module) -> dict[str, Tensor]:
+        keep = self.group.is_first
+        return {name: sharding.whole(value, keep=keep) for name, value in model.state_dict().items()}
+
+    # --- the loop ---
 
     def run(
         self,
         directory: Path,
         *,
         interruption: Interruption,
-        after_step: Callable[[], object] = lambda: None,
+        after_step: Callable[[int], object] = lambda samples: None,
         after_epoch: Callable[[Row], object] = lambda row: None,
     ) -> bool:
-        """Train to the end, with checkpoints in ``directory``; False if interrupted before it."""
+        """Train to the end, with checkpoints in ``directory``; False if interrupted before it.
+
+        Args:
+            after_step: given the number of samples of the step, those of all processes.
+            after_epoch: given the epoch's row.
+        """
         saved, cost = time.monotonic(), 0.0
-        remaining: Iterator[Tensor] | None = None
-        while self.epoch < self.settings.epochs and interruption.signal is None:
-            if remaining is None:
-                remaining = self._batches(self.train_samples, self._order()[self.step :])
-            if self.step < self.steps_per_epoch:
-                self.sums += self._train_step(next(remaining))
-                self.step += 1
-                after_step()
-            else:
-                self._finish_epoch()
-                remaining = None
-                after_epoch(self.history[-1])
-            if time.monotonic() - saved > max(CHECKPOINT_SECONDS, 20 * cost):
+        remaining: Iterator[Batch] | None = None
+        while self.epoch < self.epochs:
+            is_time = time.monotonic() - saved > max(CHECKPOINT_SECONDS, 20 * cost)
+            stop, save = self.group.agree(interruption.signal or 0, int(is_time and self.group.is_first))
+            if stop:
+                interruption.signal = stop
+                break
+            if save:
                 started = time.monotonic()
                 self.save(directory)
                 saved = time.monotonic()
                 cost = saved - started
+            if remaining is None:
+                remaining = self._batches(self.train_samples, self._order()[self.step :])
+            if self.step < self.steps_per_epoch:
+                samples = self._size_of(self.step)
+                self.sums += self._train_step(next(remaining))
+                self.step += 1
+                after_step(samples)
+            else:
+                self._finish_epoch()
+                remaining = None
+                after_epoch(self.history[-1])
         self.save(directory)
-        return interruption.signal is None
+        (stop,) = self.group.agree_now(interruption.signal or 0)
+        interruption.signal = stop or None
+        return not stop
 
     def evaluate(self, samples: Samples) -> Tensor:
-        """(loss, NLL, KL) a sample, in evaluation mode, with noise that is the same at every call."""
+        """(loss, NLL, KL) a sample, in evaluation mode, with noise that is the same at every call. With the
+        importance-weighted bound, which is no sum, NLL and KL are those of the evidence lower bound."""
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+        order = in_order(samples, self.settings.batch)
         sums = self._no_sums()
-        self.model.eval()
+        self.evaluated.eval()
         with torch.no_grad():
-            for x in self._batches(samples, in_order(samples, self.settings.batch)):
+            for indices, (x, labels) in zip(order, self._batches(samples, order), strict=True):
+                noise = self._noise(len(indices), generator)
+                condition = self.condition(labels)
                 with self.settings.autocast():
-                    terms = self.model.loss(
-                        x, beta=self.settings.beta, full=True, return_terms=True, generator=generator
-                    )
-                sums += torch.stack(terms).double() * len(x)
-        return sums / len(samples)
+                    terms = self.evaluated(x, condition, self.settings.beta, None, 0, noise)
+                    if self.settings.bound == "iwae":
+                        out = self.evaluated.model(x, condition, samples=self.settings.samples, noise=noise)
+                        parts = out.loss(x, reduction="sum", full=True, return_terms=True)
+                        terms = terms._replace(nll=parts.nll, kl=parts.kl)
+                sums += torch.stack(terms).double()
+        return self.group.sum(sums) / len(samples)
 
-    def _train_step(self, x: Tensor) -> Tensor:
-        """One step of the optimizer; returns (loss, NLL, KL) summed over the batch, without waiting for
+    def condition(self, labels: Tensor | None) -> Tensor | None:
+        """What the model is told of samples with these labels."""
+        return labels if self.settings.condition == "labels" else None
+
+    def first_batch(self) -> Batch:
+        """Of the training samples, in their own order."""
+        return next(self._batches(self.train_samples, [np.arange(min(self.settings.batch, len(self.train_samples)))]))
+
+    def _train_step(self, batch: Batch) -> Tensor:
+        """One step of the optimizer; returns (loss, NLL, KL) summed over this process's rows, without waiting for
         them."""
-        self.model.train()
+        x, labels = batch
+        condition = self.condition(labels)
+        settings, size = self.settings, self._size_of(self.step)
         done = self.epoch * self.steps_per_epoch + self.step
-        with self.settings.autocast():
-            beta = self.settings.beta_at(done, self.steps_per_epoch)
-            terms = self.model.loss(x, beta=beta, full=True, return_terms=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr_at(done, self.steps_per_epoch)
+        beta = settings.beta_at(done, self.steps_per_epoch)
+        # Gradients are averaged over the processes, whose shares of the batch may differ: each gives those of its sum.
+        factor = self.scaler.scale(torch.full((), self.group.size / size, device=self.device))
+        offset, noise = self.group.rows(size).start * settings.latent, None
+        if settings.samples > 1 or settings.grad_accum > 1 or settings.bound == "iwae":
+            offset, noise = 0, self._noise(size)
+        sums = self._no_sums()
+        self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)
-        terms.loss.backward()
-        self.optimizer.step()
-        return torch.stack([term.detach() for term in terms]).double() * len(x)
+        count = settings.grad_accum
+        cuts = [len(x) * part // count for part in range(count + 1)]
+        for part, (start, end) in enumerate(pairwise(cuts)):
+            rows = slice(start, end)
+            with self._synchronising(part == count - 1):
+                with settings.autocast():
+                    terms = self._wrapped(
+                        x[rows],
+                        None if condition is None else condition[rows],
+                        torch.full((), beta, device=self.device) if settings.compile else beta,  # else compiled in
+                        factor,
+                        offset,
+                        None if noise is None else noise[..., rows, :],
+                    )
+                terms.loss.backward()
+            sums += torch.stack([term.detach() for term in terms]).double()
+        if settings.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        return sums
+
+    def _noise(self, size: int, generator: torch.Generator | None = None) -> Tensor:
+        """This process's rows of the noise of a batch of ``size``, ``(..., rows, latent)``."""
+        several = self.settings.samples > 1 or self.settings.bound == "iwae"
+        shape = (*((self.settings.samples,) if several else ()), size, self.settings.latent)
+        seed = ops.draw_seed(self._noise_device(), generator, by_dispatcher=False)
+        dtype = self.settings.network_dtype
+        noise = random.normal(shape, seed, dtype=dtype, device=self._noise_device())
+        return noise[..., self.group.rows(size), :]
+
+    def _noise_device(self) -> torch.device:
+        """The device by its full name, as tensors say it."""
+        return torch.empty((), device=self.device).device
+
+    def _synchronising(self, synchronises: bool) -> AbstractContextManager[object]:
+        """A block whose backward pass exchanges gradients, or leaves that to a later one."""
+        if isinstance(self._wrapped, nn.parallel.DistributedDataParallel):
+            return nullcontext() if synchronises else self._wrapped.no_sync()
+        if self.settings.fsdp:
+            self.objective.set_requires_gradient_sync(synchronises)  # type: ignore[operator]
+        return nullcontext()
 
     def _finish_epoch(self) -> None:
-        train = self.sums / len(self.train_samples)
+        train = self.group.sum(self.sums) / len(self.train_samples)
         heldout = self.evaluate(self.heldout_samples)
-        self._check_finite(train, heldout)
+        self._check_finite(train[0], heldout)
         last_step = (self.epoch + 1) * self.steps_per_epoch - 1
         beta = self.settings.beta_at(last_step, self.steps_per_epoch)
         self.history.append(dict(zip(COLUMNS, (self.epoch + 1, beta, *train.tolist(), *heldout.tolist()), strict=True)))
@@ -219,18 +358,35 @@ class Trainer:
                 "--logvar-floor (the checkpoint on the disk is from before)"
             )
 
+    def _size_of(self, step: int) -> int:
+        """How many samples a step has, those of all processes."""
+        return min(self.settings.batch, len(self.train_samples) - step * self.settings.batch)
+
     def _order(self) -> list[np.ndarray]:
         """The indices of the training samples in each step of this epoch."""
         order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(len(self.train_samples))
         return [order[start : start + self.settings.batch] for start in range(0, len(order), self.settings.batch)]
 
-    def _batches(self, samples: Samples, order: list[np.ndarray]) -> Iterator[Tensor]:
+    def _batches(self, samples: Samples, order: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """This process's rows of each of the batches in ``order``."""
+        mine = [indices[self.group.rows(len(indices))] for indices in order]
         workers, dtype = self.settings.workers, self.settings.data_dtype
-        for x, _ in batches(samples, order, workers=workers, device=self.device, dtype=dtype):
-            yield x
+        return batches(samples, mine, workers=workers, device=self.device, dtype=dtype)
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=self.device)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    _write_bytes(path, table.getvalue().encode("ascii"))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
 
 
 def _count(value: object) -> int:
@@ -256,6 +412,7 @@ def load_model(directory: str | Path) -> VAE:
     """The model of the run in ``directory``, on the CPU, in evaluation mode."""
     state = checkpoint.load(Path(directory))
     with checkpoint.reading(Path(directory)):
-        model = Settings(**state["settings"]).build_model(tuple(state["shape"]))
-        model.load_state_dict(state["model"])
+        classes = len(state["preparation"]["classes"])
+        model = Settings(**state["settings"]).build_model(tuple(state["shape"]), classes)
+        model.load_state_dict(state["averaged"]["model"] if "averaged" in state else state["model"])
     return model.eval()

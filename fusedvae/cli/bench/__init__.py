@@ -25,8 +25,8 @@ import torch
 from .. import info
 from ..errors import CommandError, require
 from ..files import write_where_asked
+from ..interruption import Interruption
 from ..options import MOST_THREADS, integer, number, usable_device
-from ..trainer import Interruption
 from . import report
 from .cases import (
     DIRECTIONS,

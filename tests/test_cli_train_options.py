@@ -1,0 +1,403 @@
+"""What ``fusedvae train`` can be asked for: schedules, averages, bounds, conditions, files of options, loggers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_cli_train import TINY, array, interrupt_after, no_pictures, one_line_error, quick, rows  # noqa: F401
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import fusedvae
+from fusedvae.cli import checkpoint, data, main, metrics
+from fusedvae.cli.settings import Settings
+from fusedvae.cli.train import options
+from fusedvae.cli.trainer import Trainer, load_model
+
+SMALL = {"arch": "mlp", "width": 8, "latent": 2, "batch": 8, "device": "cpu"}
+
+
+@pytest.fixture
+def samples(array: Path) -> data.Data:
+    return data.split(data.load(str(array)), 0.1)
+
+
+# --- schedules --------------------------------------------------------------------------------------------------
+
+
+def test_beta_schedules() -> None:
+    linear = Settings(beta=2.0, warmup=1.0)
+    assert [linear.beta_at(step, 4) for step in range(6)] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+    cosine = Settings(beta=2.0, warmup=1.0, beta_schedule="cosine")
+    expected = [1 - math.cos(math.pi * part / 4) for part in (1, 2, 3, 4, 4)]
+    assert [cosine.beta_at(step, 4) for step in range(5)] == pytest.approx(expected)
+    cyclical = Settings(beta=2.0, warmup=1.0, beta_schedule="cyclical")
+    cycle = [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+    assert [cyclical.beta_at(step, 4) for step in range(20)] == pytest.approx([*cycle, *cycle, *cycle[:4]])
+
+
+def test_learning_rates_are_those_of_torch() -> None:
+    """After a warm-up of one epoch of 4 steps, 12 more."""
+    expected = {
+        "constant": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        "linear": lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=11),
+        "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=11, eta_min=0.05),
+    }
+    for schedule, make in expected.items():
+        settings = Settings(epochs=4, lr=0.5, lr_schedule=schedule, lr_warmup=1.0, lr_final=0.1)
+        rates = [settings.lr_at(step, 4) for step in range(16)]
+        assert rates[:3] == pytest.approx([0.125, 0.25, 0.375])
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        scheduler, others = make(optimizer), []
+        for _ in range(12):
+            others.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        assert rates[4:] == pytest.approx(others, rel=1e-6), schedule
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "epochs"),
+    [
+        (1617, (1, 8, 8), 30),
+        (50_000, (3, 32, 32), 30),
+        (450, (3, 64, 64), 235),
+        (450, (1, 16, 16), 141),
+        (10, (7,), 750),
+    ],
+)
+def test_few_data_are_gone_through_more_often(count: int, shape: tuple[int, ...], epochs: int) -> None:
+    assert Settings().epochs_of(count, shape) == epochs
+    assert Settings(epochs=3).epochs_of(count, shape) == 3
+
+
+def test_the_rate_and_the_bound_of_gradients_are_used(samples: data.Data) -> None:
+    run = Trainer(Settings(**SMALL, epochs=2, lr=0.1, lr_warmup=1.0, clip_grad=1e-3), samples)
+    seen = []
+    run.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append(
+            (
+                optimizer.param_groups[0]["lr"],
+                math.sqrt(sum(p.grad.square().sum().item() for p in run.model.parameters())),
+            )
+        )
+    )
+    for run.step in range(5):
+        run._train_step(next(run._batches(run.train_samples, run._order()[run.step :])))
+    assert [rate for rate, _ in seen] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert [norm for _, norm in seen] == pytest.approx([1e-3] * 5, rel=1e-3)
+
+
+def test_the_average_of_the_weights_is_evaluated_and_saved(
+    array: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, weights = tmp_path / "run", []
+    step = Trainer._train_step
+
+    def recorded(self: Trainer, batch: Any) -> torch.Tensor:
+        sums = step(self, batch)
+        weights.append([parameter.detach().clone() for parameter in self.model.parameters()])
+        return sums
+
+    monkeypatch.setattr(Trainer, "_train_step", recorded)
+    command = ["train", "--data", str(array), "--out", str(out), *TINY, "--ema", "0.75"]
+    assert main([*command, "--epochs", "1"]) == 0
+    assert main(["train", "--resume", str(out), "--epochs", "2", "--quiet"]) == 0
+    average = weights[0]
+    for later in weights[1:]:
+        get_ema_multi_avg_fn(0.75)(average, later, torch.tensor(1))
+    for model in (load_model(out), fusedvae.VAE.from_pretrained(out)):
+        for found, expected in zip(model.parameters(), average, strict=True):
+            torch.testing.assert_close(found, expected)
+    run = Trainer(options.checked(checkpoint.load(out)["settings"]), data.split(data.load(str(array)), 0.1))
+    run.restore(checkpoint.load(out))
+    torch.testing.assert_close(run.evaluate(run.heldout_samples)[0].item(), rows(out)[-1]["heldout_loss"])
+
+
+# --- bounds, precision, compilers -------------------------------------------------------------------------------
+
+
+def test_parts_of_a_step_make_the_step(samples: data.Data) -> None:
+    found = []
+    for parts in (1, 3, 8, 20):
+        run = Trainer(Settings(**SMALL, epochs=1, grad_accum=parts), samples)
+        sums = [run._train_step(batch) for batch in run._batches(run.train_samples, run._order())]
+        found.append((torch.stack(sums), [parameter.detach() for parameter in run.model.parameters()]))
+    for sums, weights in found[1:]:
+        torch.testing.assert_close(sums, found[0][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(weights, found[0][1], rtol=0, atol=1e-5)
+
+
+def test_the_importance_weighted_bound_is_above_the_other(samples: data.Data) -> None:
+    run = Trainer(Settings(**SMALL, epochs=1, bound="iwae", samples=20), samples)
+    loss, nll, kl = run.evaluate(run.train_samples)
+    assert loss < nll + kl - 1e-3
+    terms = run._train_step(run.first_batch())
+    assert terms[1].isnan()
+    assert terms[[0, 2]].isfinite().all()
+
+
+def test_gradients_of_float16_are_scaled_and_steps_that_overflow_are_left_out(samples: data.Data) -> None:
+    run = Trainer(Settings(**SMALL, epochs=1, dtype="float16"), samples)
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    run.scaler.scale(torch.ones(()))  # makes its factor
+    run.scaler.update(2.0**40)
+    run._train_step(run.first_batch())
+    assert all(torch.equal(one, same) for one, same in zip(run.model.parameters(), before, strict=True))
+    assert run.scaler.get_scale() == 2.0**39
+    run.scaler.update(2.0**4)
+    run._train_step(run.first_batch())
+    assert not torch.equal(next(run.model.parameters()), before[0])
+    state = run.state()
+    again = Trainer(run.settings, samples)
+    again.restore(state)
+    assert again.scaler.state_dict() == run.scaler.state_dict()
+
+
+def test_a_condition_is_told_to_the_networks(tmp_path: Path, no_pictures: None) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--out", str(out), "--epochs", "4", *TINY, "--width", "64", "--batch", "64", "--lr", "0.005"]
+    assert main([*command, "--condition", "labels"]) == 0
+    model = load_model(out)
+    digits = data.load("digits")
+    x, labels = digits.batch(slice(500)), digits.labels[:500]
+    with torch.no_grad():
+        right, wrong = (model.loss(x, told, generator=torch.manual_seed(0)) for told in (labels, (labels + 1) % 10))
+    assert right + 2 < wrong
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_run_has_the_curve_of_another(
+    array: Path,
+    tmp_path: Path,
+    no_pictures: None,
+) -> None:
+    for name, extra in (("eager", []), ("compiled", ["--compile"])):
+        command = ["train", "--data", str(array), "--out", str(tmp_path / name), "--epochs", "2", *TINY, *extra]
+        assert main([*command, "--warmup", "1"]) == 0
+    for row, same in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
+        assert row == pytest.approx(same, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("extra", [["--ema", "0.9", "--lr-schedule", "cosine"], ["--samples", "2", "--amp", "fp16"]])
+def test_such_runs_go_on_bit_for_bit(
+    array: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+) -> None:
+    command = ["train", "--data", str(array), "--epochs", "2", *TINY, *extra]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert main([*command, "--out", str(tmp_path / "broken")]) == 130
+    assert main(["train", "--resume", str(tmp_path / "broken"), "--quiet"]) == 0
+    for name in ("metrics.csv", "model.safetensors" if (tmp_path / "whole/model.safetensors").exists() else "model.pt"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--bound", "iwae", "--beta", "2"], "--bound iwae is a bound for --beta 1 only"),
+        (["--beta-schedule", "cyclical"], "--beta-schedule cyclical needs --warmup"),
+        (["--condition", "labels"], "--condition labels needs labels"),
+        (["--fsdp"], "--fsdp is for several processes"),
+        (["--likelihood", "bernoulli", "--recon-scale", "logvar"], "--recon-scale: expected none, as the bernoulli"),
+        (["--likelihood", "laplace", "--recon-scale", "logvar"], "--recon-scale: expected"),
+        (["--clamp", "3,2"], "--clamp: expected LOW,HIGH"),
+        (["--clamp", ","], "--clamp: expected LOW,HIGH"),
+        (["--amp", "fp8"], "--amp: expected bf16 or fp16"),
+        (["--ema", "1"], "--ema: expected a number above 0 and below 1"),
+        (["--grad-accum", "0"], "--grad-accum: expected an integer of at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_do_not_go_together(
+    array: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    extra: list[str],
+    message: str,
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(array), "--out", str(out), *TINY, *extra]) == 2
+    assert message in one_line_error(capsys)
+    assert not out.exists()
+
+
+# --- files of options -------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_options_and_another_reads_them(
+    array: Path,
+    tmp_path: Path,
+    no_pictures: None,
+) -> None:
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    extra = ["--recon-logvar", "-1.5", "--clamp=,3", "--lr", "1e-05", "--ema", "0.5"]
+    assert main(["train", "--data", str(array), "--out", str(one), "--epochs", "1", *TINY, *extra]) == 0
+    config = str(one / options.OPTIONS)
+    assert main(["train", "--config", config, "--out", str(same), "--quiet"]) == 0
+    assert (same / options.OPTIONS).read_bytes() == (one / options.OPTIONS).read_bytes()
+    assert (same / "metrics.csv").read_bytes() == (one / "metrics.csv").read_bytes()
+    assert main(["train", "--config", config, "--out", str(other), "--quiet", "--lr", "0.5", "--clamp=-1,"]) == 0
+    settings = json.loads((other / options.OPTIONS).read_text())
+    assert (settings["lr"], settings["clamp"], settings["ema"]) == (0.5, [-1.0, None], 0.5)
+
+
+def test_options_in_yaml(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "# mine\nlr: 1e-4\nrecon-logvar: learned\nclamp: [-5, 2]\ncompile: true\nimage_size: 32\nfsdp: no\n"
+    )
+    expected = {"lr": 1e-4, "recon_logvar": "learned", "clamp": (-5.0, 2.0), "compile": True, "image_size": 32}
+    assert options.read(path) == {**expected, "fsdp": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: -1", "argument --lr: expected a number above 0, got '-1'"),
+        ("learning_rate: 1", "there is no option --learning-rate"),
+        ("lr: [1, 2]", "argument --lr: expected a number above 0"),
+        ("resume: x", "there is no option --resume"),
+        ("fsdp: 3", "argument --fsdp/--no-fsdp: ignored explicit argument '3'"),
+        ("- lr", "expected a mapping of options to values, got list"),
+        ("a: b: c", "mapping values are not allowed"),
+    ],
+)
+def test_a_wrong_file_of_options_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    pytest.importorskip("yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert main(["train", "--config", str(path)]) == 2
+    error = one_line_error(capsys)
+    assert f"--config {path}: " in error
+    assert message in error
+    assert main(["train", "--config", str(tmp_path / "absent.yaml")]) == 2
+    assert "--config: cannot read" in one_line_error(capsys)
+
+
+def test_every_setting_survives_a_file(tmp_path: Path) -> None:
+    settings = Settings(
+        **{**SMALL, "clamp": (None, 2.5), "recon_logvar": -1.25, "lr": 1e-7, "compile": True, "image_shape": (1, 2, 3)},
+        recon_scale="softplus",
+        epochs=7,
+    )
+    path = tmp_path / "options.json"
+    path.write_text(options.text_of(settings))
+    assert Settings(**options.read(path)) == settings
+
+
+# --- loggers ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_the_metrics(
+    array: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    command = ["train", "--data", str(array), "--out", str(out), *TINY, "--logger", "tensorboard"]
+    assert main([*command, "--epochs", "2"]) == 0
+    assert main(["train", "--resume", str(out), "--epochs", "3", "--quiet"]) == 0
+    found = EventAccumulator(str(out / "events")).Reload()
+    values = {event.step: event.value for event in found.Scalars("heldout/loss")}
+    assert values == pytest.approx({row["epoch"]: row["heldout_loss"] for row in rows(out)}, rel=1e-6)
+    assert main([*command, "--epochs", "1", "--overwrite"]) == 0
+    found = EventAccumulator(str(out / "events")).Reload()
+    assert [event.step for event in found.Scalars("train/kl")] == [1]
+
+
+def test_wandb_has_the_metrics(
+    array: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logged: list[Any] = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end"))
+    wandb = SimpleNamespace(init=lambda **options: logged.append(options["config"]["latent"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "2", *TINY, "--logger", "wandb"]) == 0
+    latent, *steps, (last, evaluation), end = logged
+    assert (latent, [step for step, _ in steps], last, end) == (2, [1, 2], 2, "end")
+    assert [values["train/loss"] for _, values in steps] == [row["train_loss"] for row in rows(out)]
+    assert evaluation.keys() >= {"epoch", "log_likelihood", "active_units"}
+
+
+def test_a_logger_that_is_missing_is_one_line(
+    array: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["train", "--data", str(array), "--out", str(tmp_path / "a"), *TINY, "--logger", "wandb"]) == 2
+    assert "pip install 'fusedvae[wandb]'" in one_line_error(capsys)
+    assert not (tmp_path / "a").exists()
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_more_than_its_loss(
+    array: Path, tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--data", str(array), "--out", str(out), "--epochs", "3", *TINY, "--evaluate-samples", "50"]
+    assert main([*command, "--evaluate-every", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^log p\(x\) -?[\d.]+ nats per sample \(50 importance samples\), \d of 2 latent", printed, re.M)
+    with open(out / "evaluation.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["epoch"] for row in table] == ["2", "3"]
+    model, heldout = load_model(out), data.split(data.load(str(array)), 0.1).test
+    expected = metrics.log_likelihood(model, heldout, particles=50, batch=8)
+    assert float(table[1]["log_likelihood"]) == pytest.approx(expected, rel=1e-5)
+    assert float(table[1]["log_likelihood"]) > -rows(out)[-1]["heldout_loss"] - 0.1
+    assert float(table[1]["psnr"]) == pytest.approx(metrics.psnr(model, heldout, batch=8), rel=1e-5)
+    assert int(table[1]["active_units"]) == metrics.active_units(model, heldout, batch=8)
+    assert table[1]["ssim"] == ""  # of 4x4 pixels
+    assert main(["train", "--resume", str(out), "--epochs", "4", "--quiet"]) == 0
+    with open(out / "evaluation.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["2", "3", "4"]
+
+
+def test_metrics_of_a_conditional_model_are_told_the_labels() -> None:
+    torch.manual_seed(0)
+    model = fusedvae.VAE(*fusedvae.networks.mlp((1, 8, 8), 2, hidden=(8,), classes=10), 2)
+    with torch.no_grad():  # a class that is far from the others
+        model.decoder.labels.weight.mul_(10)  # type: ignore[union-attr, operator]
+        model.encoder.labels.weight.mul_(10)  # type: ignore[union-attr, operator]
+    samples = data.load("digits").subset(slice(20))
+    x, labels = samples.batch(slice(None)), samples.labels
+    how: dict[str, Any] = {"batch": 20, "conditional": True}
+    expected = model.log_likelihood(x, labels, samples=7, generator=torch.Generator().manual_seed(3)).mean().item()
+    assert metrics.log_likelihood(model, samples, particles=7, seed=3, **how) == pytest.approx(expected, rel=1e-5)
+    errors = (model.reconstruct(x, labels).clamp(0, 1) - x).square().flatten(1).mean(1)
+    assert metrics.psnr(model, samples, **how) == pytest.approx((-10 * errors.log10()).mean().item(), rel=1e-4)
+    means = model.embed(x, labels)
+    assert metrics.active_units(model, samples, **how) == int((means.var(0, correction=0) > 0.01).sum())
