@@ -82,10 +82,10 @@ def _power(size: int, limit: int) -> int:
 def _tiles(extent: Extent, summed: Sequence[int] = (), weight: int = 0) -> _Tiles:
     """Tiles as long along inner as they can be; of columns, where a gradient is ``summed`` over other axes alone.
 
-    ``summed`` has the axes that each gradient is summed over. What is heavy twice has smaller ones.
+    ``summed`` has the axes that each gradient is summed over. What is heavy has smaller ones.
     """
     batch, outer, inner = extent
-    size = _SMALL_TILE if prod(extent) < _SMALL else _TILE // max(weight, 1)
+    size = _SMALL_TILE if prod(extent) < _SMALL else _TILE >> max(weight - 1, 0)
     over = 0  # the axes that columns are summed over
     for axes in summed:
         over |= 0 if axes & _INNER else axes
@@ -111,9 +111,10 @@ def _options(elements: int, weight: int = 0) -> dict[str, Any]:
 
     A thread takes 8 elements, which is 128 bits of a 16-bit dtype and twice that of float32. More would take registers
     (with 16, a few kernels spill) that the threads to hide memory's latency behind need; and what is heavy takes more
-    of them for each element, and 4 elements; what is heavy twice gets all that a processor has.
+    of them for each element, and 4 elements; what is heavy twice gets all that a processor has, and if that is not
+    enough, 2 elements.
     """
-    warps = max(1, elements // ((4 if weight else 8) * _LANES))
+    warps = max(1, elements // ((8, 4, 4, 2)[weight] * _LANES))
     # The formulas count on products and sums that are rounded once.
     options = {"num_warps": warps, "enable_fp_fusion": True}
     if _LANES == 64:
@@ -121,9 +122,14 @@ def _options(elements: int, weight: int = 0) -> dict[str, Any]:
     return {**options, "maxnreg": _REGISTERS if weight < 2 else min((1 << 16) // (warps * _LANES), 255)}
 
 
+_WEIGHTS = {"negative_binomial_nll": 2, "zero_inflated_negative_binomial_nll": 2, "discretized_logistic_nll": 1}
+"""Of formulas that have more than a few values to keep."""
+
+
 def _weight(term: TermWork) -> int:
-    """How heavy an element is in registers: it is float64, has two scales that are not logarithms, or both."""
-    return term.in_double + (sum(form != Form() for form in term.forms) == 2)
+    """How heavy an element is in registers: its formula is, it is float64, has two scales that are not logarithms."""
+    has_forms = sum(form != Form() for form in term.forms) == 2
+    return min(term.in_double + has_forms + _WEIGHTS.get(term.formula.name, 0), 3)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
