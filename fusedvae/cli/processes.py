@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -169,8 +170,9 @@ def noticing_losses(group: Alone) -> Iterator[None]:
         if group.size == 1 or not _is_of_communication(error):
             raise
         group.is_broken = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left: not before they say why
         raise LostProcessError(
-            f"process {group.rank}: another process of this run has ended, or cannot be reached ({_first_line(error)})"
+            f"process {group.rank}: another process of this run has ended, or cannot be reached ({_first_line(error).split('. ')[0]})"
             f"{group.to_go_on}"
         ) from error
 
