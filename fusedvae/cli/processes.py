@@ -171,8 +171,9 @@ def noticing_losses(group: Alone) -> Iterator[None]:
             raise
         group.is_broken = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left: not before they say why
+        reason = _first_line(error).split(". ")[0]
         raise LostProcessError(
-            f"process {group.rank}: another process of this run has ended, or cannot be reached ({_first_line(error).split('. ')[0]})"
+            f"process {group.rank}: another process of this run has ended, or cannot be reached ({reason})"
             f"{group.to_go_on}"
         ) from error
 
