@@ -58,8 +58,10 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 # One binary for each generation, which serves every later chip of that generation too; PTX of the newest serves
-# what comes after. Those that the installed nvcc does not know are left out.
+# what comes after. Those that the installed nvcc does not know are left out. PTX for sm_90 is kept besides: it is what
+# tests/ptx executes, and costs nothing to make.
 DEFAULT_CUDA_ARCHS = ["80", "90", "100"]
+EXECUTED_CUDA_ARCH = "90"
 
 
 class BuildError(Exception):
@@ -76,6 +78,10 @@ class Cuda(NamedTuple):
     nvcc: str
     version: str
     archs: list[str]
+
+    @property
+    def ptx_archs(self) -> list[str]:
+        return [arch for arch in self.archs if arch in (EXECUTED_CUDA_ARCH, self.archs[-1])]
 
 
 def output_of(*command: str) -> str:
@@ -193,8 +199,11 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     if cuda:
         # The host compiler is given to nvcc by name alone: it may be a launcher's argument (CXX="ccache g++").
         nvcc = [cuda.nvcc, "-ccbin", compiler.command[-1]]
-        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs]
-        targets.append(f"-gencode=arch=compute_{cuda.archs[-1]},code=compute_{cuda.archs[-1]}")
+        kinds = {arch: ["sm", "compute"] if arch in cuda.ptx_archs else ["sm"] for arch in cuda.archs}
+        targets = [
+            f"-gencode=arch=compute_{arch},code=[{','.join(f'{kind}_{arch}' for kind in kinds[arch])}]"
+            for arch in cuda.archs
+        ]
         device = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, "-MD", "-MF", "$out.d"]
         ninja.rule("nvcc", [*device, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
         # Before all else, the longest first: what comes last is compiled while other processors have nothing to do.
@@ -269,7 +278,7 @@ def build_native() -> tuple[Path, dict]:
 
     record = {"cpu": list(instruction_sets(compiler)), "compiler": compiler.version}
     if isinstance(cuda, Cuda):
-        archs = [*(f"sm_{arch}" for arch in cuda.archs), f"compute_{cuda.archs[-1]}"]
+        archs = [*(f"sm_{arch}" for arch in cuda.archs), *(f"compute_{arch}" for arch in cuda.ptx_archs)]
         return library, {**record, "cuda": archs, "cuda_compiler": cuda.version, "cuda_absent": None}
     return library, {**record, "cuda": None, "cuda_compiler": None, "cuda_absent": cuda}
 

@@ -46,6 +46,12 @@ def measure(backend: str, profiled: str | None = None) -> list[Row]:
 
     from fusedvae import functional
 
+    if backend == "cuda":
+        if not executor.is_built():
+            print("the sources have changed since the extension was built", file=sys.stderr)
+        for name in executor.cuda_programs():
+            if not name.endswith(f" for {executor.ARCHITECTURE}"):
+                sys.exit("no PTX for sm_90: FUSEDVAE_CUDA_ARCHS=90 python setup.py build_ext --inplace")
     name = "native" if backend == "cuda" else "triton"
     library = executor.library()
     rows: list[Row] = []
@@ -85,7 +91,8 @@ def measure_apart(backend: str) -> list[Row]:
     command = [sys.executable, __file__, "--backend", backend, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr[-6000:])
+        sys.exit(done.stderr[-6000:])
+    sys.stderr.write(done.stderr)
     return [Row(*row) for row in json.loads(done.stdout)]
 
 
@@ -95,7 +102,9 @@ def main() -> None:
     parser.add_argument("--profile", metavar="CASE", help="show the instructions of a case, such as 'latent backward'")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     arguments = parser.parse_args()
-    if arguments.backend and (arguments.json or arguments.profile):
+    if not arguments.backend and arguments.json:
+        rows = [row for name in BACKENDS for row in measure_apart(name)]
+    elif arguments.backend and (arguments.json or arguments.profile):
         rows = measure(arguments.backend, arguments.profile)
     elif arguments.profile:
         parser.error("--profile is of one backend: name it by --backend")

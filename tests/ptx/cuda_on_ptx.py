@@ -29,8 +29,10 @@ def _load() -> Any:
     assert spec.loader is not None
     module = sys.modules["fusedvae._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "cuda_unavailable"):
+        raise executor.UnavailableError("the extension was last built without CUDA kernels")
     ctypes.CDLL(module.__file__).ptx_expect_stream(ctypes.c_uint64(STREAM))
-    for program in executor.cuda_programs():
+    for program in executor.cuda_programs().values():
         executor.library().load(program)
     return module
 

@@ -52,6 +52,14 @@ def _native_objects() -> list[Path]:
     return objects
 
 
+def is_built() -> bool:
+    """Whether the extension's last build was of the sources as they are now."""
+    ninja = runpy.run_path(str(ROOT / "setup.py"))["find_ninja"]()
+    file = _native_objects()[0].parent / "build.ninja"
+    done = subprocess.run([ninja, "-n", "-f", str(file)], cwd=ROOT, capture_output=True, text=True)
+    return "no work to do" in done.stdout
+
+
 def _ninja(write: Any) -> None:
     """Run ninja on a file that ``write`` has made, one process at a time."""
     setup = runpy.run_path(str(ROOT / "setup.py"))
@@ -131,22 +139,21 @@ def _cuobjdump() -> str:
     return found
 
 
-def cuda_programs() -> list[str]:
-    """The PTX of the CUDA kernels, off the objects of the extension's last build."""
-    programs = []
+def cuda_programs() -> dict[str, str]:
+    """The PTX of the CUDA kernels, off the objects of the extension's last build: by the architecture it is for.
+
+    That for ARCHITECTURE where it was compiled in, else what was.
+    """
+    programs = {}
     for path in _native_objects():
         if not path.name.startswith("cuda_"):
             continue
         dump = subprocess.run([_cuobjdump(), "-ptx", str(path)], capture_output=True, text=True, check=True).stdout
-        parts = re.split(r"^Fatbin (?:ptx|elf) code:\n=+\n", dump, flags=re.MULTILINE)[1:]
-        found = [part for part in parts if re.match(rf"arch = {ARCHITECTURE}\n", part) and ".version" in part]
-        if not found:
-            if not any(".version" in part and ".entry" in part for part in parts):
-                continue  # no kernels
-            raise UnavailableError(
-                f"{path.name} has no PTX for {ARCHITECTURE}: FUSEDVAE_CUDA_ARCHS=90 python setup.py build_ext --inplace"
-            )
-        programs.append(found[0][found[0].index(".version") :])
+        parts = re.split(r"^Fatbin (?:ptx|elf) code:\n=+\narch = (\w+)\n", dump, flags=re.MULTILINE)[1:]
+        texts = {arch: text for arch, text in zip(parts[::2], parts[1::2], strict=True) if ".entry" in text}
+        if texts:
+            arch = ARCHITECTURE if ARCHITECTURE in texts else max(texts)
+            programs[f"{path.stem} for {arch}"] = texts[arch][texts[arch].index(".version") :]
     return programs
 
 

@@ -49,6 +49,14 @@ def _key(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(key)
 
 
+def _stages(backend: Any = None, stages: dict[str, Any] | None = None, *_: Any) -> tuple[str, str] | None:
+    """Triton's hook: stop at the PTX. Without arguments, what tells results apart from others in Triton's cache."""
+    if stages is None:
+        return "PTX", "PTX alone"
+    stages["cubin"] = lambda source, metadata: b""
+    return None
+
+
 def _compile(kernel: Any, arguments: dict[str, Any]) -> tuple[int, Any]:
     key = _key(kernel, arguments)
     if key not in _compiled:
@@ -81,6 +89,7 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
 def install() -> None:
     """Have the Triton backend serve CPU tensors."""
     assert "conftest" not in sys.modules, "too late: targets have been found"
+    triton.knobs.runtime.add_stages_inspection_hook = _stages
     kind = type(backend.BACKEND)
     backend._launch = launch
     backend._LANES = TARGET.warp_size
