@@ -488,13 +488,65 @@ def test_barriers_in_a_loop(seed: int) -> None:
     assert torch.equal(out.view(3, 128), torch.arange(1, 385).view(3, 128).cumsum(1).int())
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("missing", ["before reading", "before writing"])
+def test_a_missing_barrier_is_a_race(missing: str, seed: int) -> None:
+    code = SCAN.replace("bar.sync 0;", "") if missing == "before reading" else SCAN
+    code = code.replace("BARRIER", "bar.sync 0;" if missing == "before reading" else "")
+    with pytest.raises(
+        KernelError, match=r"shared memory that (thread \d+ (reads|writes), with no barrier|nothing has)"
+    ):
+        run(code + store("%r10"), torch.zeros(128, dtype=torch.int32), block=128, seed=seed, outside=BUFFER)
+
+
+def test_several_threads_may_write_the_same() -> None:
+    code = "mov.u32 %r3, buffer; st.shared.v2.u32 [%r3], {VALUE, 7}; bar.sync 0; ld.shared.u32 %r4, [%r3];" + store(
+        "%r4"
+    )
+    out = torch.zeros(64, dtype=torch.int32)
+    run(code.replace("VALUE", "5"), out, block=64, outside=BUFFER)
+    assert out.tolist() == [5] * 64
+    with pytest.raises(KernelError, match=r"a write of shared memory that thread \d+ writes, with no barrier between"):
+        run(code.replace("VALUE", "%r0"), out, block=64, outside=BUFFER)
+
+
 def test_a_missing_barrier_gives_other_results_in_some_order() -> None:
-    results = []
-    for seed in SEEDS:
-        out = torch.zeros(128, dtype=torch.int32)
-        run(SCAN.replace("BARRIER", "") + store("%r10"), out, block=128, seed=seed, outside=BUFFER)
-        results.append(tuple(out.tolist()))
-    assert len(set(results)) > 1
+    """In global memory, whose accesses are not followed."""
+    code = store("%r0") + "BARRIER xor.b32 %r3, %r0, 32;" + at("%d7", "%d0", 4, "%r3") + "ld.global.u32 %r4, [%d7];"
+    results = set()
+    for barrier in ("bar.sync 0;", ""):
+        for seed in SEEDS:
+            memory, out = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+            run(code.replace("BARRIER", barrier) + store("%r4", "%d1"), memory, out, block=64, seed=seed)
+            results.add(tuple(out.tolist()))
+            assert not barrier or results == {tuple(k ^ 32 for k in range(64))}
+    assert len(results) > 1
+
+
+@pytest.mark.parametrize("synchronizes", [True, False])
+def test_lanes_of_a_warp_must_be_ordered_too(synchronizes: bool) -> None:
+    code = (
+        """
+    mov.u32 %r3, buffer;
+    shl.b32 %r4, %r0, 2;
+    add.s32 %r5, %r3, %r4;
+    st.shared.u32 [%r5], %r0;
+    SYNCHRONIZE
+    xor.b32 %r4, %r4, 4;
+    add.s32 %r5, %r3, %r4;
+    ld.shared.u32 %r6, [%r5];
+    """.replace("SYNCHRONIZE", "bar.warp.sync -1;" if synchronizes else "shfl.sync.bfly.b32 %r7, %r0, 1, 31, -1;")
+        + store("%r6")
+    )
+    out = torch.zeros(32, dtype=torch.int32)
+    if synchronizes:
+        run(code, out, outside=BUFFER)
+        assert out.tolist() == [lane ^ 1 for lane in range(32)]
+    else:
+        with pytest.raises(
+            KernelError, match=r"a read of shared memory that thread \d+ writes, with no barrier between"
+        ):
+            run(code, out, outside=BUFFER)
 
 
 def test_reductions_at_barriers() -> None:

@@ -6,6 +6,7 @@ of the bounds of what a launch was given, a misaligned one, a wrong mask: all ar
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -122,50 +123,62 @@ for seed in range(6):
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("approximation_error", [0, 2])
-def test_normals_are_those_of_the_cpu(tmp_path: Path, approximation_error: int) -> None:
+def test_normals_are_those_of_the_cpu(tmp_path: Path) -> None:
     count, seed = 200_003, 20140501
-    script = f"import sys, torch; from fusedvae.random import normal; torch.save(normal({count}, {seed}), sys.argv[1])"
-    file = tmp_path / "normals.pt"
-    python("-c", f"import cuda_on_ptx; {script}", str(file), approximation_error=approximation_error)
-    found, ours = torch.load(file).numpy(), normal(count, seed, backend="native").numpy()
-    assert np.max(np.abs(found - ours) / np.spacing(np.abs(ours))) <= 4 + approximation_error
+    draw = f"""
+import cuda_on_ptx, executor, sys, torch
+from fusedvae.random import normal
+for units, file in zip((0, 2), sys.argv[1:]):
+    executor.library().approximate(units)
+    torch.save(normal({count}, {seed}), file)
+"""
+    files = [tmp_path / "exact.pt", tmp_path / "approximate.pt"]
+    python("-c", draw, *map(str, files))
+    ours = normal(count, seed, backend="native").numpy()
+    for file, ulps in zip(files, (4, 6), strict=True):
+        found = torch.load(file).numpy()
+        assert np.max(np.abs(found - ours) / np.spacing(np.abs(ours))) <= ulps
 
 
 # --- faults -----------------------------------------------------------------------------------------------------
 
 SHORTENED = """
-import sys, torch, {plugin}, executor
+import json, sys, torch, {plugin}, executor
 from fusedvae import functional
 
-size, is_input, name = int(sys.argv[1]), sys.argv[2] == "input", sys.argv[3]
-mean, target, spread = (torch.randn(3, size).requires_grad_(k != 1) for k in range(3))
-inputs = {{t.data_ptr() for t in (mean, target, spread)}}
-extent = executor.extent
+name, extent, messages = sys.argv[1], executor.extent, []
+for size in (64, 67):
+    mean, target, spread = (torch.randn(3, size).requires_grad_(k != 1) for k in range(3))
+    inputs = {{t.data_ptr() for t in (mean, target, spread)}}
 
-def shortened(tensor):
-    address, bytes_ = extent(tensor)
-    is_meant = address == target.data_ptr() if is_input else address not in inputs and tensor.numel() == 3 * size
-    return address, bytes_ - 4 * is_meant
+    def is_target(tensor):
+        return tensor.data_ptr() == target.data_ptr()
 
-functional.gaussian_nll(mean, target, spread, backend=name)
-executor.extent = shortened
-try:
-    functional.gaussian_nll(mean, target, spread, backend=name)
-except RuntimeError as fault:
-    print(fault)
+    def is_output(tensor):
+        return tensor.numel() == 3 * size and tensor.data_ptr() not in inputs
+
+    for is_meant in (is_target, is_output):
+        executor.extent = extent
+        functional.gaussian_nll(mean, target, spread, backend=name)
+        executor.extent = lambda t: (extent(t)[0], extent(t)[1] - 4 * is_meant(t))
+        try:
+            functional.gaussian_nll(mean, target, spread, backend=name)
+            messages.append("no error")
+        except RuntimeError as fault:
+            messages.append(str(fault))
+print(json.dumps(messages))
 """
 
 
-@pytest.mark.parametrize("which", ["input", "output"])
-@pytest.mark.parametrize("size", [64, 67])
-def test_an_access_past_the_last_element_is_caught(backend: str, size: int, which: str) -> None:
+def test_an_access_past_the_last_element_is_caught(backend: str) -> None:
     """The kernels are right: it is the buffer that is shorter, by one element, than they are told."""
     name = "native" if backend == "cuda" else backend
-    printed = python("-c", SHORTENED.format(plugin=f"{backend}_on_ptx"), str(size), which, name)
-    kind, opcode = ("a read", "ld.global") if which == "input" else ("a write", "st.global")
-    assert re.search(rf"{kind} out of bounds: .* the end of the buffer of {3 * size * 4 - 4} bytes", printed), printed
-    assert re.search(rf"by: .*{re.escape(opcode)}.*\n  in: .*objective_kernel.*thread \(\d+, 0, 0\)", printed), printed
+    messages = json.loads(python("-c", SHORTENED.format(plugin=f"{backend}_on_ptx"), name))
+    cases = itertools.product((64, 67), (("a read", "ld.global"), ("a write", "st.global")))
+    for (size, (kind, opcode)), message in zip(cases, messages, strict=True):
+        end = f"the end of the buffer of {3 * size * 4 - 4} bytes"
+        where = rf"by: .*{re.escape(opcode)}.*\n  in: .*objective_kernel.*thread \(\d+, 0, 0\)"
+        assert re.search(rf"{kind} out of bounds: .* {end}\n  {where}", message), message
 
 
 # --- instructions and bytes -------------------------------------------------------------------------------------
@@ -187,7 +200,7 @@ INSTRUCTIONS = {
 }
 # Operands of a pass, read and written, by elements; the noise's seed, factors and sums come to little more.
 OPERANDS = {"nll with gradients": 5, "latent forward": 3, "latent backward": 5}
-ALLOWANCE = {"cuda": 1.08, "triton": 1.18}
+ALLOWANCE = 1.02
 
 
 def test_kernels_execute_no_more_than_they_did(backend: str) -> None:
@@ -197,4 +210,4 @@ def test_kernels_execute_no_more_than_they_did(backend: str) -> None:
     assert not above, "\n".join(f"{row}: the limit is {INSTRUCTIONS[row[0], row[1], row[2]]}" for row in above)
     for _, case, dtype, _, moved in rows:
         least = OPERANDS[case] * getattr(torch, dtype).itemsize
-        assert least <= moved <= ALLOWANCE[backend] * least, (case, dtype, moved)
+        assert least <= moved <= ALLOWANCE * least, (case, dtype, moved)

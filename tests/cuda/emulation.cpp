@@ -1,4 +1,4 @@
-// Fibers, their scheduler, barriers and warps; see include/emulation.h. Compiled without sanitizers.
+// Fibers, their scheduler, barriers and warps; see include/emulation.h. Compiled without instrumentation.
 #include "emulation.h"
 
 #include <link.h>
@@ -19,11 +19,7 @@
 #error "fibers switch stacks by instructions of x86-64"
 #endif
 
-// AddressSanitizer must be told of every change of stack; where it is not linked in, these are null.
 extern "C" {
-__attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
-__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
-
 // Of the dynamic linker: the address of a variable of this thread, {module, offset}.
 void* __tls_get_addr(size_t index[2]);
 
@@ -79,7 +75,6 @@ class Stack {
     *--top = reinterpret_cast<void*>(entry_);
     return top - kSavedRegisters;
   }
-  const void* bottom() const { return bottom_; }
 
  private:
   void (*entry_)();
@@ -94,7 +89,6 @@ struct Thread {
   State state = State::ready;
   std::string waiting_for;
   void* stack_pointer = nullptr;
-  void* fake_stack = nullptr;  // AddressSanitizer's
   uint64_t given = 0;
   int source = 0;
   Received received = {};
@@ -129,9 +123,6 @@ Block block;
 Thread* running;
 std::vector<Stack> stacks;
 void* scheduler;
-void* scheduler_fake_stack;
-const void* scheduler_bottom;
-size_t scheduler_size;
 
 // --- shared memory ----------------------------------------------------------------------------------------------
 
@@ -227,22 +218,12 @@ void check_access(const void* address, size_t size, bool writes) {
 
 // --- fibers -----------------------------------------------------------------------------------------------------
 
-void arrive(void* fake_stack) {
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(fake_stack, &scheduler_bottom, &scheduler_size);
-}
-
 // From the running thread back to the scheduler. A thread that has finished does not come back.
 void leave() {
-  Thread* const self = running;
-  const bool for_good = self->state == State::finished;
-  if (__sanitizer_start_switch_fiber)
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &self->fake_stack, scheduler_bottom, scheduler_size);
-  emulation_switch(&self->stack_pointer, scheduler);
-  arrive(self->fake_stack);
+  emulation_switch(&running->stack_pointer, scheduler);
 }
 
 void thread_main() {
-  arrive(nullptr);
   (*body)();
   running->state = State::finished;
   ++block.finished;
@@ -252,11 +233,7 @@ void thread_main() {
 void resume(Thread& thread) {
   running = &thread;
   current = thread.at;
-  const Stack& stack = stacks[static_cast<size_t>(thread.number)];
-  if (__sanitizer_start_switch_fiber)
-    __sanitizer_start_switch_fiber(&scheduler_fake_stack, stack.bottom(), kStackBytes);
   emulation_switch(&scheduler, thread.stack_pointer);
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
   running = nullptr;
 }
 

@@ -19,7 +19,7 @@ constexpr unsigned kThreads = 96, kFull = 0xFFFFFFFFu;
 
 // --- a block's sum through shared memory ------------------------------------------------------------------------
 
-enum class Sum { right, no_barrier_before_reading, no_barrier_before_writing_again, tail_out_of_bounds, mask_too_wide };
+enum class Sum { right, no_barrier_before_reading, no_barrier_before_writing_again, mask_too_wide };
 
 template <Sum how>
 __global__ void block_sums(const float* in, float* out, int count) {
@@ -27,7 +27,7 @@ __global__ void block_sums(const float* in, float* out, int count) {
   const int lane = static_cast<int>(threadIdx.x % warpSize), warp = static_cast<int>(threadIdx.x / warpSize);
   for (int round = 0; round < 2; ++round) {
     const int i = static_cast<int>((blockIdx.x * 2 + round) * blockDim.x + threadIdx.x);
-    float sum = how == Sum::tail_out_of_bounds || i < count ? in[i] : 0;
+    float sum = i < count ? in[i] : 0;
     if (how == Sum::mask_too_wide && lane == 31) return;
     for (unsigned step = warpSize / 2; step > 0; step /= 2) sum += __shfl_down_sync(kFull, sum, step);
     if (lane == 0) partial[warp] = sum;
@@ -133,17 +133,14 @@ void unwritten(int) {
   for (const float v : out) std::printf("%g\n", v);
 }
 
-template <bool by_intrinsic>
 __global__ void vector_load(const float* in, float* out) {
-  const auto* const vector = reinterpret_cast<const float4*>(in);
-  const float4 v = by_intrinsic ? __ldg(vector) : *vector;
+  const float4 v = __ldg(reinterpret_cast<const float4*>(in));
   *out = v.x + v.y + v.z + v.w;
 }
-template <bool by_intrinsic>
 void vector(int offset) {
   alignas(16) const float in[8] = {1, 2, 3, 4, 5, 6, 7, 8};
   float out;
-  emulation::launch("vector_load", vector_load<by_intrinsic>, 1, 1, 0, cudaStream_t(), in + offset, &out);
+  emulation::launch("vector_load", vector_load, 1, 1, 0, cudaStream_t(), in + offset, &out);
   std::printf("%g\n", out);
 }
 
@@ -243,7 +240,6 @@ int main(int argc, char** argv) {
       {"sums", sums<Sum::right>},
       {"sums, no barrier before reading", sums<Sum::no_barrier_before_reading>},
       {"sums, no barrier before writing again", sums<Sum::no_barrier_before_writing_again>},
-      {"sums, tail out of bounds", sums<Sum::tail_out_of_bounds>},
       {"sums, mask too wide", sums<Sum::mask_too_wide>},
       {"reversed", reversed<true>},
       {"reversed, no barrier", reversed<false>},
@@ -253,8 +249,7 @@ int main(int argc, char** argv) {
       {"mask that others do not share", mask_of<Mask::that_others_do_not_share>},
       {"divergent barrier", divergent},
       {"unwritten", unwritten},
-      {"vector", vector<false>},
-      {"vector by intrinsic", vector<true>},
+      {"vector by intrinsic", vector},
       {"order", order},
       {"last block", last},
       {"grid", grid},

@@ -11,7 +11,7 @@ namespace fusedvae {
 
 namespace {
 
-// A launch, with a workspace of just the size asked for, so that the sanitizers know its end, and nothing of use in it.
+// A launch, with a workspace of just the size asked for, and nothing of use in it.
 class Emulated {
  public:
   explicit Emulated(int64_t bytes) : bytes_(bytes > 0 ? std::aligned_alloc(16, rounded(bytes)) : nullptr, std::free) {

@@ -71,22 +71,36 @@ void check_global(Warp& warp, const Vector<uint64_t>& at, Mask mask, uint64_t by
     if (!is_variable_of(*warp.program->module, at.lane[l], bytes))
       out_of_bounds(l, access, buffers.complaint(at.lane[l], bytes));
   }
-  const uint64_t moved = bytes * static_cast<uint64_t>(__builtin_popcount(mask));
+  // Lanes side by side that read the same are served at once.
+  uint64_t moved = 0, before = ~uint64_t{0};
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(mask >> l & 1)) continue;
+    if (access != Access::load || at.lane[l] != before) moved += bytes;
+    before = at.lane[l];
+  }
   if (access != Access::store) warp.program->bytes_read += moved;
   if (access != Access::load) warp.program->bytes_written += moved;
 }
 
-char* shared_at(Warp& warp, uint64_t address, uint64_t bytes, int lane, Access access) {
+// What each lane is about to write, side by side; of loads, atomics and copies nothing.
+struct Written {
+  const char* of_lane_0 = nullptr;
+  const char* of(int lane, uint64_t bytes) const {
+    return of_lane_0 ? of_lane_0 + static_cast<size_t>(lane) * bytes : nullptr;
+  }
+};
+
+char* shared_at(Warp& warp, uint64_t address, uint64_t bytes, int lane, Access access, const Written& written) {
   Block& block = *warp.block;
   if (address < kSharedBegin || address + bytes > block.shared.size())
     out_of_bounds(lane, access,
                   std::to_string(bytes) + " bytes at " + std::to_string(address) + " of shared memory, which has [" +
                       std::to_string(kSharedBegin) + ", " + std::to_string(block.shared.size()) + ")");
-  const auto written = block.is_written.begin() + static_cast<std::ptrdiff_t>(address);
-  if (access != Access::store && std::find(written, written + static_cast<std::ptrdiff_t>(bytes), 0) !=
-                                     written + static_cast<std::ptrdiff_t>(bytes))
-    throw LaneFault(lane, "a read of shared memory that nothing has written, at " + std::to_string(address));
-  if (access != Access::load) std::fill_n(written, bytes, 1);
+  static constexpr SharedMemory::Access accesses[] = {SharedMemory::Access::read, SharedMemory::Access::write,
+                                                      SharedMemory::Access::atomic};
+  const std::string complaint = block.shared.complaint(address, bytes, accesses[static_cast<int>(access)],
+                                                       warp.number * kLanes + lane, {block.barriers, warp.barriers});
+  if (!complaint.empty()) throw LaneFault(lane, complaint + ": at " + std::to_string(address));
   return block.shared.data() + address;
 }
 
@@ -105,7 +119,8 @@ char* parameter_at(Warp& warp, uint64_t address, uint64_t bytes, int lane, Acces
 
 // Where the lanes of a mask access so many bytes each.
 template <Space space>
-Vector<char*> places(Warp& warp, const Instruction& i, Mask mask, uint64_t bytes, Access access) {
+Vector<char*> places(Warp& warp, const Instruction& i, Mask mask, uint64_t bytes, Access access,
+                     const Written& written = {}) {
   const Vector<uint64_t> at = addresses(warp, i);
   Vector<char*> found;
   uint64_t all = 0;
@@ -126,7 +141,7 @@ Vector<char*> places(Warp& warp, const Instruction& i, Mask mask, uint64_t bytes
     const int l = __builtin_ctz(left);
     const uint64_t address = at.lane[l];
     if constexpr (space == Space::shared) {
-      found.lane[l] = shared_at(warp, address, bytes, l, access);
+      found.lane[l] = shared_at(warp, address, bytes, l, access, written);
     } else if constexpr (space == Space::local) {
       found.lane[l] = local_at(warp, address, bytes, l, access);
     } else if constexpr (space == Space::param) {
@@ -134,7 +149,7 @@ Vector<char*> places(Warp& warp, const Instruction& i, Mask mask, uint64_t bytes
     } else {
       const uint64_t window = address & kWindows, within = address & ~kWindows;
       if (window == kSharedWindow) {
-        found.lane[l] = shared_at(warp, within, bytes, l, access);
+        found.lane[l] = shared_at(warp, within, bytes, l, access, written);
       } else if (window == kLocalWindow) {
         found.lane[l] = local_at(warp, within, bytes, l, access);
       } else if (window == kParameterWindow) {
@@ -174,11 +189,16 @@ void load(Warp& warp, const Instruction& i, Mask mask) {
 
 template <class T, Space space>
 void store(Warp& warp, const Instruction& i, Mask mask) {
-  const Vector<char*> to = places<space>(warp, i, mask, sizeof(T) * static_cast<uint64_t>(i.number[0]), Access::store);
+  const auto count = static_cast<size_t>(i.number[0]);
+  T values[kLanes * Instruction::kMostSlots];
+  for (int l = 0; l < kLanes; ++l)
+    for (size_t k = 0; k < count; ++k) values[static_cast<size_t>(l) * count + k] = warp.at<T>(i.slot[k + 1]).lane[l];
+  const Written written{reinterpret_cast<const char*>(values)};
+  const size_t bytes = count * sizeof(T);
+  const Vector<char*> to = places<space>(warp, i, mask, bytes, Access::store, written);
   for (Mask left = mask; left; left &= left - 1) {
     const int l = __builtin_ctz(left);
-    for (int k = 0; k < i.number[0]; ++k)
-      std::memcpy(to.lane[l] + static_cast<size_t>(k) * sizeof(T), &warp.at<T>(i.slot[k + 1]).lane[l], sizeof(T));
+    std::memcpy(to.lane[l], written.of(l, bytes), bytes);
   }
 }
 

@@ -24,6 +24,7 @@ bool decode_barrier(Decoder& d) {
   }
   if (d.has("warp")) {
     i.flow = Flow::warp_barrier;
+    i.number[3] = 1;  // orders accesses to memory, as a shuffle does not
     i.slot[Instruction::kMostSlots - 1] = d.source(0, 4);
     return d.runs(nothing), true;
   }

@@ -99,6 +99,7 @@ class Warp {
   char* file = nullptr;
   int number = 0;
   Mask live = 0;
+  uint32_t barriers = 0;     // of the warp, that have been passed
   std::vector<Group> ready;  // the lowest instruction last
   std::vector<Waiting> at_warp_barrier, at_block_barrier;
   std::vector<char> local;  // memory of each lane, one after the other
@@ -148,10 +149,10 @@ struct Block {
   Size index, size, grid;
   const char* parameters = nullptr;
   std::vector<Warp> warps;
-  std::vector<char> shared;
-  std::vector<uint8_t> is_written;  // bytes of shared memory
+  SharedMemory shared;
   uint64_t dynamic_bytes = 0;
   uint64_t clock = 0;
+  uint32_t barriers = 0;  // that have been released
 
   int live_threads() const;
   // Lets those on who wait at a barrier for which all have come.

@@ -128,6 +128,7 @@ void Warp::meet(Instruction& instruction, Group& group, Mask coming) {
     at_warp_barrier.erase(std::remove_if(at_warp_barrier.begin(), at_warp_barrier.end(), has_come),
                           at_warp_barrier.end());
     instruction.run(*this, instruction, come);
+    barriers += static_cast<uint32_t>(instruction.number[3]);
     group.lanes |= come;
   }
 }
@@ -240,6 +241,7 @@ void Block::release_barriers() {
       }
     if (expected == 0) expected = live_threads();
     if (come == 0 || come < expected) continue;
+    ++barriers;
     for (Warp& warp : warps) {
       std::vector<Waiting> staying;
       for (const Waiting& waiting : warp.at_block_barrier) {
@@ -317,8 +319,7 @@ void run(Program& program, const Launch& launch) {
     block.index = {static_cast<uint32_t>(number % launch.grid.x),
                    static_cast<uint32_t>(number / launch.grid.x % launch.grid.y),
                    static_cast<uint32_t>(number / launch.grid.x / launch.grid.y)};
-    block.shared.assign(shared, static_cast<char>(0xFF));
-    block.is_written.assign(shared, 0);
+    block.shared.start(shared);
     ++block.clock;
     for (size_t k = 0; k < warps; ++k)
       block.warps[k].start(block, program, static_cast<int>(k), static_cast<int>(threads - kLanes * k));
