@@ -77,11 +77,13 @@ CUDA_TESTS = [
         *("gradient_rules", "noise", "properties"),
     )
 ]
-# Compiling takes Triton a third of a second a kernel: those of these tests are some hundred and fifty.
+# Compiling takes Triton a third of a second a kernel: those of these tests are some eighty. PTX_WHOLE=1 takes all.
 TRITON_TESTS = {
-    "operations": ["tests/test_operations.py", "-k", "triton and (dtypes or latent or sizes or infinity or bitwise)"],
+    "operations": ["tests/test_operations.py", "-k", "triton and (dtypes or infinity or bitwise)"],
     "noise": ["tests/test_noise.py", "-k", "triton"],
 }
+if os.environ.get("PTX_WHOLE") == "1":
+    TRITON_TESTS = {Path(file).stem: [file, "-k", "triton"] for file in CUDA_TESTS}
 
 
 def run_tests(backend: str, *arguments: str, seed: int = 1, approximation_error: int = 0) -> None:
@@ -178,25 +180,25 @@ def test_an_access_past_the_last_element_is_caught(backend: str) -> None:
     for (size, (kind, opcode)), message in zip(cases, messages, strict=True):
         end = f"the end of the buffer of {3 * size * 4 - 4} bytes"
         where = rf"by: .*{re.escape(opcode)}.*\n  in: .*objective_kernel.*thread \(\d+, 0, 0\)"
-        assert re.search(rf"{kind} out of bounds: .* {end}\n  {where}", message), message
+        assert re.search(rf"{kind} out of bounds: .* {end} at 0x\w+\n  {where}", message), message
 
 
 # --- instructions and bytes -------------------------------------------------------------------------------------
 
 # No more than so many PTX instructions an element: to be lowered when kernels become better. In brackets, the aim.
 INSTRUCTIONS = {
-    ("cuda", "nll with gradients", "float32"): 104.2,  # [40]
-    ("cuda", "nll with gradients", "bfloat16"): 92.4,  # [40]
+    ("cuda", "nll with gradients", "float32"): 104.4,  # [40]
+    ("cuda", "nll with gradients", "bfloat16"): 91.6,  # [40]
     ("cuda", "latent forward", "float32"): 190.0,  # [105]
     ("cuda", "latent forward", "bfloat16"): 171.4,  # [105]
     ("cuda", "latent backward", "float32"): 196.5,  # [105]
     ("cuda", "latent backward", "bfloat16"): 169.7,  # [105]
-    ("triton", "nll with gradients", "float32"): 56.4,  # [45]
-    ("triton", "nll with gradients", "bfloat16"): 57.0,
-    ("triton", "latent forward", "float32"): 119.1,  # [100]
-    ("triton", "latent forward", "bfloat16"): 122.9,
-    ("triton", "latent backward", "float32"): 114.0,  # [100]
-    ("triton", "latent backward", "bfloat16"): 119.6,
+    ("triton", "nll with gradients", "float32"): 36.3,  # [45]
+    ("triton", "nll with gradients", "bfloat16"): 39.0,
+    ("triton", "latent forward", "float32"): 92.4,  # [100]
+    ("triton", "latent forward", "bfloat16"): 96.7,
+    ("triton", "latent backward", "float32"): 88.3,  # [100]
+    ("triton", "latent backward", "bfloat16"): 94.2,
 }
 # Operands of a pass, read and written, by elements; the noise's seed, factors and sums come to little more.
 OPERANDS = {"nll with gradients": 5, "latent forward": 3, "latent backward": 5}

@@ -98,9 +98,13 @@ char* shared_at(Warp& warp, uint64_t address, uint64_t bytes, int lane, Access a
                       std::to_string(kSharedBegin) + ", " + std::to_string(block.shared.size()) + ")");
   static constexpr SharedMemory::Access accesses[] = {SharedMemory::Access::read, SharedMemory::Access::write,
                                                       SharedMemory::Access::atomic};
-  const std::string complaint = block.shared.complaint(address, bytes, accesses[static_cast<int>(access)],
-                                                       warp.number * kLanes + lane, {block.barriers, warp.barriers});
+  const char* const value = written.of(lane, bytes);
+  const std::string complaint =
+      block.shared.complaint(address, bytes, accesses[static_cast<int>(access)], warp.number * kLanes + lane,
+                             {block.barriers, warp.barriers}, value);
   if (!complaint.empty()) throw LaneFault(lane, complaint + ": at " + std::to_string(address));
+  // At once, so that the next lane finds it.
+  if (value) std::memcpy(block.shared.data() + address, value, bytes);
   return block.shared.data() + address;
 }
 
