@@ -1,7 +1,8 @@
 // How threads read and write operands: V elements at a time, in accesses of up to 16 bytes.
 //
-// An Access names the working type T, the dtype in memory (void: looked up at run time) and V. A kernel is compiled
-// for the few of them that are chosen from below.
+// An Access names the working type T, the dtype in memory (void: looked up at run time), V, and whether operands are
+// flat: each sample of theirs lies in one stretch, or is one value. Then an offset within a chunk serves them all. A
+// kernel is compiled for the few accesses that are chosen from below.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,18 +27,19 @@
 namespace fusedvae {
 namespace cuda {
 
-template <class T_, class Storage_, int V_>
+template <class T_, class Storage_, int V_, bool is_flat_>
 struct Access {
   using T = T_;
   using Storage = Storage_;
   static constexpr int V = V_;
+  static constexpr bool kIsFlat = is_flat_;
 };
-using AllFloat32 = Access<float, float, 4>;
-using AllBfloat16 = Access<float, __nv_bfloat16, 8>;
-using AllFloat16 = Access<float, __half, 8>;
-using MixedFloat = Access<float, void, 4>;
-using MixedFloatScalar = Access<float, void, 1>;
-using MixedDoubleScalar = Access<double, void, 1>;
+using FlatFloat32 = Access<float, float, 4, true>;
+using FlatBfloat16 = Access<float, __nv_bfloat16, 8, true>;
+using FlatFloat16 = Access<float, __half, 8, true>;
+using MixedFloat = Access<float, void, 4, false>;
+using MixedFloatScalar = Access<float, void, 1, false>;
+using MixedDoubleScalar = Access<double, void, 1, false>;
 
 // --- bits and numbers -------------------------------------------------------------------------------------------
 
@@ -47,7 +49,7 @@ struct Bits {
 };
 
 template <class To, class From>
-__device__ __forceinline__ To bits_as(From from) {
+__host__ __device__ __forceinline__ To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "bits of one size");
   To to;
   __builtin_memcpy(&to, &from, sizeof to);
@@ -122,6 +124,26 @@ __device__ __forceinline__ void narrow(T value, Bits& bits, int j) {
   }
 }
 
+// V numbers as elements of type S. One instruction narrows two to a half precision.
+template <class S, int V, class T>
+__device__ __forceinline__ Bits narrowed(const T (&values)[V]) {
+  Bits bits{};
+  if constexpr (sizeof(S) == 2 && V % 2 == 0) {
+    FUSEDVAE_UNROLL
+    for (int j = 0; j < V; j += 2) {
+      const float low = static_cast<float>(values[j]), high = static_cast<float>(values[j + 1]);
+      if constexpr (std::is_same_v<S, __nv_bfloat16>)
+        bits.word[j / 2] = bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
+      else
+        bits.word[j / 2] = bits_as<uint32_t>(__floats2half2_rn(low, high));
+    }
+  } else {
+    FUSEDVAE_UNROLL
+    for (int j = 0; j < V; ++j) narrow<T, S>(values[j], bits, j);
+  }
+  return bits;
+}
+
 // Calls f with a null pointer of the dtype's type.
 template <class F>
 __device__ __forceinline__ void with_type(DType dtype, const F& f) {
@@ -179,11 +201,20 @@ __device__ __forceinline__ void put(const Operand& op, int64_t offset, T value) 
   });
 }
 
-// --- positions --------------------------------------------------------------------------------------------------
+// --- places -----------------------------------------------------------------------------------------------------
 
 // Coordinates of an element.
 struct Position {
   int64_t batch, outer, inner;
+};
+
+// Where elements are: coordinates; or, in flat operands, through which a thread advances, how far ahead of it.
+template <class A>
+using Place = std::conditional_t<A::kIsFlat, int, Position>;
+
+// Where a thread begins in a chunk, if operands are flat.
+struct Start {
+  int64_t sample, within;
 };
 
 __device__ __forceinline__ Position position_of(int64_t element, const Extent& extent) {
@@ -207,96 +238,129 @@ __device__ __forceinline__ int64_t offset_of(const Operand& op, const Position& 
 template <class A>
 struct Lanes {
   typename A::T at[A::V];
-};
 
-// An operand's elements, as they are in memory. Fetching and unpacking are apart, so that a thread can have several
-// fetches under way.
-template <class A>
-__device__ __forceinline__ Bits fetch(const Operand& op, const Position& at) {
-  if (op.data == nullptr) return Bits{};
-  const int64_t offset = offset_of(op, at);
-  const char* const data = static_cast<const char*>(op.data);
-  if (A::V == 1 || op.stride[2] == 0) return load<1>(data + offset * size_of(op.dtype), op.dtype);
-  if constexpr (std::is_void_v<typename A::Storage>)
-    return load<A::V>(data + offset * size_of(op.dtype), op.dtype);
-  else
-    return load_bits<16>(data + offset * static_cast<int64_t>(sizeof(typename A::Storage)));
-}
-
-// Their values; those of a number, if it is one, and 0 for an operand that was not given.
-template <class A>
-__device__ __forceinline__ Lanes<A> unpack(const Operand& op, const Bits& bits) {
-  using T = typename A::T;
-  Lanes<A> lanes{};
-  if (op.data == nullptr || op.stride[2] == 0) {
-    T value = static_cast<T>(op.value);
-    if (op.data)
-      with_type(op.dtype, [&](auto* type) { value = widen<T, std::remove_pointer_t<decltype(type)>>(bits, 0); });
-    FUSEDVAE_UNROLL
-    for (int j = 0; j < A::V; ++j) lanes.at[j] = value;
-  } else if constexpr (std::is_void_v<typename A::Storage>) {
-    with_type(op.dtype, [&](auto* type) {
-      using S = std::remove_pointer_t<decltype(type)>;
-      if constexpr (kFits<A::V, S>) {
-        FUSEDVAE_UNROLL
-        for (int j = 0; j < A::V; ++j) lanes.at[j] = widen<T, S>(bits, j);
-      }
-    });
-  } else {
-    FUSEDVAE_UNROLL
-    for (int j = 0; j < A::V; ++j) lanes.at[j] = widen<T, typename A::Storage>(bits, j);
-  }
-  return lanes;
-}
-
-// Of an operand that is mostly one number: that is read once. 1 if it was not given.
-template <class A>
-class Factor {
- public:
-  using T = typename A::T;
-  __device__ __forceinline__ explicit Factor(const Operand& op)
-      : op_(op),
-        is_uniform_(op.is_uniform()),
-        one_(!op.given     ? T(1)
-             : is_uniform_ ? get<T>(op, 0)
-                           : T(0)) {}
-  __device__ __forceinline__ Lanes<A> at(const Position& position) const {
-    T value = one_;
-    if (!is_uniform_) {
-      if (op_.stride[2] != 0) return unpack<A>(op_, fetch<A>(op_, position));
-      value = get<T>(op_, offset_of(op_, position));
-    }
-    Lanes<A> lanes;
+  __device__ __forceinline__ static Lanes of(typename A::T value) {
+    Lanes lanes;
     FUSEDVAE_UNROLL
     for (int j = 0; j < A::V; ++j) lanes.at[j] = value;
     return lanes;
   }
-
- private:
-  const Operand& op_;
-  const bool is_uniform_;
-  const T one_;
 };
 
-// Writes an operand's elements, unless it was not given.
+// The size of an element, where that is known when compiling.
 template <class A>
-__device__ __forceinline__ void write(const Operand& op, const Position& at, const Lanes<A>& lanes) {
-  if (!op.given) return;
-  const auto pack = [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    if constexpr (!std::is_same_v<S, uint8_t> && kFits<A::V, S>) {
-      char* const address = static_cast<char*>(op.data) + offset_of(op, at) * static_cast<int64_t>(sizeof(S));
-      Bits bits{};
-      FUSEDVAE_UNROLL
-      for (int j = 0; j < A::V; ++j) narrow<typename A::T, S>(lanes.at[j], bits, j);
-      store_bits<A::V * sizeof(S)>(address, bits);
-    }
-  };
-  if constexpr (std::is_void_v<typename A::Storage>)
-    with_type(op.dtype, pack);
-  else
-    pack(static_cast<typename A::Storage*>(nullptr));
+constexpr int64_t kStorageBytes =
+    sizeof(std::conditional_t<std::is_void_v<typename A::Storage>, char, typename A::Storage>);
+
+// The address where a thread begins in a flat operand.
+template <class A>
+__device__ __forceinline__ char* begin_of(const Operand& op, const Start& chunk) {
+  return static_cast<char*>(op.data) + (chunk.sample * op.stride[0] + chunk.within) * kStorageBytes<A>;
 }
+
+// How an operand lies in a chunk, as far as that is known when compiling.
+enum class Lie { any, elements, one };
+
+// An operand that is read. It is started at each chunk; then fetching and unpacking are apart, so that a thread can
+// have several fetches under way. What is one value for all of a chunk is read at its start.
+template <class A>
+class Source {
+ public:
+  using T = typename A::T;
+
+  __device__ __forceinline__ void open(const Operand& op, T absent = T(0)) {
+    op_ = &op;
+    is_one_ = A::kIsFlat ? op.stride[2] == 0 : op.is_uniform();
+    one_ = absent;
+    if (!A::kIsFlat && is_one_ && op.given) one_ = get<T>(op, 0);
+  }
+  __device__ __forceinline__ void start(const Start& chunk, Lie lie = Lie::any) {
+    if constexpr (A::kIsFlat) {
+      if (is_one(lie)) {
+        if (op_->given) one_ = get<T>(*op_, chunk.sample * op_->stride[0]);
+      } else {
+        address_ = begin_of<A>(*op_, chunk);
+      }
+    }
+  }
+  __device__ __forceinline__ void advance(int elements) { address_ += elements * kStorageBytes<A>; }
+  __device__ __forceinline__ bool is_one(Lie lie = Lie::any) const {
+    return lie == Lie::any ? is_one_ : lie == Lie::one;
+  }
+  __device__ __forceinline__ T one() const { return one_; }
+
+  __device__ __forceinline__ Bits fetch(const Place<A>& at, Lie lie = Lie::any) const {
+    if (is_one(lie)) return Bits{};
+    if constexpr (A::kIsFlat) {
+      return load_bits<16>(address_ + at * kStorageBytes<A>);
+    } else {
+      const char* const address = static_cast<const char*>(op_->data) + offset_of(*op_, at) * size_of(op_->dtype);
+      return A::V == 1 || op_->stride[2] == 0 ? load<1>(address, op_->dtype) : load<A::V>(address, op_->dtype);
+    }
+  }
+  __device__ __forceinline__ Lanes<A> unpack(const Bits& bits, Lie lie = Lie::any) const {
+    if (is_one(lie)) return Lanes<A>::of(one_);
+    Lanes<A> lanes{};
+    if constexpr (A::kIsFlat) {
+      FUSEDVAE_UNROLL
+      for (int j = 0; j < A::V; ++j) lanes.at[j] = widen<T, typename A::Storage>(bits, j);
+    } else {
+      with_type(op_->dtype, [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        if (!kFits<A::V, S> || op_->stride[2] == 0) {
+          lanes = Lanes<A>::of(widen<T, S>(bits, 0));
+        } else if constexpr (kFits<A::V, S>) {
+          FUSEDVAE_UNROLL
+          for (int j = 0; j < A::V; ++j) lanes.at[j] = widen<T, S>(bits, j);
+        }
+      });
+    }
+    return lanes;
+  }
+  __device__ __forceinline__ Lanes<A> read(const Place<A>& at) const { return unpack(fetch(at)); }
+
+ private:
+  const Operand* op_;
+  const char* address_ = nullptr;
+  bool is_one_;
+  T one_;
+};
+
+// An operand whose elements are written, if they are wanted.
+template <class A>
+class Sink {
+ public:
+  __device__ __forceinline__ void open(const Operand& op, bool is_wanted) {
+    op_ = &op;
+    is_wanted_ = is_wanted;
+  }
+  __device__ __forceinline__ void start(const Start& chunk) {
+    if constexpr (A::kIsFlat) {
+      if (is_wanted_) address_ = begin_of<A>(*op_, chunk);
+    }
+  }
+  __device__ __forceinline__ void advance(int elements) { address_ += elements * kStorageBytes<A>; }
+  __device__ __forceinline__ bool is_wanted() const { return is_wanted_; }
+  __device__ __forceinline__ void write(const Place<A>& at, const Lanes<A>& lanes) const {
+    if (!is_wanted_) return;
+    if constexpr (A::kIsFlat) {
+      store_bits<16>(address_ + at * kStorageBytes<A>, narrowed<typename A::Storage>(lanes.at));
+    } else {
+      with_type(op_->dtype, [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        if constexpr (!std::is_same_v<S, uint8_t> && kFits<A::V, S>) {
+          char* const address = static_cast<char*>(op_->data) + offset_of(*op_, at) * static_cast<int64_t>(sizeof(S));
+          store_bits<A::V * sizeof(S)>(address, narrowed<S>(lanes.at));
+        }
+      });
+    }
+  }
+
+ private:
+  const Operand* op_;
+  char* address_ = nullptr;
+  bool is_wanted_;
+};
 
 // --- the choice of an access, on the host -----------------------------------------------------------------------
 
@@ -306,8 +370,11 @@ class Layouts {
   explicit Layouts(bool in_double) : in_double_(in_double) {}
   void add(const Extent& extent, std::initializer_list<const Operand*> operands) {
     for (const Operand* op : operands) {
-      if (op->data == nullptr) continue;
-      if (op->is_uniform() || op->stride[2] == 0) continue;
+      if (op->data == nullptr || (op->stride[1] == 0 && op->stride[2] == 0)) continue;
+      if (op->stride[2] == 0) {
+        is_flat_ = false;
+        continue;
+      }
       all_one_ &= !some_ || op->dtype == dtype_;
       dtype_ = op->dtype;
       some_ = true;
@@ -317,6 +384,7 @@ class Layouts {
       limit_to_divisor(extent.batch, op->stride[0]);
       limit_to_divisor(extent.outer, op->stride[1]);
     }
+    is_flat_ &= extent.outer == 1;
     limit_to_divisor(2, extent.inner);
   }
   // Noise that is made: V elements must be made together. Where an offset on the device leads to, nobody knows here.
@@ -329,6 +397,7 @@ class Layouts {
   }
   bool in_double() const { return in_double_; }
   int width() const { return width_; }
+  bool is_flat() const { return is_flat_; }
   bool all(DType dtype) const { return !in_double_ && all_one_ && (!some_ || dtype_ == dtype); }
 
  private:
@@ -338,7 +407,7 @@ class Layouts {
       if (size > 1 && step % v) limit(v / 2);
   }
   const bool in_double_;
-  bool all_one_ = true, some_ = false;
+  bool all_one_ = true, some_ = false, is_flat_ = true;
   DType dtype_ = DType::f32;
   int width_ = 8;
 };
@@ -355,18 +424,21 @@ void with_mixed_access(const Layouts& layouts, const F& f) {
   layouts.in_double() ? f(MixedDoubleScalar{}) : with_mixed_float_access(layouts, f);
 }
 
-// Calls f with the widest access to operands of one dtype, and returns true, if that is what they are.
+// Whether there is an access to flat operands: such of one dtype.
+inline bool has_flat_access(const Layouts& layouts) {
+  const bool is_half = layouts.all(DType::bf16) || layouts.all(DType::f16);
+  return layouts.is_flat() && (is_half ? layouts.width() >= 8 : layouts.all(DType::f32) && layouts.width() >= 4);
+}
+
+// Calls f with it.
 template <class F>
-bool with_single_access(const Layouts& layouts, const F& f) {
-  if (layouts.width() >= 8 && layouts.all(DType::bf16))
-    f(AllBfloat16{});
-  else if (layouts.width() >= 8 && layouts.all(DType::f16))
-    f(AllFloat16{});
-  else if (layouts.width() >= 4 && layouts.all(DType::f32))
-    f(AllFloat32{});
+void with_flat_access(const Layouts& layouts, const F& f) {
+  if (layouts.all(DType::bf16))
+    f(FlatBfloat16{});
+  else if (layouts.all(DType::f16))
+    f(FlatFloat16{});
   else
-    return false;
-  return true;
+    f(FlatFloat32{});
 }
 
 }  // namespace cuda

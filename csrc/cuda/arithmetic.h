@@ -1,5 +1,8 @@
 // The elementary functions of the formula headers for one number. To be included before those headers.
-// CUDA's own, at their full accuracy: nothing here is compiled with --use_fast_math.
+//
+// CUDA's own, at their full accuracy (nothing here is compiled with --use_fast_math), but for those on the way from a
+// counter to a normal and from a log-variance to a deviation, on which the latent spends most of its instructions:
+// these are to an ulp or two, and leave out what their arguments cannot be.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/access.h"
 #include "math/target.h"
 
 namespace fusedvae {
@@ -17,8 +21,35 @@ FUSEDVAE_INLINE T number(double value) {
   return static_cast<T>(value);
 }
 
-FUSEDVAE_INLINE float exponential(float x) {
-  return expf(x);
+// 2^x, to two ulp.
+FUSEDVAE_INLINE float power_of_2(float x) {
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#else
+  return exp2f(x);
+#endif
+}
+
+// The larger of x and a number; NaN stays NaN.
+FUSEDVAE_INLINE float at_least(float low, float x) {
+#if defined(__CUDA_ARCH__)
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(low));
+  return larger;
+#else
+  return x < low ? low : x;
+#endif
+}
+
+// e^x = 2^t e^r, where t is x / ln 2, rounded, and r what that has lost: so little that e^r is 1 + r. t stops below
+// 128, from where on that is what overflows.
+FUSEDVAE_INLINE float exponential(float given) {
+  const float x = at_least(-104.0f, given), t = fminf(x * 1.44269504f, 127.99999f);
+  const float r = fmaf(t, 1.90465432e-9f, fmaf(t, -0.693147182f, x));  // ln 2 in two parts
+  const float power = power_of_2(t);
+  return fmaf(power, r, power);
 }
 FUSEDVAE_INLINE double exponential(double x) {
   return exp(x);
@@ -29,8 +60,33 @@ FUSEDVAE_INLINE float exponential(float x, float factor) {
 FUSEDVAE_INLINE double exponential(double x, float factor) {
   return static_cast<double>(factor) * exponential(x);
 }
+
+// e^x and e^x - 1 of one range reduction: e^x = 2^n e^r with |r| below ln 2 / 2. n stops at 127, from where on e^r is
+// what overflows.
+template <class T>
+struct ExpPair {
+  T exp, expm1;
+};
+FUSEDVAE_INLINE ExpPair<float> exp_pair(float given) {
+  constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const float x = at_least(-104.0f, given), n = fminf(fmaf(x, 1.44269504f, kRound) - kRound, 127.0f);
+  const float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, x));
+  float p = fmaf(r, 1.9875691500e-4f, 1.3981999507e-3f);
+  p = fmaf(p, r, 8.3334519073e-3f);
+  p = fmaf(p, r, 4.1665795894e-2f);
+  p = fmaf(p, r, 1.6666665459e-1f);
+  p = fmaf(p, r, 5.0000001201e-1f);
+  p = fmaf(p, r * r, r);  // e^r - 1
+  const float power = power_of_2(n);
+  return {fmaf(p, power, power), fmaf(p, power, power - 1.0f)};
+}
+
+FUSEDVAE_INLINE ExpPair<double> exp_pair(double x) {
+  return {exp(x), expm1(x)};
+}
+
 FUSEDVAE_INLINE float exponential_minus_1(float x) {
-  return expm1f(x);
+  return exp_pair(x).expm1;
 }
 FUSEDVAE_INLINE double exponential_minus_1(double x) {
   return expm1(x);
@@ -49,41 +105,58 @@ FUSEDVAE_INLINE float logarithm_of_1_plus(float x) {
 FUSEDVAE_INLINE double logarithm_of_1_plus(double x) {
   return log1p(x);
 }
-// The same for x in [0, 1], with 1 / (1 + x), which CUDA's has no use for.
-FUSEDVAE_INLINE float logarithm_of_1_plus(float x, float /*inverse*/) {
-  return log1pf(x);
-}
-FUSEDVAE_INLINE double logarithm_of_1_plus(double x, double /*inverse*/) {
-  return log1p(x);
-}
 
 FUSEDVAE_INLINE float root(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
   return sqrtf(x);
+#endif
 }
 FUSEDVAE_INLINE double root(double x) {
   return sqrt(x);
 }
 
-// ln u for u in [2^-32, 1].
+// ln u for a normal u > 0: u = 2^e (1 + m) with m in [-1/3, 1/3], and ln(1 + m) = m + m^2 q(m).
 FUSEDVAE_INLINE float log_unit(float u) {
-  return logf(u);
+  const int bits = cuda::bits_as<int>(u), e = (bits - 0x3F2AAAAB) & static_cast<int>(0xFF800000);
+  const float m = cuda::bits_as<float>(bits - e) - 1.0f;
+  float q = fmaf(m, 0.140262708f, -0.153885782f);
+  q = fmaf(q, m, 0.139958248f);
+  q = fmaf(q, m, -0.164159536f);
+  q = fmaf(q, m, 0.200111672f);
+  q = fmaf(q, m, -0.250078201f);
+  q = fmaf(q, m, 0.333331972f);
+  q = fmaf(q, m, -0.499999374f);
+  return fmaf(static_cast<float>(e), 0.693147182f * 0x1p-23f, fmaf(q * m, m, m));
+}
+
+// ln(1 + x) for x in [0, 1], with 1 / (1 + x): what the sum loses to rounding comes back as a correction.
+FUSEDVAE_INLINE float logarithm_of_1_plus(float x, float inverse) {
+  const float sum = 1.0f + x;
+  return fmaf(x - (sum - 1.0f), inverse, log_unit(sum));
+}
+FUSEDVAE_INLINE double logarithm_of_1_plus(double x, double /*inverse*/) {
+  return log1p(x);
 }
 
 // sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is ever rounded.
 FUSEDVAE_INLINE void sincos_turns(float u, float* sine, float* cosine) {
-  const int quarter = static_cast<int>(u * 4.0f + 0.5f);
-  const float a = (u - static_cast<float>(quarter) * 0.25f) * 6.28318531f;  // within +-pi/4
-  const float z = a * a;
-  float s = z * -1.9515295891e-4f + 8.3321608736e-3f;
-  s = s * z - 1.6666654611e-1f;
-  s = s * z * a + a;
-  float c = z * 2.443315711809948e-5f - 1.388731625493765e-3f;
-  c = c * z + 4.166664568298827e-2f;
-  c = c * z * z - 0.5f * z + 1.0f;
+  constexpr float kRound = 12582912.0f;                                       // adding 1.5 * 2^23 rounds to an integer,
+  const float turned = fmaf(u, 4.0f, kRound);                                 // which is then
+  const int quarter = cuda::bits_as<int>(turned);                             // in the last bits
+  const float a = fmaf(turned - kRound, -0.25f, u) * 6.28318531f, z = a * a;  // a is within +-pi/4
+  const float s = fmaf(fmaf(fmaf(z, -1.9515295891e-4f, 8.3321608736e-3f), z, -1.6666654611e-1f) * z, a, a);
+  const float c = fmaf(fmaf(fmaf(z, 2.443315711809948e-5f, -1.388731625493765e-3f), z, 4.166664568298827e-2f) * z, z,
+                       fmaf(-0.5f, z, 1.0f));
   const bool odd = quarter & 1;
-  const float sine_size = odd ? c : s, cosine_size = odd ? s : c;
-  *sine = quarter & 2 ? -sine_size : sine_size;
-  *cosine = (quarter + 1) & 2 ? -cosine_size : cosine_size;
+  const auto with_sign = [](float size, int turns) {  // negative in the second and third of four turns
+    return cuda::bits_as<float>(cuda::bits_as<uint32_t>(size) ^ (static_cast<uint32_t>(turns) << 30 & 0x80000000u));
+  };
+  *sine = with_sign(odd ? c : s, quarter);
+  *cosine = with_sign(odd ? s : c, quarter + 1);
 }
 
 }  // namespace FUSEDVAE_NAMESPACE

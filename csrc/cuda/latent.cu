@@ -1,6 +1,8 @@
 // One pass over the latent: the sample and its divergence, or their gradients.
 #include "cuda/latent.h"
 
+#include <algorithm>
+
 namespace fusedvae {
 namespace cuda {
 namespace {
@@ -11,42 +13,92 @@ bool has_usual_divergence(const LatentTask& task, FUSEDVAE_NAMESPACE::List<Diver
   return found[task.divergence.formula];
 }
 
-// Whether the task is one that has kernels of its own.
-bool is_usual(const LatentTask& task, const Outputs& outputs) {
-  bool usual = !task.divergence.in_double && has_usual_divergence(task, FUSEDVAE_NAMESPACE::Divergences{}) &&
-               task.divergence.is_plain();
-  for (const Output grad : outputs.grads) usual = usual && !is_summed(grad);
-  return usual && outputs.value != Output::column && !task.offset.data;
+// What the kernel can be compiled to know that the task makes, if its operands are flat.
+LatentMakes makes_of(const LatentTask& task, const Outputs& outputs) {
+  const ElementwiseTask& divergence = task.divergence;
+  bool is_usual = task.seed && !task.offset.data && !divergence.in_double && divergence.is_plain() &&
+                  has_usual_divergence(task, FUSEDVAE_NAMESPACE::Divergences{});
+  bool has_gradients = false;
+  for (int k = 0; k < UsualDivergence::kInputs; ++k) {
+    is_usual = is_usual && divergence.inputs[k].stride[2] != 0 && !is_summed(outputs.grads[k]);
+    has_gradients |= outputs.grads[k] != Output::none;
+  }
+  // The index within a sample is that in memory.
+  is_usual = is_usual && outputs.value != Output::column && outputs.value != Output::row && task.index.inner == 1;
+  if (!is_usual) return LatentMakes::anything;
+  if (!has_gradients) return LatentMakes::values;
+  const bool makes_values = outputs.value != Output::none || task.z;
+  if (makes_values || task.grad_z.stride[2] == 0 || divergence.incoming.stride[2] != 0) return LatentMakes::anything;
+  return divergence.incoming ? LatentMakes::gradients : LatentMakes::sample_gradients;
 }
 
-LatentPlan plan_of(const LatentTask& task, int64_t* partials) {
-  const Outputs outputs = outputs_of(task.divergence);
+// The same task with the rows of its only sample for samples.
+LatentTask arranged(const LatentTask& given) {
+  LatentTask task = given;
+  if (given.divergence.extent.batch != 1) return task;
+  task.divergence = with_rows_for_samples(given.divergence);
+  task.index = {given.index.outer, 0, given.index.inner};
+  for (Operand* op : {&task.noise, &task.grad_z, &task.z}) {
+    op->stride[0] = op->stride[1];
+    op->stride[1] = 0;
+  }
+  return task;
+}
+
+LatentPlan plan_of(const LatentTask& task, const Outputs& outputs, bool is_flat) {
   LatentPlan plan;
-  static_cast<PassPlan&>(plan) = plan_of_pass(task.divergence, outputs, outputs.any(Output::column), partials);
+  const Order order = is_flat ? Order::flat : outputs.any(Output::column) ? Order::by_column : Order::any;
+  static_cast<PassPlan&>(plan) = plan_of_pass(task.divergence, outputs, order, plan.finish);
   for (const Output grad : outputs.grads) plan.has_gradients |= grad != Output::none;
   if (task.offset && !task.offset.data) plan.offset = static_cast<int64_t>(task.offset.value);
   return plan;
 }
 
-}  // namespace
-
-int64_t workspace_bytes(const LatentTask& task) {
-  int64_t partials = 0;
-  return plan_of(task, &partials).is_finished_by_last_block ? Workspace::bytes_for(partials) : 0;
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const __grid_constant__ LatentTask task, const __grid_constant__ LatentPlan plan,
+                  const Workspace workspace) {
+  finish_outputs(task.divergence, plan, workspace.partials, {blockIdx.x, gridDim.x});
 }
 
-void latent(const LatentTask& task, const Launch& on) {
+}  // namespace
+
+int64_t workspace_bytes(const LatentTask& given) {
+  const LatentTask task = arranged(given);
+  const Outputs outputs = outputs_of(task.divergence);
   int64_t partials = 0;
-  const LatentPlan plan = plan_of(task, &partials);
-  if (plan.blocks == 0 && !plan.is_finished_by_last_block) return;
-  const DeviceGuard guard(on.device);
+  bool is_needed = false;
+  for (const bool is_flat : {false, true}) {
+    const Finish finish = plan_of(task, outputs, is_flat).finish;
+    is_needed |= finish.is_needed;
+    partials = std::max(partials, finish.partials);
+  }
+  return is_needed ? Workspace::bytes_for(partials) : 0;
+}
+
+void latent(const LatentTask& given, const Launch& on) {
+  const LatentTask task = arranged(given);
+  const Outputs outputs = outputs_of(task.divergence);
   Layouts layouts(task.divergence.in_double);
-  add_layouts(layouts, task.divergence, plan.outputs);
+  add_layouts(layouts, task.divergence, outputs);
   layouts.add(task.divergence.extent, {&task.noise, &task.grad_z, &task.z});
   if (task.seed) layouts.add_noise(task.divergence.extent, task.index, task.offset);
-  if (!is_usual(task, plan.outputs)) return launch_general(task, plan, layouts, on);
-  const auto launch_usual = [&](auto access) { launch_latent<decltype(access), Sums::of_values>(task, plan, on); };
-  if (!with_single_access(layouts, launch_usual)) with_mixed_float_access(layouts, launch_usual);
+  const LatentMakes makes = makes_of(task, outputs);
+  const bool is_flat = makes != LatentMakes::anything && has_flat_access(layouts);
+  const LatentPlan plan = plan_of(task, outputs, is_flat);
+  if (plan.blocks == 0 && !plan.finish.is_needed) return;
+  const auto launch_flat = [&](auto access) {
+    using A = decltype(access);
+    if (makes == LatentMakes::values)
+      launch_latent<A, Sums::of_values, LatentMakes::values>(task, plan, on);
+    else if (makes == LatentMakes::gradients)
+      launch_latent<A, Sums::of_values, LatentMakes::gradients>(task, plan, on);
+    else
+      launch_latent<A, Sums::of_values, LatentMakes::sample_gradients>(task, plan, on);
+  };
+  is_flat ? with_flat_access(layouts, launch_flat) : launch_general(task, plan, layouts, on);
+  if (plan.finish.is_needed && plan.finish.is_large())
+    launch("finish", finish_kernel, static_cast<unsigned>(plan.finish.blocks), kThreads, 0,
+           static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }
 
 }  // namespace cuda

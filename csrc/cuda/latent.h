@@ -16,17 +16,22 @@ namespace cuda {
 using UsualDivergence = FUSEDVAE_NAMESPACE::KlStandardNormal;
 
 struct LatentPlan : PassPlan {
+  Finish finish;
   bool has_gradients = false;
   int64_t offset = 0;  // of the noise stream, if it is a number
 };
 
-// The sample beside its divergence, and their gradients. Where values alone are summed, the task is a plain one with
-// the usual divergence.
-template <class A, Sums sums>
+// What a pass makes, as far as its kernel is compiled for it: the sample and values of the divergence, the gradients of
+// both, or those of the sample alone.
+enum class LatentMakes { anything, values, gradients, sample_gradients };
+
+// The sample beside its divergence, and their gradients. Where it is known what the pass makes, operands are flat,
+// noise comes from the seed, and the task is a plain one with the usual divergence.
+template <class A, Sums sums, LatentMakes makes>
 class LatentPass {
  public:
   using T = typename A::T;
-  static constexpr bool kIsUsual = sums == Sums::of_values;
+  static constexpr bool kIsUsual = makes != LatentMakes::anything;
   static constexpr int kInputs = kIsUsual ? UsualDivergence::kInputs : kMostInputs, kAhead = A::V == 1 ? 2 : 1;
   struct Fetched {
     Bits inputs[kInputs], noise, grad_z;
@@ -36,23 +41,55 @@ class LatentPass {
   __device__ __forceinline__ LatentPass(const LatentTask& task, const LatentPlan& plan)
       : made(task.divergence, plan), task_(task), plan_(plan), is_plain_(kIsUsual || plan.is_plain) {
     if (task.seed) seed_ = static_cast<uint64_t>(*task.seed);
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kInputs; ++k) inputs_[k].open(task.divergence.inputs[k]);
+    noise_.open(task.noise);
+    grad_z_.open(task.grad_z);
+    incoming_.open(task.divergence.incoming, T(1));
+    z_.open(task.z, task.z.given);
   }
 
-  __device__ __forceinline__ Fetched fetch(const Position& at) const {
+  __device__ __forceinline__ void start(const Start& chunk) {
+    made.start(chunk);
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kInputs; ++k) inputs_[k].start(chunk, kLie);
+    if (!kIsUsual) noise_.start(chunk);
+    if (makes != LatentMakes::values) grad_z_.start(chunk, kLie);
+    if (makes == LatentMakes::gradients) incoming_.start(chunk, Lie::one);
+    if (!kIsUsual || makes == LatentMakes::values) z_.start(chunk);
+    if constexpr (A::kIsFlat) first_ = plan_.offset + chunk.sample * task_.index.batch + chunk.within;
+  }
+
+  __device__ __forceinline__ void advance(int elements) {
+    made.advance(elements);
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kInputs; ++k) inputs_[k].advance(elements);
+    noise_.advance(elements);
+    grad_z_.advance(elements);
+    incoming_.advance(elements);
+    z_.advance(elements);
+    first_ += elements;
+  }
+
+  __device__ __forceinline__ Fetched fetch(const Place<A>& at) const {
     Fetched fetched;
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) fetched.inputs[k] = cuda::fetch<A>(task_.divergence.inputs[k], at);
-    fetched.noise = cuda::fetch<A>(task_.noise, at);
-    fetched.grad_z = cuda::fetch<A>(task_.grad_z, at);
+    for (int k = 0; k < kInputs; ++k) fetched.inputs[k] = inputs_[k].fetch(at, kLie);
+    if (makes != LatentMakes::values) fetched.grad_z = grad_z_.fetch(at, kLie);
+    if (!kIsUsual && !task_.seed) fetched.noise = noise_.fetch(at);
     return fetched;
   }
 
-  __device__ __forceinline__ void apply(const Position& at, const Fetched& fetched) {
+  __device__ __forceinline__ void apply(const Place<A>& at, const Fetched& fetched) {
+    // The noise first: it takes the most registers, and what is fetched is not there yet.
+    const Lanes<A> noise = noise_at(at, fetched.noise);
     Lanes<A> inputs[kInputs], z;
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) inputs[k] = unpack<A>(task_.divergence.inputs[k], fetched.inputs[k]);
-    const Lanes<A> noise = noise_at(at, fetched.noise), grad_z = unpack<A>(task_.grad_z, fetched.grad_z);
-    const Lanes<A> incoming = incoming_.at(at);
+    for (int k = 0; k < kInputs; ++k) inputs[k] = inputs_[k].unpack(fetched.inputs[k], kLie);
+    const Lanes<A> grad_z = makes == LatentMakes::values ? Lanes<A>{} : grad_z_.unpack(fetched.grad_z, kLie);
+    const Lanes<A> incoming = kIsUsual ? Lanes<A>::of(incoming_.one()) : incoming_.read(at);
+    const bool has_values = kIsUsual ? makes == LatentMakes::values : plan_.outputs.value != Output::none;
+    const bool has_gradients = kIsUsual ? makes != LatentMakes::values : plan_.has_gradients;
     const auto apply_divergence = [&](auto tag) {
       using Divergence = typename decltype(tag)::type;
       Beside<Divergence> beside[A::V];
@@ -61,12 +98,11 @@ class LatentPass {
         beside[j] = sampled<Divergence>(Inputs<A, kInputs>(inputs, j).of, noise.at[j], incoming.at[j]);
         z.at[j] = beside[j].z;
       }
-      // A pass has the one or the other, as a rule.
-      if (plan_.outputs.value != Output::none) {
+      if (has_values) {
         FUSEDVAE_UNROLL
         for (int j = 0; j < A::V; ++j) made.take_value(j, beside[j].element.value);
       }
-      if (plan_.has_gradients) {
+      if (has_gradients) {
         FUSEDVAE_UNROLL
         for (int j = 0; j < A::V; ++j) {
           Element<T, Divergence::kInputs> found{};
@@ -79,19 +115,29 @@ class LatentPass {
       apply_divergence(FUSEDVAE_NAMESPACE::Tag<UsualDivergence>{});
     else
       FUSEDVAE_NAMESPACE::with_formula(task_.divergence.formula, apply_divergence, FUSEDVAE_NAMESPACE::Divergences{});
-    write<A>(task_.z, at, z);
-    made.write_at(at);
+    if (!kIsUsual || !has_gradients) z_.write(at, z);
+    if (has_values) made.write_values(at);
+    if (has_gradients) made.write_gradients(at);
   }
 
  private:
-  __device__ __forceinline__ Lanes<A> noise_at(const Position& at, const Bits& fetched) const {
-    if (!task_.seed) return unpack<A>(task_.noise, fetched);
-    const IndexStrides& index = task_.index;
+  static constexpr Lie kLie = kIsUsual ? Lie::elements : Lie::any;
+
+  __device__ __forceinline__ int64_t noise_index(const Place<A>& at) const {
+    if constexpr (A::kIsFlat) {
+      return first_ + at;
+    } else {
+      const IndexStrides& index = task_.index;
+      int64_t first = plan_.offset + at.batch * index.batch + at.outer * index.outer + at.inner * index.inner;
+      if (task_.offset.data) first += static_cast<int64_t>(get<double>(task_.offset, 0));
+      return first;
+    }
+  }
+  __device__ __forceinline__ Lanes<A> noise_at(const Place<A>& at, const Bits& fetched) const {
+    if (!kIsUsual && !task_.seed) return noise_.unpack(fetched);
     Lanes<A> noise;
     float made[A::V];
-    int64_t first = plan_.offset + at.batch * index.batch + at.outer * index.outer + at.inner * index.inner;
-    if (!kIsUsual && task_.offset.data) first += static_cast<int64_t>(get<double>(task_.offset, 0));
-    normals<A::V>(first, seed_, made);
+    normals<A::V>(noise_index(at), seed_, made);
     FUSEDVAE_UNROLL
     for (int j = 0; j < A::V; ++j) noise.at[j] = static_cast<T>(made[j]);
     return noise;
@@ -108,10 +154,18 @@ class LatentPass {
   template <class Divergence>
   __device__ __forceinline__ Beside<Divergence> sampled(const T* in, T noise, T incoming) const {
     Beside<Divergence> beside;
-    const Derived<T> deviation = deviation_of(in[1]);
-    beside.z = in[0] + deviation.value * noise;
-    beside.d_scale = noise * deviation.slope;
-    beside.spreads = spreads_of<Divergence>(task_.divergence, is_plain_, in);
+    if constexpr (kIsUsual) {
+      // sigma = e^(l / 2), and e^l - 1 = (sigma - 1) (sigma + 1), of one exponential.
+      const auto [sigma, expm1] = FUSEDVAE_NAMESPACE::exp_pair(0.5f * in[1]);
+      beside.z = in[0] + sigma * noise;
+      beside.d_scale = 0.5f * (sigma * noise);
+      beside.spreads.of = {in[1], expm1 * expm1 + (expm1 + expm1)};
+    } else {
+      const Derived<T> deviation = deviation_of(in[1]);
+      beside.z = in[0] + deviation.value * noise;
+      beside.d_scale = noise * deviation.slope;
+      beside.spreads = spreads_of<Divergence>(task_.divergence, is_plain_, in);
+    }
     const auto at = FUSEDVAE_NAMESPACE::divergence_at<Divergence>(in, beside.spreads.of, beside.z, noise, incoming);
     beside.element = at.element;
     beside.d_z = at.d_z;
@@ -121,11 +175,11 @@ class LatentPass {
   // Only what comes in is added: nothing times a mean that is infinite would be a NaN.
   template <class Divergence>
   __device__ __forceinline__ void add_gradients(const Beside<Divergence>& beside, T grad_z, T* grads) const {
-    if (task_.grad_z.given) {
+    if (kIsUsual || task_.grad_z.given) {
       grads[0] = grad_z;
       grads[1] = grad_z * beside.d_scale;
     }
-    if (task_.divergence.incoming.given) {
+    if (kIsUsual ? makes == LatentMakes::gradients : task_.divergence.incoming.given) {
       auto element = beside.element;
       if (!is_plain_) adapt<Divergence>(task_.divergence, beside.spreads, element.grads);
       if (Divergence::kIsAtSample) {
@@ -139,41 +193,42 @@ class LatentPass {
 
   __device__ __forceinline__ Derived<T> deviation_of(T given) const {
     if (!is_plain_) return FUSEDVAE_NAMESPACE::deviation_of(task_.divergence.forms[0], given);
-    const T deviation = FUSEDVAE_NAMESPACE::exponential(T(0.5) * given);
+    const T deviation = FUSEDVAE_NAMESPACE::exp_pair(T(0.5) * given).exp;
     return {deviation, T(0.5) * deviation};
   }
 
   const LatentTask& task_;
   const LatentPlan& plan_;
   const bool is_plain_;
-  const Factor<A> incoming_{task_.divergence.incoming};
+  Source<A> inputs_[kInputs], noise_, grad_z_, incoming_;
+  Sink<A> z_;
   uint64_t seed_ = 0;
+  int64_t first_ = 0;  // the index of the noise where the thread is
 };
 
 // Blocks on a multiprocessor. Four leave a thread 64 registers, and put half of the threads on it that it can hold:
 // with three operands of 16 bytes a thread, 48 KB are on their way, more than twice what the multiprocessor's share of
-// the memory's latency asks for. Eight elements at a time need more registers, and with two blocks still have enough on
-// their way. So do any divergences; with sums for each column and element of an access, they leave room for one.
-template <class A, Sums sums>
-constexpr int kLatentBlocks = sums == Sums::of_columns && std::is_same_v<A, MixedFloat> ? 1
-                              : sums != Sums::of_values || A::V == 8                    ? 2
-                              : A::V == 4                                               ? 4
-                                                                                        : 3;
+// the memory's latency asks for. Any divergences need more registers, and with two blocks still have enough on their
+// way; with sums for each column and element of an access, they leave room for one.
+template <class A, Sums sums, LatentMakes makes>
+constexpr int kLatentBlocks = makes != LatentMakes::anything                              ? 4
+                              : sums == Sums::of_columns && std::is_same_v<A, MixedFloat> ? 1
+                                                                                          : 2;
 
-template <class A, Sums sums>
-__global__ void __launch_bounds__(kThreads, kLatentBlocks<A, sums>)
+template <class A, Sums sums, LatentMakes makes>
+__global__ void __launch_bounds__(kThreads, kLatentBlocks<A, sums, makes>)
     latent_kernel(const __grid_constant__ LatentTask task, const __grid_constant__ LatentPlan plan,
                   const Workspace workspace) {
-  LatentPass<A, sums> pass(task, plan);
+  LatentPass<A, sums, makes> pass(task, plan);
   run_blocks<A>(pass, task.divergence, plan, blockIdx.x, workspace.partials);
-  if (!plan.is_finished_by_last_block || !is_last_block(workspace.done)) return;
-  finish<sums>(task.divergence, plan, workspace.partials);
+  if (!plan.finish.is_needed || plan.finish.is_large() || !is_last_block(workspace.done)) return;
+  finish_outputs(task.divergence, plan, workspace.partials, {0, 1});
 }
 
-template <class A, Sums sums>
+template <class A, Sums sums, LatentMakes makes>
 void launch_latent(const LatentTask& task, const LatentPlan& plan, const Launch& on) {
-  launch("latent", latent_kernel<A, sums>, grid_for(plan.blocks, kLatentBlocks<A, sums>, on.device), kThreads, 0,
-         static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
+  launch("latent", latent_kernel<A, sums, makes>, grid_for(plan.blocks, kLatentBlocks<A, sums, makes>, on.device),
+         kThreads, 0, static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }
 
 // Where the kernels for any task are: of operands of any dtypes.

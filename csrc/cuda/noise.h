@@ -15,12 +15,11 @@ namespace cuda {
 template <int N>
 __device__ __forceinline__ void normals(int64_t index, uint64_t seed, float* out) {
   using namespace FUSEDVAE_NAMESPACE;
-  const auto uniform = [](uint64_t word) {
-    return unit_interval(static_cast<float>(static_cast<uint32_t>(word) >> 1));
-  };
+  const auto uniform = [](uint32_t word) { return unit_interval(static_cast<float>(word >> 1)); };
   for (int first = 0; first < N; first += 4) {
     const uint64_t counter = (static_cast<uint64_t>(index) >> 2) + static_cast<uint64_t>(first / 4);
-    const PhiloxWords<uint64_t> w = philox4x32<uint64_t>(counter, counter >> 32, 0, 0, seed);
+    const auto w =
+        philox4x32<uint32_t>(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0, seed);
     if constexpr (N >= 4) {
       const NormalPair<float> p = box_muller(uniform(w.w0), uniform(w.w1)),
                               q = box_muller(uniform(w.w2), uniform(w.w3));

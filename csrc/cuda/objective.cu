@@ -1,6 +1,8 @@
 // An objective: its terms, their totals and gradients, in one launch.
 #include "cuda/objective.h"
 
+#include <algorithm>
+
 namespace fusedvae {
 namespace cuda {
 namespace {
@@ -22,81 +24,129 @@ Outputs outputs_of_term(const Term& term, Values values) {
   return outputs;
 }
 
-Plan plan_of(const ObjectiveTask& task) {
-  Plan plan;
-  plan.has_values = plan.is_finished_by_last_block = task.values != Values::element;
-  plan.values = values_of(task);
+// The same objective; the rows of an only sample are samples, unless samples have values.
+ObjectiveTask arranged(const ObjectiveTask& given) {
+  ObjectiveTask task = given;
+  if (given.values == Values::sample) return task;
+  for (Term& term : task.terms) term.elements = with_rows_for_samples(term.elements);
+  return task;
+}
+
+Order order_of(const ObjectiveTask& task, bool is_flat) {
+  if (is_flat) return Order::flat;
   for (int k = 0; k < task.count; ++k)
-    plan.by_column |= outputs_of_term(task.terms[k], task.values).any(Output::column);
+    if (outputs_of_term(task.terms[k], task.values).any(Output::column)) return Order::by_column;
+  return Order::any;
+}
+
+Plan plan_of(const ObjectiveTask& task, Order order) {
+  Plan plan;
+  plan.order = order;
+  plan.has_values = task.values != Values::element;
+  plan.values = plan.has_values ? values_of(task) : 0;
   for (int k = 0; k < task.count; ++k) {
     const Term& term = task.terms[k];
     TermPlan& own = plan.terms[k];
     const bool is_given = term.elements.formula < 0;
     if (!is_given) {
-      static_cast<PassPlan&>(own) =
-          plan_of_pass(term.elements, outputs_of_term(term, task.values), plan.by_column, &plan.partials);
+      static_cast<PassPlan&>(own) = plan_of_pass(term.elements, outputs_of_term(term, task.values), order, plan.finish);
       if (!term.elements.weight) own.constant = term.constant;
-      plan.is_general |= !own.is_plain || term.elements.weight;
-      plan.is_finished_by_last_block |= own.is_finished_by_last_block;
+      for (const Output grad : own.outputs.grads) own.has_gradients |= grad != Output::none;
     }
     if (plan.values > 0) own.addends = (is_given ? term.given_count : own.chunks.count) / plan.values;
-    if (own.addends > plan.most_addends) plan.most_addends = own.addends;
+    plan.most_addends = std::max(plan.most_addends, own.addends);
     own.blocks_before = plan.blocks;
     plan.blocks += own.blocks;
   }
+  if (plan.has_values) plan.finish.add(plan.values, plan.values * plan.most_addends);
   return plan;
 }
 
-// --- the order of the terms -------------------------------------------------------------------------------------
+// --- which kernel -----------------------------------------------------------------------------------------------
+
+// Whether a formula's kernels for flat operands serve a task with these outputs.
+template <class Formula>
+bool suits_flat(const ElementwiseTask& task, const Outputs& outputs) {
+  bool suits = outputs.value != Output::column && outputs.value != Output::row;
+  if (outputs.value == Output::element)  // without gradients
+    for (const Output grad : outputs.grads) suits = suits && grad == Output::none;
+  for (int k = 0; k < Formula::kInputs; ++k) {
+    const bool varies = task.inputs[k].stride[2] != 0, is_uniform = k == Formula::kUniform && !varies;
+    suits = suits && (k >= 2 || varies || is_uniform);
+    // The sum that can be made is the uniform input's.
+    const Output grad = outputs.grads[k];
+    suits = suits && (!is_summed(grad) || (is_uniform && (grad == Output::sample || grad == Output::total)));
+  }
+  return suits;
+}
 
 template <class... Formula>
-bool is_divergence(int formula, FUSEDVAE_NAMESPACE::List<Formula...>) {
-  const bool found[] = {kIsDivergence<Formula>...};
-  return formula >= 0 && found[formula];
+bool suits_flat(const ElementwiseTask& task, const Outputs& outputs, bool is_first, List<Formula...>) {
+  const bool suits[] = {(is_first ? kIsLight<Formula> : std::is_same_v<Formula, UsualDivergence>) &&
+                        suits_flat<Formula>(task, outputs)...};
+  return suits[task.formula];
 }
 
-bool is_divergence(const Term& term) {
-  return is_divergence(term.elements.formula, FUSEDVAE_NAMESPACE::Formulas{});
+// Whether the term has kernels of its own if its operands are flat: any of LightFormulas in the first place, the usual
+// divergence or values that are given in the second.
+bool suits_flat(const Term& term, Values values, bool is_first) {
+  const ElementwiseTask& task = term.elements;
+  if (task.formula < 0) return !is_first;
+  if (task.in_double || task.weight || !task.is_plain()) return false;
+  // Samples that are short would leave more sums than it is worth.
+  const Extent& e = task.extent;
+  if (values == Values::total && e.batch > 1 && e.sample() < Chunks::kManyElements * kWarp / 8) return false;
+  return suits_flat(task, outputs_of_term(term, values), is_first, FUSEDVAE_NAMESPACE::Formulas{});
 }
 
-// The same objective, its divergence in the second place if it is alone.
-ObjectiveTask arranged(const ObjectiveTask& given) {
-  ObjectiveTask task = given;
-  if (task.count == 1 && is_divergence(task.terms[0])) {
-    task.terms[1] = task.terms[0];
-    task.terms[0] = Term();
-    task.count = 2;
-  }
-  return task;
-}
-
-bool has_usual_order(const ObjectiveTask& task) {
-  return !is_divergence(task.terms[0]) && (task.terms[1].elements.formula < 0 || is_divergence(task.terms[1]));
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const __grid_constant__ ObjectiveTask task, const __grid_constant__ Plan plan,
+                  const Workspace workspace) {
+  finish(task, plan, workspace.partials, {blockIdx.x, gridDim.x});
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const ObjectiveTask& task) {
-  const Plan plan = plan_of(arranged(task));
-  return plan.is_finished_by_last_block ? Workspace::bytes_for(plan.partials) : 0;
+int64_t workspace_bytes(const ObjectiveTask& given) {
+  const ObjectiveTask task = arranged(given);
+  int64_t partials = 0;
+  bool is_needed = false;
+  for (const bool is_flat : {false, true}) {
+    const Finish finish = plan_of(task, order_of(task, is_flat)).finish;
+    is_needed |= finish.is_needed;
+    partials = std::max(partials, finish.partials);
+  }
+  return is_needed ? Workspace::bytes_for(partials) : 0;
 }
 
 void objective(const ObjectiveTask& given, const Launch& on) {
   const ObjectiveTask task = arranged(given);
-  const Plan plan = plan_of(task);
-  if (plan.blocks == 0 && !plan.is_finished_by_last_block) return;
-  const DeviceGuard guard(on.device);
-  bool in_double = false;
-  for (int k = 0; k < task.count; ++k) in_double |= task.terms[k].elements.in_double;
+  bool in_double = false, is_general = false, is_flat = true;
+  for (int k = 0; k < task.count; ++k) {
+    const ElementwiseTask& elements = task.terms[k].elements;
+    in_double |= elements.in_double;
+    is_general |= elements.formula >= 0 && (!elements.is_plain() || elements.weight);
+    is_flat &= suits_flat(task.terms[k], task.values, k == 0);
+  }
   Layouts layouts(in_double);
-  for (int k = 0; k < task.count; ++k)
-    if (task.terms[k].elements.formula >= 0) add_layouts(layouts, task.terms[k].elements, plan.terms[k].outputs);
-  if (plan.is_general || in_double) return launch_general(task, plan, layouts, on);
-  if (plan.by_column) return launch_by_column(task, plan, layouts, on);
-  const auto launch_single = [&](auto access) {
-    launch_objective<decltype(access), Sums::of_all, false>(task, plan, on);
-  };
-  if (!has_usual_order(task) || !with_single_access(layouts, launch_single)) launch_mixed(task, plan, layouts, on);
+  for (int k = 0; k < task.count; ++k) {
+    const Term& term = task.terms[k];
+    if (term.elements.formula >= 0) add_layouts(layouts, term.elements, outputs_of_term(term, task.values));
+  }
+  is_flat &= has_flat_access(layouts);
+  const Plan plan = plan_of(task, order_of(task, is_flat));
+  if (plan.blocks == 0 && !plan.finish.is_needed) return;
+  if (is_flat)
+    with_flat_access(layouts, [&](auto access) { launch_flat<decltype(access)>(task, plan, on); });
+  else if (is_general || in_double)
+    launch_general(task, plan, layouts, on);
+  else if (plan.order == Order::by_column)
+    launch_by_column(task, plan, layouts, on);
+  else
+    launch_mixed(task, plan, layouts, on);
+  if (plan.finish.is_needed && plan.finish.is_large())
+    launch("finish", finish_kernel, static_cast<unsigned>(plan.finish.blocks), kThreads, 0,
+           static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }
 
 }  // namespace cuda

@@ -10,30 +10,28 @@
 namespace fusedvae {
 namespace cuda {
 
-// A formula has up to four inputs, a gradient of each, and a sum of each of those: some registers more than the latent
-// takes. Three blocks still have 36 KB on their way, with three inputs of 16 bytes for each thread. The sums of
-// columns, one for each input and element of an access, leave room for two, and so do vectors of any dtypes and terms
-// in general. Where all of that comes together, there is room for one.
+// Blocks on a multiprocessor. Passes over flat operands leave room for four, or for three where a formula has four
+// inputs or a logistic function: with three inputs of 16 bytes for each thread, 48 KB or 36 KB are on their way. The
+// sums of columns, one for each input and element of an access, leave room for two, and so do vectors of any dtypes and
+// terms in general. Where all of that comes together, there is room for one.
 template <class A, Sums sums, bool general>
-constexpr int kBlocks = general && sums == Sums::of_columns && !std::is_same_v<A, MixedFloatScalar> ? 1
-                        : general || sums == Sums::of_columns                                       ? 2
-                        : std::is_same_v<A, AllFloat32> || std::is_same_v<A, MixedFloatScalar>      ? 3
-                                                                                                    : 2;
+constexpr int kBlocks =
+    general && !std::is_same_v<A, MixedFloatScalar> && (sums == Sums::of_columns || A::V == 1) ? 1 : 2;
 
 struct TermPlan : PassPlan {
+  bool has_gradients = false;
   int64_t blocks_before = 0;  // of the terms before it
   int64_t addends = 0;        // for each value of the objective: partial sums, or values that are given
 };
 
 struct Plan {
+  Order order = Order::any;
   TermPlan terms[ObjectiveTask::kMostTerms];
-  int64_t partials = 0, blocks = 0;  // in all
-  int64_t values = 0;                // of the objective: totals, or values per sample
-  int64_t most_addends = 0;          // of a term
-  bool has_values = false;           // not of the elements alone
-  bool by_column = false;            // some output has a sum for each column
-  bool is_general = false;           // some term is not plain, or has weights
-  bool is_finished_by_last_block = false;
+  Finish finish;
+  int64_t blocks = 0;        // in all
+  int64_t values = 0;        // of the objective: totals, or values per sample
+  int64_t most_addends = 0;  // of a term
+  bool has_values = false;   // not of the elements alone
 };
 
 // --- factors ----------------------------------------------------------------------------------------------------
@@ -48,65 +46,122 @@ __device__ __forceinline__ double factor_of(const Term& term) {
   return term.factor * value_of(term.normalizer);
 }
 
-// --- what the last block adds up --------------------------------------------------------------------------------
+// --- what is added up in the end --------------------------------------------------------------------------------
 
-// The loss and its terms, one or one per sample, each by a team of threads.
-__device__ __forceinline__ void finish_values(const ObjectiveTask& task, const Plan& plan, const double* partials) {
-  const bool by_sample = task.values == Values::sample;
-  const int team = team_for(plan.most_addends), lane = static_cast<int>(threadIdx.x) % team;
-  for (int64_t first = 0; first < plan.values; first += kThreads / team) {
-    const int64_t value = first + static_cast<int>(threadIdx.x) / team;
-    const bool writes = value < plan.values && lane == 0;
+// The loss and its terms, one or one per sample.
+__device__ __forceinline__ void finish_values(const ObjectiveTask& task, const Plan& plan, const double* partials,
+                                              const Crew& crew) {
+  const int team = team_for(plan.most_addends);
+  for_each_value(plan.values, team, crew, [&](int64_t v, int lane) {
+    const bool writes = v < plan.values && lane == 0;
     double loss = 0;
+    FUSEDVAE_UNROLL_BY(1)
     for (int k = 0; k < task.count; ++k) {
       const Term& term = task.terms[k];
       const Extent& e = term.elements.extent;
-      const int64_t addends = plan.terms[k].addends;
-      double sum = 0;
-      if (value < plan.values)
-        for (int64_t j = value * addends + lane; j < (value + 1) * addends; j += team)
-          sum += term.elements.formula < 0 ? get<double>(term.given, j * term.given.stride[0])
-                                           : partial_at(partials + plan.terms[k].value_partials, j);
-      const double constant = plan.terms[k].constant * static_cast<double>(by_sample ? e.sample() : e.count());
-      sum = factor_of(term) * (team_sum(sum, team) + constant);
-      loss += value_of(term.coefficient) * sum;
-      if (writes && term.out.given) put(term.out, value * term.out.stride[0], sum);
+      const int64_t count = task.values == Values::sample ? e.sample() : e.count(), addends = plan.terms[k].addends;
+      const int there = v < plan.values ? static_cast<int>(addends) : 0;
+      const double sum =
+          term.elements.formula < 0
+              ? sum_of<1>(
+                    there, team, lane,
+                    [&](int j) { return get<double>(term.given, (v * addends + j) * term.given.stride[0]); })
+              : sum_of<kLoads>(
+                    there, team, lane,
+                    [&](int j) { return partial_at(partials + plan.terms[k].first_value_partial, v * addends + j); });
+      const double value = factor_of(term) * (sum + plan.terms[k].constant * static_cast<double>(count));
+      loss += value_of(term.coefficient) * value;
+      if (writes && term.out.given) put(term.out, v * term.out.stride[0], value);
     }
-    if (writes) put(task.loss, value * task.loss.stride[0], loss);
-  }
+    if (writes) put(task.loss, v * task.loss.stride[0], loss);
+  });
 }
 
-// --- the kernel -------------------------------------------------------------------------------------------------
-
-template <class Formula, class... Divergence>
-constexpr bool is_one_of(FUSEDVAE_NAMESPACE::List<Divergence...>) {
-  return (std::is_same_v<Formula, Divergence> || ...);
+__device__ __forceinline__ void finish(const ObjectiveTask& task, const Plan& plan, const double* partials,
+                                       const Crew& crew) {
+  if (plan.has_values) finish_values(task, plan, partials, crew);
+  for (int k = 0; k < task.count; ++k) finish_outputs(task.terms[k].elements, plan.terms[k], partials, crew);
 }
+
+// --- the kernels ------------------------------------------------------------------------------------------------
+
 template <class Formula>
-constexpr bool kIsDivergence = is_one_of<Formula>(FUSEDVAE_NAMESPACE::Divergences{});
+constexpr int kFlatBlocks = Formula::kInputs > 3 || std::is_same_v<Formula, FUSEDVAE_NAMESPACE::BernoulliNll> ? 3 : 4;
+// What comes second in such an objective.
+using UsualDivergence = FUSEDVAE_NAMESPACE::KlStandardNormal;
 
-// How many terms have code of their own. Operands of one dtype are the usual case: such code knows where in the
-// constant bank the term's are described, and need not look. There likelihoods come first, divergences second. With
-// operands of any dtypes there is code enough as it is.
-template <class A>
-constexpr int kTermsApart = std::is_void_v<typename A::Storage> ? 1 : ObjectiveTask::kMostTerms;
+// The term's first block for this one of the grid. Blocks that the term before has no turn for in its last round begin
+// with this term.
+__device__ __forceinline__ int64_t first_block(const TermPlan& plan) {
+  const int64_t block = static_cast<int64_t>(blockIdx.x) - plan.blocks_before % gridDim.x;
+  return block < 0 ? block + gridDim.x : block;
+}
 
-// The term's blocks, from the given one on.
+__device__ __forceinline__ double gradient_factor(const Term& term, const Operand& grad_scale) {
+  return factor_of(term) * value_of(term.coefficient) * value_of(grad_scale);
+}
+
+template <class A, class Formula, Makes makes, bool is_one>
+__device__ __forceinline__ void run_flat(const Term& term, const TermPlan& plan, int64_t block, double factor,
+                                         double* partials) {
+  PlainPass<A, Formula, Sums::of_values, makes, is_one> pass(term.elements, plan, factor);
+  run_blocks<A>(pass, term.elements, plan, block, partials);
+}
+
+// In code for what the pass makes.
+template <class A, class Formula, bool is_one>
+__device__ __forceinline__ void run_flat(const Term& term, const TermPlan& plan, int64_t block, double factor,
+                                         double* partials) {
+  if (!plan.has_gradients)
+    run_flat<A, Formula, Makes::values, is_one>(term, plan, block, factor, partials);
+  else if (term.elements.incoming.stride[2] == 0)
+    run_flat<A, Formula, Makes::gradients, is_one>(term, plan, block, factor, partials);
+  else
+    run_flat<A, Formula, Makes::weighted_gradients, is_one>(term, plan, block, factor, partials);
+}
+
+// A term of flat operands, whose uniform input is one value for each chunk, or varies.
+template <class A, class Formula>
+__device__ __forceinline__ void run_flat_term(const Term& term, const TermPlan& plan, const Operand& grad_scale,
+                                              double* partials) {
+  const int64_t block = first_block(plan);
+  if (block >= plan.blocks) return;
+  const double factor = gradient_factor(term, grad_scale);
+  if constexpr (Formula::kUniform >= 0) {
+    if (term.elements.inputs[Formula::kUniform].stride[2] == 0)
+      return run_flat<A, Formula, true>(term, plan, block, factor, partials);
+  }
+  run_flat<A, Formula, false>(term, plan, block, factor, partials);
+}
+
+template <class A, class Formula>
+__global__ void __launch_bounds__(kThreads, kFlatBlocks<Formula>)
+    flat_objective_kernel(const __grid_constant__ ObjectiveTask task, const __grid_constant__ Plan plan,
+                          const Workspace workspace) {
+  run_flat_term<A, Formula>(task.terms[0], plan.terms[0], task.grad_scale, workspace.partials);
+  run_flat_term<A, UsualDivergence>(task.terms[1], plan.terms[1], task.grad_scale, workspace.partials);
+  if (!plan.finish.is_needed || plan.finish.is_large() || !is_last_block(workspace.done)) return;
+  finish(task, plan, workspace.partials, {0, 1});
+}
+
+// The term's blocks, from the given one on, whatever it is.
 template <class A, Sums sums, bool general>
 __device__ __forceinline__ void run_term(const Term& term, const TermPlan& plan, const Operand& grad_scale,
-                                         int64_t block, bool is_second, double* partials) {
-  const double factor = factor_of(term) * value_of(term.coefficient) * value_of(grad_scale);
+                                         double* partials) {
+  const int64_t block = first_block(plan);
+  if (block >= plan.blocks) return;
+  const double factor = gradient_factor(term, grad_scale);
   if constexpr (general) {
     GeneralPass<A, sums> pass(term.elements, plan, factor, term.constant);
     run_blocks<A>(pass, term.elements, plan, block, partials);
   } else {
-    const auto run_formula = [&](auto tag) {
-      using Formula = typename decltype(tag)::type;
-      if (kTermsApart<A> > 1 && kIsDivergence<Formula> != is_second) return;
-      PlainPass<A, Formula, sums> pass(term.elements, plan, factor);
-      run_blocks<A>(pass, term.elements, plan, block, partials);
-    };
-    FUSEDVAE_NAMESPACE::with_formula(term.elements.formula, run_formula, FUSEDVAE_NAMESPACE::Formulas{});
+    FUSEDVAE_NAMESPACE::with_formula(
+        term.elements.formula,
+        [&](auto tag) {
+          PlainPass<A, typename decltype(tag)::type, sums> pass(term.elements, plan, factor);
+          run_blocks<A>(pass, term.elements, plan, block, partials);
+        },
+        FUSEDVAE_NAMESPACE::Formulas{});
   }
 }
 
@@ -114,20 +169,16 @@ template <class A, Sums sums, bool general>
 __global__ void __launch_bounds__(kThreads, kBlocks<A, sums, general>)
     objective_kernel(const __grid_constant__ ObjectiveTask task, const __grid_constant__ Plan plan,
                      const Workspace workspace) {
-  FUSEDVAE_UNROLL_BY(kTermsApart<A>)
-  for (int k = 0; k < ObjectiveTask::kMostTerms; ++k) {
-    // Blocks that the term before has no turn for in its last round begin with this one.
-    int64_t block = static_cast<int64_t>(blockIdx.x) - plan.terms[k].blocks_before % gridDim.x;
-    if (block < 0) block += gridDim.x;
-    if (block >= plan.terms[k].blocks) continue;
-    run_term<A, sums, general>(task.terms[k], plan.terms[k], task.grad_scale, block, k == 1, workspace.partials);
-  }
-  if (!plan.is_finished_by_last_block || !is_last_block(workspace.done)) return;
-  if (plan.has_values) finish_values(task, plan, workspace.partials);
-  for (int k = 0; k < task.count; ++k) finish<sums>(task.terms[k].elements, plan.terms[k], workspace.partials);
+  FUSEDVAE_UNROLL_BY(1)
+  for (int k = 0; k < ObjectiveTask::kMostTerms; ++k)
+    run_term<A, sums, general>(task.terms[k], plan.terms[k], task.grad_scale, workspace.partials);
+  if (!plan.finish.is_needed || plan.finish.is_large() || !is_last_block(workspace.done)) return;
+  finish(task, plan, workspace.partials, {0, 1});
 }
 
-// Where the kernels for operands of any dtypes are, and those for any terms, in float64 too.
+// Where the kernels are: for flat operands of one dtype, for operands of any dtypes, and for any terms, in float64 too.
+template <class A>
+void launch_flat(const ObjectiveTask&, const Plan&, const Launch&);
 void launch_mixed(const ObjectiveTask&, const Plan&, const Layouts&, const Launch&);
 void launch_by_column(const ObjectiveTask&, const Plan&, const Layouts&, const Launch&);
 void launch_general(const ObjectiveTask&, const Plan&, const Layouts&, const Launch&);

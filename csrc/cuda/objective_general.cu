@@ -7,8 +7,8 @@ namespace cuda {
 void launch_general(const ObjectiveTask& task, const Plan& plan, const Layouts& layouts, const Launch& on) {
   with_mixed_access(layouts, [&](auto access) {
     using A = decltype(access);
-    plan.by_column ? launch_objective<A, Sums::of_columns, true>(task, plan, on)
-                   : launch_objective<A, Sums::of_all, true>(task, plan, on);
+    plan.order == Order::by_column ? launch_objective<A, Sums::of_columns, true>(task, plan, on)
+                                   : launch_objective<A, Sums::of_all, true>(task, plan, on);
   });
 }
 

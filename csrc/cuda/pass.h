@@ -23,21 +23,38 @@ using FUSEDVAE_NAMESPACE::Scale;
 // What a thread sums: values alone, gradients too, or both of them for each of the columns that it is at.
 enum class Sums { of_values, of_all, of_columns };
 
-// What a pass makes of an access's elements, and its sums.
-template <class A, int inputs, Sums sums>
+// What a pass makes of an access's elements, and its sums. Beside values alone, one gradient may be summed.
+template <class A, int inputs, Sums sums, int summed = -1>
 class Made {
  public:
   using T = typename A::T;
   static constexpr Sums kSums = sums;
+  static constexpr int kInputs = inputs;
   T value_sum = 0, grad_sums[inputs] = {};
   Lanes<A> value_columns{}, grad_columns[inputs]{};
 
-  __device__ __forceinline__ Made(const ElementwiseTask& task, const PassPlan& plan) : task_(task), plan_(plan) {}
-
-  __device__ __forceinline__ void start_sums() {
-    value_sum = 0;
+  __device__ __forceinline__ Made(const ElementwiseTask& task, const PassPlan& plan)
+      : constant_(static_cast<T>(plan.constant)) {
+    values_.open(task.value, plan.outputs.value == Output::element);
     FUSEDVAE_UNROLL
-    for (int k = 0; k < inputs; ++k) grad_sums[k] = 0;
+    for (int k = 0; k < inputs; ++k) grads_[k].open(task.grads[k], plan.outputs.grads[k] == Output::element);
+  }
+
+  __host__ __device__ static constexpr bool sums_gradient(int k) { return sums == Sums::of_all || k == summed; }
+
+  __device__ __forceinline__ void start(const Start& chunk) {
+    value_sum = 0;
+    values_.start(chunk);
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < inputs; ++k) {
+      grad_sums[k] = 0;
+      grads_[k].start(chunk);
+    }
+  }
+  __device__ __forceinline__ void advance(int elements) {
+    values_.advance(elements);
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < inputs; ++k) grads_[k].advance(elements);
   }
   __device__ __forceinline__ void start_columns() {
     value_columns = {};
@@ -48,35 +65,35 @@ class Made {
   // Takes what lane j has.
   __device__ __forceinline__ void take_value(int j, T value) {
     (sums == Sums::of_columns ? value_columns.at[j] : value_sum) += value;
-    value_.at[j] = value;
+    lanes_.at[j] = value;
   }
   template <int size>
   __device__ __forceinline__ void take_gradients(int j, const T (&values)[size]) {
     FUSEDVAE_UNROLL
     for (int k = 0; k < inputs; ++k) {
       const T grad = k < size ? values[k < size ? k : 0] : T(0);
-      if (sums == Sums::of_all) grad_sums[k] += grad;
+      if (sums_gradient(k)) grad_sums[k] += grad;
       if (sums == Sums::of_columns) grad_columns[k].at[j] += grad;
-      grads_[k].at[j] = grad;
+      grad_lanes_[k].at[j] = grad;
     }
   }
 
   // Writes what is not summed.
-  __device__ __forceinline__ void write_at(const Position& at) {
-    if (plan_.outputs.value == Output::element) {
-      FUSEDVAE_UNROLL
-      for (int j = 0; j < A::V; ++j) value_.at[j] += static_cast<T>(plan_.constant);
-      write<A>(task_.value, at, value_);
-    }
+  __device__ __forceinline__ void write_values(const Place<A>& at) {
+    if (!values_.is_wanted()) return;
     FUSEDVAE_UNROLL
-    for (int k = 0; k < inputs; ++k)
-      if (plan_.outputs.grads[k] == Output::element) write<A>(task_.grads[k], at, grads_[k]);
+    for (int j = 0; j < A::V; ++j) lanes_.at[j] += constant_;
+    values_.write(at, lanes_);
+  }
+  __device__ __forceinline__ void write_gradients(const Place<A>& at) const {
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < inputs; ++k) grads_[k].write(at, grad_lanes_[k]);
   }
 
  private:
-  const ElementwiseTask& task_;
-  const PassPlan& plan_;
-  Lanes<A> value_{}, grads_[inputs]{};
+  const T constant_;
+  Sink<A> values_, grads_[inputs];
+  Lanes<A> lanes_{}, grad_lanes_[inputs]{};
 };
 
 // What a formula derives from its scales, and the derivatives of the forms that these are in.
@@ -137,69 +154,120 @@ struct Inputs {
 
 // --- a formula's elements ---------------------------------------------------------------------------------------
 
-// Values and gradients of a plain task without weights. The gradients are times the factor.
-template <class A, class Formula, Sums sums>
+// The formulas that are bound by memory: they have kernels of their own for flat operands of one dtype, and registers
+// left for several fetches at a time.
+using FUSEDVAE_NAMESPACE::List;
+using LightFormulas = List<FUSEDVAE_NAMESPACE::GaussianNll,                  //
+                           FUSEDVAE_NAMESPACE::LaplaceNll,                   //
+                           FUSEDVAE_NAMESPACE::BernoulliNll,                 //
+                           FUSEDVAE_NAMESPACE::BernoulliNllOfProbabilities,  //
+                           FUSEDVAE_NAMESPACE::Mse,                          //
+                           FUSEDVAE_NAMESPACE::L1,                           //
+                           FUSEDVAE_NAMESPACE::KlStandardNormal,             //
+                           FUSEDVAE_NAMESPACE::KlNormal>;
+template <class Formula, class... Flat>
+constexpr bool is_one_of(List<Flat...>) {
+  return (std::is_same_v<Formula, Flat> || ...);
+}
+template <class Formula>
+constexpr bool kIsLight = is_one_of<Formula>(LightFormulas{});
+// What a pass of a plain task makes, as far as its kernel is compiled for it: values; their sum and gradients; or
+// gradients alone, that have an incoming factor each.
+enum class Makes { anything, values, gradients, weighted_gradients };
+
+// Values and gradients of a plain task without weights. The gradients are times the factor. Where it is known what the
+// pass makes, operands are flat, the first two inputs vary within a chunk, and the uniform one does unless it is_one.
+template <class A, class Formula, Sums sums, Makes makes = Makes::anything, bool is_one = false>
 class PlainPass {
+  static constexpr int kUniform = Formula::kUniform;
+  static constexpr bool kIsKnown = makes != Makes::anything, kMakesValues = makes != Makes::weighted_gradients,
+                        kMakesGradients = makes != Makes::values;
+
  public:
   using T = typename A::T;
-  static constexpr int kInputs = Formula::kInputs, kAhead = 1;
+  static constexpr int kInputs = Formula::kInputs,
+                       kAhead = kIsLight<Formula> && kInputs < 4 && (A::V == 1 || (A::kIsFlat && A::V == 4)) ? 2 : 1;
   struct Fetched {
-    Bits inputs[kInputs];
+    Bits inputs[kInputs], incoming;
   };
-  Made<A, kInputs, sums> made;
+  Made<A, kInputs, sums, is_one && kMakesGradients ? kUniform : -1> made;
 
   __device__ __forceinline__ PlainPass(const ElementwiseTask& task, const PassPlan& plan, double factor)
-      : made(task, plan), task_(task), factor_(static_cast<T>(factor)) {
-    if constexpr (kUniform >= 0) {
-      if (!is_uniform_) return;
-      uniform_[kUniform] = get<T>(task.inputs[kUniform], 0);
-      if (kDerivesOnce) uniform_spread_ = Formula::plain(uniform_);
+      : made(task, plan), factor_(static_cast<T>(factor)) {
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kInputs; ++k) inputs_[k].open(task.inputs[k]);
+    incoming_.open(task.incoming, T(1));
+  }
+
+  __device__ __forceinline__ void start(const Start& chunk) {
+    made.start(chunk);
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kInputs; ++k) inputs_[k].start(chunk, lie_of(k));
+    incoming_.start(chunk, kIncoming);
+    weight_ = incoming_.is_one(kIncoming) ? factor_ * incoming_.one() : factor_;
+    if (is_derived_once()) {
+      T one[kInputs] = {};
+      one[kUniform < 0 ? 0 : kUniform] = inputs_[kUniform < 0 ? 0 : kUniform].one();
+      uniform_spread_ = Formula::plain(one);
     }
   }
 
-  __device__ __forceinline__ Fetched fetch(const Position& at) const {
+  __device__ __forceinline__ void advance(int elements) {
+    made.advance(elements);
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kInputs; ++k) inputs_[k].advance(elements);
+    incoming_.advance(elements);
+  }
+
+  __device__ __forceinline__ Fetched fetch(const Place<A>& at) const {
     Fetched fetched;
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k)
-      fetched.inputs[k] = k == kUniform && is_uniform_ ? Bits{} : cuda::fetch<A>(task_.inputs[k], at);
+    for (int k = 0; k < kInputs; ++k) fetched.inputs[k] = inputs_[k].fetch(at, lie_of(k));
+    if (kMakesGradients) fetched.incoming = incoming_.fetch(at, kIncoming);
     return fetched;
   }
 
-  __device__ __forceinline__ void apply(const Position& at, const Fetched& fetched) {
-    Lanes<A> inputs[kInputs];
+  __device__ __forceinline__ void apply(const Place<A>& at, const Fetched& fetched) {
+    Lanes<A> inputs[kInputs], weight = Lanes<A>::of(weight_);
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) inputs[k] = unpack<A>(task_.inputs[k], fetched.inputs[k]);
-    const Lanes<A> incoming = incoming_.at(at);
+    for (int k = 0; k < kInputs; ++k) inputs[k] = inputs_[k].unpack(fetched.inputs[k], lie_of(k));
+    if (kMakesGradients && !incoming_.is_one(kIncoming)) {
+      weight = incoming_.unpack(fetched.incoming, kIncoming);
+      FUSEDVAE_UNROLL
+      for (T& w : weight.at) w *= factor_;
+    }
     FUSEDVAE_UNROLL
     for (int j = 0; j < A::V; ++j) {
-      Inputs<A, kInputs> in(inputs, j);
-      if constexpr (kUniform >= 0 && !kDerivesOnce) {
-        if (is_uniform_) in.of[kUniform] = uniform_[kUniform];
-      }
+      const Inputs<A, kInputs> in(inputs, j);
       auto spread = uniform_spread_;
-      if (!kDerivesOnce || !is_uniform_) spread = Formula::plain(in.of);
-      const auto element = Formula::element(in.of, spread, incoming.at[j] * factor_);
-      made.take_value(j, element.value);
-      made.take_gradients(j, element.grads);
+      if (!is_derived_once()) spread = Formula::plain(in.of);
+      const auto element = Formula::element(in.of, spread, weight.at[j]);
+      if (kMakesValues) made.take_value(j, element.value);
+      if (kMakesGradients) made.take_gradients(j, element.grads);
     }
-    made.write_at(at);
+    if (!kIsKnown || !kMakesGradients) made.write_values(at);
+    if (kMakesGradients) made.write_gradients(at);
   }
 
  private:
-  static constexpr int kUniform = Formula::kUniform;
-  static constexpr bool derives_once() {
-    if constexpr (Formula::kScales == 1)
-      return kScaleAt<Formula, 0> == kUniform;
+  static constexpr Lie kIncoming = makes == Makes::anything             ? Lie::any
+                                   : makes == Makes::weighted_gradients ? Lie::elements
+                                                                        : Lie::one;
+  __host__ __device__ static constexpr Lie lie_of(int k) {
+    if (!kIsKnown) return Lie::any;
+    if (k == kUniform) return is_one ? Lie::one : Lie::elements;
+    return k < 2 ? Lie::elements : Lie::any;
+  }
+  // Whether there is one value that all of the spread depends on.
+  __device__ __forceinline__ bool is_derived_once() const {
+    if constexpr (Formula::kScales == 1 && kUniform >= 0)
+      return kScaleAt<Formula, 0> == kUniform && inputs_[kUniform].is_one(lie_of(kUniform));
     else
       return false;
   }
-  // Of a scale that is one number, all that depends on it alone is derived once.
-  static constexpr bool kDerivesOnce = derives_once();
-  const ElementwiseTask& task_;
   const T factor_;
-  const Factor<A> incoming_{task_.incoming};
-  const bool is_uniform_ = kUniform >= 0 && task_.inputs[kUniform < 0 ? 0 : kUniform].is_uniform();
-  T uniform_[kInputs] = {};
+  T weight_ = 1;  // of all gradients of the chunk
+  Source<A> inputs_[kInputs], incoming_;
   decltype(Formula::plain(static_cast<const T*>(nullptr))) uniform_spread_{};
 };
 
@@ -220,20 +288,41 @@ class GeneralPass {
         task_(task),
         is_plain_(plan.is_plain),
         factor_(static_cast<T>(factor)),
-        constant_(static_cast<T>(constant)) {}
+        constant_(static_cast<T>(constant)) {
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kInputs; ++k) inputs_[k].open(task.inputs[k]);
+    weight_.open(task.weight, T(1));
+    incoming_.open(task.incoming, T(1));
+  }
 
-  __device__ __forceinline__ Fetched fetch(const Position& at) const {
+  __device__ __forceinline__ void start(const Start& chunk) {
+    made.start(chunk);
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kInputs; ++k) inputs_[k].start(chunk);
+    weight_.start(chunk);
+    incoming_.start(chunk);
+  }
+
+  __device__ __forceinline__ void advance(int elements) {
+    made.advance(elements);
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kInputs; ++k) inputs_[k].advance(elements);
+    weight_.advance(elements);
+    incoming_.advance(elements);
+  }
+
+  __device__ __forceinline__ Fetched fetch(const Place<A>& at) const {
     Fetched fetched;
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) fetched.inputs[k] = cuda::fetch<A>(task_.inputs[k], at);
+    for (int k = 0; k < kInputs; ++k) fetched.inputs[k] = inputs_[k].fetch(at);
     return fetched;
   }
 
-  __device__ __forceinline__ void apply(const Position& at, const Fetched& fetched) {
+  __device__ __forceinline__ void apply(const Place<A>& at, const Fetched& fetched) {
     Lanes<A> inputs[kInputs];
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) inputs[k] = unpack<A>(task_.inputs[k], fetched.inputs[k]);
-    const Lanes<A> weight = weight_.at(at), incoming = incoming_.at(at);
+    for (int k = 0; k < kInputs; ++k) inputs[k] = inputs_[k].unpack(fetched.inputs[k]);
+    const Lanes<A> weight = weight_.read(at), incoming = incoming_.read(at);
     FUSEDVAE_NAMESPACE::with_formula(
         task_.formula,
         [&](auto tag) {
@@ -250,7 +339,8 @@ class GeneralPass {
           }
         },
         FUSEDVAE_NAMESPACE::Formulas{});
-    made.write_at(at);
+    made.write_values(at);
+    made.write_gradients(at);
   }
 
  private:
@@ -266,7 +356,7 @@ class GeneralPass {
   const ElementwiseTask& task_;
   const bool is_plain_;
   const T factor_, constant_;
-  const Factor<A> weight_{task_.weight}, incoming_{task_.incoming};
+  Source<A> inputs_[kInputs], weight_, incoming_;
 };
 
 }  // namespace cuda

@@ -18,48 +18,91 @@ struct PassPlan {
   ColumnChunks columns;  // what the chunks are, in a kernel that goes by column
   Outputs outputs;
   bool is_plain = true;
-  double constant = 0;                     // what values have besides; weighted ones have it in them
-  bool has_whole_values = false;           // each is a chunk's, and written at once
-  bool is_finished_by_last_block = false;  // some output is not
-  int64_t blocks = 0;                      // that have chunks
-  int64_t value_partials = 0, grad_partials[kMostInputs] = {};  // where they begin
+  double constant = 0;            // what values have besides; weighted ones have it in them
+  bool has_whole_values = false;  // each is a chunk's, and written at once
+  int64_t blocks = 0;             // that have chunks
+  int64_t first_value_partial = 0, first_grad_partial[kMostInputs] = {};
+};
+
+// What there is to add up when all chunks are done.
+struct Finish {
+  bool is_needed = false;
+  int64_t partials = 0;  // in all
+  int64_t blocks = 1;    // that have values to add up at a time
+
+  // So many values, of so many partial sums altogether.
+  void add(int64_t values, int64_t addends) {
+    is_needed = true;
+    if (values == 0) return;
+    const int64_t teams = kThreads / team_for(addends / values);
+    const int64_t needed = (values + teams - 1) / teams;
+    if (needed > blocks) blocks = needed;
+  }
+  // Whether it is too much for one block: then it has a launch of its own.
+  __host__ __device__ bool is_large() const { return partials > Chunks::kEnough && blocks > 1; }
 };
 
 // --- the plan ---------------------------------------------------------------------------------------------------
 
-inline bool is_summed(Output output) {
+// How many values an output has.
+inline __host__ __device__ int64_t values_of(const Operand& out, const Extent& e) {
+  return (out.stride[0] != 0 ? e.batch : 1) * (out.stride[1] != 0 ? e.outer : 1) * (out.stride[2] != 0 ? e.inner : 1);
+}
+
+inline __host__ __device__ bool is_summed(Output output) {
   return output != Output::none && output != Output::element;
 }
 
-// Of a task with these outputs. A segment is the elements whose sum some output has a value of its own for. `partials`
-// counts those of passes before, and then its own too.
-inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs, bool by_column, int64_t* partials) {
+// What a pass goes over: any operands, flat ones, or ones of which columns have sums of their own.
+enum class Order { any, flat, by_column };
+
+// Of a task with these outputs. A segment is the elements whose sum some output has a value of its own for, or, of
+// flat operands, a sample.
+inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs, Order order, Finish& finish) {
   PassPlan plan;
   const Extent& e = task.extent;
   plan.outputs = outputs;
   plan.is_plain = task.is_plain();
-  const bool by_row = outputs.any(Output::row), by_sample = outputs.any(Output::sample);
+  const bool by_row = outputs.any(Output::row), by_sample = outputs.any(Output::sample) || order == Order::flat;
   plan.chunks = Chunks(e.count(), by_row ? e.inner : by_sample ? e.sample() : e.count());
-  if (by_column && e.count() > 0) {
+  if (order == Order::by_column && e.count() > 0) {
     const int64_t rows = e.batch * e.outer;
     plan.columns = ColumnChunks(rows, by_row ? 1 : by_sample ? e.outer : rows, e.inner);
-    plan.chunks.team = plan.columns.team;
+    plan.chunks.log_team = plan.columns.log_team;
     plan.chunks.per_segment = plan.columns.groups_per_segment * plan.columns.strips;
     plan.chunks.count = plan.columns.count();
   }
   plan.blocks = plan.chunks.blocks();
-  const auto place = [&](Output output) {
-    const int64_t first = *partials;
+  const auto place = [&](Output output, const Operand& out) {
+    const int64_t first = finish.partials;
     if (is_summed(output)) {
-      plan.is_finished_by_last_block = true;
-      *partials += output == Output::column ? plan.columns.groups * e.inner : plan.chunks.count;
+      const int64_t partials = output == Output::column ? plan.columns.groups * e.inner : plan.chunks.count;
+      if (out.given) finish.add(values_of(out, e), partials);
+      finish.partials += partials;
     }
     return first;
   };
   plan.has_whole_values = task.value && outputs.value == Output::sample && !by_row && plan.chunks.per_segment == 1;
-  if (!plan.has_whole_values) plan.value_partials = place(outputs.value);
-  for (int k = 0; k < kMostInputs; ++k) plan.grad_partials[k] = place(outputs.grads[k]);
+  if (!plan.has_whole_values) plan.first_value_partial = place(outputs.value, task.value);
+  for (int k = 0; k < kMostInputs; ++k) plan.first_grad_partial[k] = place(outputs.grads[k], task.grads[k]);
   return plan;
+}
+
+// The same task with the rows of its only sample for samples, as flat operands have them.
+inline ElementwiseTask with_rows_for_samples(const ElementwiseTask& given) {
+  ElementwiseTask task = given;
+  if (task.extent.batch != 1) return task;
+  const auto turn = [](Operand& op) {
+    op.stride[0] = op.stride[1];
+    op.stride[1] = 0;
+  };
+  task.extent = {given.extent.outer, 1, given.extent.inner};
+  for (Operand* op : {&task.weight, &task.incoming, &task.value}) turn(*op);
+  for (int k = 0; k < kMostInputs; ++k) {
+    turn(task.inputs[k]);
+    turn(task.grads[k]);
+  }
+  return task;
 }
 
 // What a pass reads and writes at each element.

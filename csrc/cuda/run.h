@@ -17,19 +17,33 @@ namespace cuda {
 
 // Runs a pass over the thread's share.
 template <class A, class Pass>
-__device__ __forceinline__ void run(Pass& pass, const Share& share, int team, const Extent& extent) {
+__device__ __forceinline__ void run(Pass& pass, const Share& share, int lane, const Chunks& chunks,
+                                    const Extent& extent) {
   constexpr int kAhead = Pass::kAhead;
-  for (int first = share.lane * A::V; first < share.length; first += kAhead * team * A::V) {
+  const int begin = lane * A::V;
+  int step = A::V << chunks.log_team;
+#if defined(__CUDA_ARCH__)
+  asm("" : "+r"(step));  // or it would be worked out at every vector
+#endif
+  const auto place_of = [&](int offset, int ahead) -> Place<A> {
+    if constexpr (A::kIsFlat)
+      return ahead;
+    else
+      return position_of(share.segment * chunks.segment + share.within + offset, extent);
+  };
+  FUSEDVAE_UNROLL_BY(1)
+  for (int first = begin; first < share.length; first += kAhead * step) {
     typename Pass::Fetched fetched[kAhead];
-    Position at[kAhead];
+    Place<A> at[kAhead];
     FUSEDVAE_UNROLL
     for (int k = 0; k < kAhead; ++k) {
-      const int offset = first + k * team * A::V;
-      if (offset < share.length) fetched[k] = pass.fetch(at[k] = position_of(share.begin + offset, extent));
+      const int offset = first + k * step;
+      if (k == 0 || offset < share.length) fetched[k] = pass.fetch(at[k] = place_of(offset, k * step));
     }
     FUSEDVAE_UNROLL
     for (int k = 0; k < kAhead; ++k)
-      if (first + k * team * A::V < share.length) pass.apply(at[k], fetched[k]);
+      if (k == 0 || first + k * step < share.length) pass.apply(at[k], fetched[k]);
+    pass.advance(kAhead * step);
   }
 }
 
@@ -43,8 +57,9 @@ __device__ __forceinline__ void run_columns(Pass& pass, const PassPlan& plan, co
   const int64_t within = (group - segment * columns.groups_per_segment) * columns.rows;
   const int64_t first_row = segment * columns.segment + within, rest = columns.segment - within;
   const int rows = static_cast<int>(rest < columns.rows ? rest : columns.rows);
-  int64_t column = (chunk - group * columns.strips) * columns.team * ColumnChunks::kColumns + lane * A::V;
-  for (int s = 0; s < ColumnChunks::kColumns / A::V; ++s, column += columns.team * A::V) {
+  const int step = A::V << columns.log_team;
+  int64_t column = (chunk - group * columns.strips) * columns.width() + lane * A::V;
+  for (int s = 0; s < ColumnChunks::kColumns / A::V; ++s, column += step) {
     if (column >= inner) break;
     pass.made.start_columns();
     int64_t element = first_row * inner + column;
@@ -59,10 +74,10 @@ __device__ __forceinline__ void run_columns(Pass& pass, const PassPlan& plan, co
         if (output == Output::column) partials[first + group * inner + column + j] = static_cast<double>(sums.at[j]);
       }
     };
-    leave(plan.outputs.value, pass.made.value_columns, pass.made.value_sum, plan.value_partials);
+    leave(plan.outputs.value, pass.made.value_columns, pass.made.value_sum, plan.first_value_partial);
     FUSEDVAE_UNROLL
     for (int k = 0; k < Pass::kInputs; ++k)
-      leave(plan.outputs.grads[k], pass.made.grad_columns[k], pass.made.grad_sums[k], plan.grad_partials[k]);
+      leave(plan.outputs.grads[k], pass.made.grad_columns[k], pass.made.grad_sums[k], plan.first_grad_partial[k]);
   }
 }
 
@@ -71,86 +86,78 @@ template <class A, class Pass>
 __device__ __forceinline__ void run_blocks(Pass& pass, const ElementwiseTask& task, const PassPlan& plan, int64_t block,
                                            double* partials) {
   using T = typename A::T;
-  constexpr Sums sums = decltype(pass.made)::kSums;
-  const int team = plan.chunks.team;
-  for (; block < plan.blocks; block += gridDim.x) {
-    const Share share = share_of(plan.chunks, block);
-    const bool has_chunk = share.chunk < plan.chunks.count, writes = has_chunk && share.lane == 0;
-    pass.made.start_sums();
-    if constexpr (sums != Sums::of_columns)
-      run<A>(pass, share, team, task.extent);
+  using Made = decltype(pass.made);
+  constexpr bool by_column = Made::kSums == Sums::of_columns;
+  const Chunks& chunks = plan.chunks;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread & (chunks.team() - 1);
+  int64_t chunk = block * chunks.teams() + (thread >> chunks.log_team);
+  // The rounds are the block's, not the team's: all of a warp take part in its sums.
+  FUSEDVAE_UNROLL_BY(1)
+  for (; block < plan.blocks; block += gridDim.x, chunk += static_cast<int64_t>(gridDim.x) * chunks.teams()) {
+    const Share share = share_of(chunks, chunk);
+    const bool has_chunk = chunk < chunks.count, writes = has_chunk && lane == 0;
+    pass.start({share.segment, share.within + lane * A::V});
+    if constexpr (!by_column)
+      run<A>(pass, share, lane, chunks, task.extent);
     else if (has_chunk)
-      run_columns<A>(pass, plan, task.extent, share.chunk, share.lane, partials);
+      run_columns<A>(pass, plan, task.extent, chunk, lane, partials);
     const auto leave = [&](Output output, T thread_sum, int64_t first, bool is_whole) {
-      if (output == Output::none || output == Output::element || output == Output::column) return;
-      const double sum = static_cast<double>(team_sum(thread_sum, team));
+      if (!is_summed(output) || output == Output::column) return;
+      const double sum = static_cast<double>(lanes_sum(thread_sum, chunks.team()));
       if (!writes) return;
       if (is_whole)
-        put(task.value, share.chunk * task.value.stride[0],
-            sum + plan.constant * static_cast<double>(task.extent.sample()));
+        put(task.value, chunk * task.value.stride[0], sum + plan.constant * static_cast<double>(task.extent.sample()));
       else
-        partials[first + share.chunk] = sum;
+        partials[first + chunk] = sum;
     };
-    leave(plan.outputs.value, pass.made.value_sum, plan.value_partials, plan.has_whole_values);
+    leave(plan.outputs.value, pass.made.value_sum, plan.first_value_partial, plan.has_whole_values);
     FUSEDVAE_UNROLL
-    for (int k = 0; k < Pass::kInputs; ++k)
-      if constexpr (sums != Sums::of_values)
-        leave(plan.outputs.grads[k], pass.made.grad_sums[k], plan.grad_partials[k], false);
+    for (int k = 0; k < Made::kInputs; ++k)
+      if (by_column || Made::sums_gradient(k))
+        leave(plan.outputs.grads[k], pass.made.grad_sums[k], plan.first_grad_partial[k], false);
   }
 }
 
-// --- what the last block adds up --------------------------------------------------------------------------------
+// --- what is added up in the end --------------------------------------------------------------------------------
 
-// An output that keeps batch or outer, or nothing, each of its values by a team of threads: of the chunks that agree
-// with it along what it keeps.
-__device__ __forceinline__ void finish_sums(const Operand& out, const Extent& e, const Chunks& chunks, double constant,
-                                            const double* partials) {
-  const int64_t batch = out.stride[0] != 0 ? e.batch : 1, outer = out.stride[1] != 0 ? e.outer : 1;
-  const int64_t values = batch * outer;
+// One output, of the chunks' sums.
+__device__ __forceinline__ void finish_output(const Operand& out, Output kind, const ElementwiseTask& task,
+                                              const PassPlan& plan, double constant, const double* partials,
+                                              const Crew& crew) {
+  const Extent& e = task.extent;
+  const int64_t values = values_of(out, e);
   if (values == 0) return;
-  const int64_t addends = chunks.count / values;
-  // Kept along outer alone, a value has some chunks of each sample.
-  const bool in_rows = batch == 1 && outer > 1;
-  const int64_t in_row = in_rows ? chunks.per_segment : addends;
-  const int team = team_for(addends), lane = static_cast<int>(threadIdx.x) % team;
-  for (int64_t first = 0; first < values; first += kThreads / team) {
-    const int64_t v = first + static_cast<int>(threadIdx.x) / team;
-    double sum = 0;
-    if (v < values)
-      for (int64_t j = lane; j < addends; j += team)
-        sum += partial_at(partials, in_rows ? (j / in_row * values + v) * in_row + j % in_row : v * addends + j);
-    sum = team_sum(sum, team) + constant * static_cast<double>(e.count() / values);
-    if (v < values && lane == 0) put(out, v / outer * out.stride[0] + v % outer * out.stride[1], sum);
-  }
+  const bool is_column = kind == Output::column;
+  const int addends = static_cast<int>((is_column ? plan.columns.groups * e.inner : plan.chunks.count) / values);
+  // The sums that make a value lie together; but a column's are one in each group of rows, and, where outer alone is
+  // kept, a row's are some in each sample.
+  const bool in_rows = out.stride[0] == 0 && out.stride[1] != 0;
+  const int together = is_column ? 1 : in_rows ? static_cast<int>(plan.chunks.per_segment) : addends;
+  const double added = constant * static_cast<double>(e.count() / values);
+  const int64_t outer = out.stride[1] != 0 ? e.outer : 1;
+  const int team = team_for(addends);
+  for_each_value(values, team, crew, [&](int64_t v, int lane) {
+    const double sum = sum_of<kLoads>(v < values ? addends : 0, team, lane, [&](int j) {
+      const int group = j < together ? 0 : j / together;
+      return partial_at(partials, (group * values + v) * together + (j - group * together));
+    });
+    if (v < values && lane == 0)
+      put(out, is_column ? v : v / outer * out.stride[0] + v % outer * out.stride[1], sum + added);
+  });
 }
 
-// One that keeps inner alone.
-__device__ __forceinline__ void finish_columns(const Operand& out, const Extent& e, int64_t groups, double constant,
-                                               const double* partials) {
-  for (int64_t column = threadIdx.x; column < e.inner; column += kThreads) {
-    double sum = constant * static_cast<double>(e.batch * e.outer);
-    for (int64_t group = 0; group < groups; ++group) sum += partial_at(partials, group * e.inner + column);
-    put(out, column, sum);
-  }
-}
-
-// Values, unless they were written before, and gradients.
-template <Sums sums>
-__device__ __forceinline__ void finish(const ElementwiseTask& task, const PassPlan& plan, const double* partials) {
+// Values, unless they were written before, and gradients. A task of an objective has no values of its own.
+__device__ __forceinline__ void finish_outputs(const ElementwiseTask& task, const PassPlan& plan,
+                                               const double* partials, const Crew& crew) {
   // Not unrolled: this is run once.
   FUSEDVAE_UNROLL_BY(1)
-  for (int k = -1; k < (sums == Sums::of_values ? 0 : kMostInputs); ++k) {
+  for (int k = -1; k < kMostInputs; ++k) {
     const bool is_value = k < 0;
     const Operand& out = is_value ? task.value : task.grads[k];
-    const Output output = is_value ? plan.outputs.value : plan.outputs.grads[k];
-    if (output == Output::none || output == Output::element) continue;
-    if (is_value && (plan.has_whole_values || !out.given)) continue;
-    const double* const addends = partials + (is_value ? plan.value_partials : plan.grad_partials[k]);
-    const double each = is_value ? plan.constant : 0;
-    if (sums == Sums::of_columns && output == Output::column)
-      finish_columns(out, task.extent, plan.columns.groups, each, addends);
-    else
-      finish_sums(out, task.extent, plan.chunks, each, addends);
+    const Output kind = is_value ? plan.outputs.value : plan.outputs.grads[k];
+    if (!out.given || !is_summed(kind) || (is_value && plan.has_whole_values)) continue;
+    finish_output(out, kind, task, plan, is_value ? plan.constant : 0,
+                  partials + (is_value ? plan.first_value_partial : plan.first_grad_partial[k]), crew);
   }
 }
 

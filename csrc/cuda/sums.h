@@ -14,14 +14,19 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-// Elements that a thread takes of a chunk: fewer where there are few, for they must go round all multiprocessors.
-constexpr int kElements = 16, kFewElements = 8;
-constexpr int64_t kFew = int64_t{1} << 20;
 
 // How elements, in row-major order, are cut into chunks: each within one segment (a sample, say), which has a sum of
-// its own. It depends on the sizes alone. A team is a power of two; it takes a chunk of so many elements a thread.
+// its own. It depends on the sizes alone. A team is a power of two, of a warp at most: so nobody waits for a block on
+// the way. It takes a chunk of so many elements a thread.
 struct Chunks {
-  int team = 1, per_thread = kElements;
+  // Enough of them to go round the warps of a large device; few enough to be added up in no time.
+  static constexpr int64_t kEnough = 4096, kMost = 4 * kEnough;
+  // A thread's. Fewer where there are few, for they must go round all multiprocessors.
+  static constexpr int kFewElements = 8, kSomeElements = 16, kManyElements = 128;
+  static constexpr int64_t kFew = int64_t{1} << 18;
+
+  int log_team = 0;
+  int64_t capacity = 0;     // elements of a chunk
   int64_t segment = 0;      // elements
   int64_t per_segment = 0;  // chunks
   int64_t count = 0;        // chunks in all
@@ -29,66 +34,77 @@ struct Chunks {
   Chunks() = default;
   Chunks(int64_t elements, int64_t segment_size) : segment(segment_size) {
     if (elements == 0) return;
-    if (elements <= kFew) per_thread = kFewElements;
-    while (team < kThreads && team * 4 < segment) team *= 2;
-    per_segment = (segment + capacity() - 1) / capacity();
+    while (team() < kWarp && team() * 4 < segment) ++log_team;
+    int per_thread = elements <= kFew ? kFewElements : kSomeElements;
+    const auto chunks = [&] { return (elements + team() * per_thread - 1) / (team() * per_thread); };
+    while (chunks() > (per_thread < kManyElements ? kEnough : kMost) && team() * per_thread < segment) per_thread *= 2;
+    capacity = team() * per_thread;
+    per_segment = (segment + capacity - 1) / capacity;
     count = elements / segment * per_segment;
   }
-  __host__ __device__ int capacity() const { return team * per_thread; }
-  int64_t blocks() const { return (count + kThreads / team - 1) / (kThreads / team); }
+  __host__ __device__ int team() const { return 1 << log_team; }
+  __host__ __device__ int teams() const { return kThreads >> log_team; }  // in a block
+  int64_t blocks() const { return (count + teams() - 1) / teams(); }
 };
 
 // The cut where columns have sums of their own: chunks of some rows and of a strip of columns. A group of rows is
 // within one segment. A thread of a team goes down the rows, and has its columns to itself.
 struct ColumnChunks {
   static constexpr int kColumns = 8;  // a thread
-  int team = 1;
-  int64_t strips = 0, rows = 0;  // rows in a group
-  int64_t segment = 0;           // rows
+  static constexpr int kFewRows = 4;
+  int log_team = 0;
+  int64_t strips = 0, rows = kFewRows;  // rows in a group
+  int64_t segment = 0;                  // rows
   int64_t groups_per_segment = 0, groups = 0;
 
   ColumnChunks() = default;
   ColumnChunks(int64_t all_rows, int64_t segment_rows, int64_t columns) : segment(segment_rows) {
-    while (team < kThreads && team * kColumns < columns) team *= 2;
-    strips = (columns + team * kColumns - 1) / (team * kColumns);
-    // Enough groups to fill a device, few enough that adding them up is quick.
-    rows = all_rows > 4 * 256 ? (all_rows + 255) / 256 : 4;
+    while ((1 << log_team) < kWarp && width() < columns) ++log_team;
+    strips = (columns + width() - 1) / width();
+    // Each group leaves a partial sum for every column: no more of them than fill a device.
+    while (rows < segment && (all_rows + rows - 1) / rows * strips > Chunks::kEnough / 2) rows *= 2;
     groups_per_segment = (segment + rows - 1) / rows;
     groups = all_rows / segment * groups_per_segment;
   }
+  __host__ __device__ int width() const { return kColumns << log_team; }
   int64_t count() const { return groups * strips; }
 };
 
 // The calling thread's share of a chunk: elements begin + offset with offset < length, in steps of the team.
 struct Share {
-  int64_t chunk = 0, begin = 0;
-  int length = 0;  // 0 for a team that has no chunk
-  int lane = 0;    // in the team
+  int64_t segment = 0;
+  int64_t within = 0;  // where in the segment the chunk begins
+  int length = 0;      // 0 for a team that has no chunk
 };
 
-__device__ __forceinline__ Share share_of(const Chunks& chunks, int64_t block) {
-  const int teams = kThreads / chunks.team, thread = static_cast<int>(threadIdx.x), team = thread / chunks.team;
+__device__ __forceinline__ Share share_of(const Chunks& chunks, int64_t chunk) {
   Share share;
-  share.chunk = block * teams + team;
-  share.lane = thread - team * chunks.team;
-  if (share.chunk >= chunks.count) return share;
-  const int64_t segment = chunks.per_segment == 1 ? share.chunk : share.chunk / chunks.per_segment;
-  const int64_t within = (share.chunk - segment * chunks.per_segment) * chunks.capacity();
-  const int64_t rest = chunks.segment - within;
-  share.begin = segment * chunks.segment + within;
-  share.length = rest < chunks.capacity() ? static_cast<int>(rest) : chunks.capacity();
+  if (chunk >= chunks.count) return share;
+  // There are fewer than 2^32 chunks: their sums would take more memory than there is.
+  const uint32_t c = static_cast<uint32_t>(chunk), per_segment = static_cast<uint32_t>(chunks.per_segment);
+  const uint32_t segment = c / per_segment;
+  share.segment = segment;
+  share.within = static_cast<int64_t>(c - segment * per_segment) * chunks.capacity;
+  const int64_t rest = chunks.segment - share.within;
+  share.length = static_cast<int>(rest < chunks.capacity ? rest : chunks.capacity);
   return share;
 }
 
 // The sum of so many lanes of a warp, a power of two, known to each of them.
 template <class T>
 __device__ __forceinline__ T lanes_sum(T value, int lanes) {
+  if (lanes == kWarp) {  // as it mostly is
+    FUSEDVAE_UNROLL
+    for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
+    return value;
+  }
   FUSEDVAE_UNROLL_BY(1)
   for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
   return value;
 }
 
-// The team's sum, known to each of its threads. All threads of the block take part, in teams of one size.
+// The sum over a team that may be larger than a warp, known to each of its threads. All threads of the block take part,
+// in teams of one size.
 template <class T>
 __device__ __forceinline__ T team_sum(T value, int team) {
   value = lanes_sum(value, team < kWarp ? team : kWarp);
@@ -117,24 +133,61 @@ struct Workspace {
 // to zero by itself, ready for the next launch.
 __device__ __forceinline__ bool is_last_block(unsigned* done) {
   __shared__ unsigned before;
-  __threadfence();
+  __syncthreads();  // what the block has to write is written
+  if (threadIdx.x == 0) {
+    __threadfence();
+    before = atomicInc(done, gridDim.x - 1);
+    __threadfence();
+  }
   __syncthreads();
-  if (threadIdx.x == 0) before = atomicInc(done, gridDim.x - 1);
-  __syncthreads();
-  __threadfence();
   return before == gridDim.x - 1;
+}
+
+// --- what is added up in the end --------------------------------------------------------------------------------
+
+// Partial sums that a thread has on their way at a time.
+constexpr int kLoads = 4;
+
+// The power of two that a value's partial sums are added up by.
+__host__ __device__ inline int team_for(int64_t addends) {
+  int team = 1;
+  while (team < kThreads && team * kLoads < addends) team *= 2;
+  return team;
+}
+
+// Which blocks are at it: those of a launch, or the one that was done last with what came before.
+struct Crew {
+  int64_t block, blocks;
+};
+
+// Calls visit(v, lane) for each of so many values, with each lane of a team. In the end v may be past the last.
+template <class Visit>
+__device__ __forceinline__ void for_each_value(int64_t values, int team, const Crew& crew, const Visit& visit) {
+  const int teams = kThreads / team, thread = static_cast<int>(threadIdx.x);
+  FUSEDVAE_UNROLL_BY(1)
+  for (int64_t first = crew.block * teams; first < values; first += crew.blocks * teams)
+    visit(first + thread / team, thread % team);
+}
+
+// The sum of addend(j) over j < addends, `loads` of them at a time, known to each lane of the team. All threads of the
+// block take part.
+template <int loads, class Addend>
+__device__ __forceinline__ double sum_of(int addends, int team, int lane, const Addend& addend) {
+  double sum = 0;
+  FUSEDVAE_UNROLL_BY(1)
+  for (int j = lane; j < addends; j += loads * team) {
+    double loaded[loads];
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < loads; ++k) loaded[k] = j + k * team < addends ? addend(j + k * team) : 0;
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < loads; ++k) sum += loaded[k];
+  }
+  return team_sum(sum, team);
 }
 
 // Partial sums come from other blocks: never from this multiprocessor's own cache.
 __device__ __forceinline__ double partial_at(const double* partials, int64_t index) {
-  return *const_cast<const volatile double*>(partials + index);
-}
-
-// The power of two that a group of so many partial sums is added up by.
-__device__ __forceinline__ int team_for(int64_t partials) {
-  int team = 1;
-  while (team < kThreads && team < partials) team *= 2;
-  return team;
+  return __ldcg(partials + index);
 }
 
 }  // namespace cuda

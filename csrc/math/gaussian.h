@@ -32,7 +32,7 @@ struct GaussianNll {
     const T half_pull = error * spread.half_precision;
     const T half_square = error * half_pull;
     const T d_recon = (weight + weight) * half_pull;
-    return {0.5f * spread.logvar + half_square, {d_recon, -d_recon, 0.5f * weight - weight * half_square}};
+    return {0.5f * spread.logvar + half_square, {d_recon, -d_recon, half_square * -weight + 0.5f * weight}};
   }
 };
 

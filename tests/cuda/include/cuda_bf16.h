@@ -21,3 +21,6 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
 inline __nv_bfloat16 __float2bfloat16(float v) {
   return __float2bfloat16_rn(v);
 }
+inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
+  return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+}

@@ -34,3 +34,6 @@ inline __half __float2half_rn(float v) {
 inline __half __float2half(float v) {
   return __float2half_rn(v);
 }
+inline __half2 __floats2half2_rn(float low, float high) {
+  return {__float2half_rn(low), __float2half_rn(high)};
+}

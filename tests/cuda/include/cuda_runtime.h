@@ -145,6 +145,10 @@ T __ldcs(const T* address) {
   return *emulation::aligned(address);
 }
 template <class T>
+T __ldcg(const T* address) {
+  return *emulation::aligned(address);
+}
+template <class T>
 void __stcs(T* address, T value) {
   *emulation::aligned(address) = value;
 }
