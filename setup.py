@@ -204,7 +204,8 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
             f"-gencode=arch=compute_{arch},code=[{','.join(f'{kind}_{arch}' for kind in kinds[arch])}]"
             for arch in cuda.archs
         ]
-        device = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, "-MD", "-MF", "$out.d"]
+        own = [] if cuda.archs[-1].isdigit() else ["-DFUSEDVAE_NEWEST_ARCH_IS_ONE_CHIP"]
+        device = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, *own, "-MD", "-MF", "$out.d"]
         ninja.rule("nvcc", [*device, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
         # Before all else, the longest first: what comes last is compiled while other processors have nothing to do.
         for source in sorted(cuda_sources(), key=lambda path: not path.stem.startswith("objective")):

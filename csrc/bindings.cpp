@@ -9,6 +9,7 @@
 // runtime the kernels then share.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstddef>
 #include <string>
@@ -263,7 +264,9 @@ cuda::Launch launch_on(int device, uintptr_t stream, uintptr_t workspace) {
 template <class Plan, class Task>
 auto launch(void (*kernel)(const Task&, const cuda::Launch&)) {
   return [kernel](const Plan& plan, const py::tuple& sources, int device, uintptr_t stream, uintptr_t workspace) {
-    kernel(plan.on(sources), launch_on(device, stream, workspace));
+    const Task task = plan.on(sources);
+    py::gil_scoped_release release;
+    kernel(task, launch_on(device, stream, workspace));
   };
 }
 #endif
@@ -313,9 +316,11 @@ PYBIND11_MODULE(_C, m) {
                    .def(py::init(&scale_task))
                    .def("run", run<Planned<ScaleTask>>(&Kernels::scale));
 #if defined(FUSEDVAE_WITH_CUDA)
-  m.def("cuda_unavailable", &cuda::unavailable, "Why no GPU here can run the CUDA kernels; empty if all can.");
+  m.def("cuda_unavailable", &cuda::unavailable, "Why each GPU here cannot run the CUDA kernels; empty if it can.");
   m.def("launch_normal", [](uintptr_t out, int dtype, int64_t count, uintptr_t seed, int device, uintptr_t stream) {
-    cuda::normal(normal_task(out, dtype, count, seed), launch_on(device, stream, 0));
+    const NormalTask task = normal_task(out, dtype, count, seed);
+    py::gil_scoped_release release;
+    cuda::normal(task, launch_on(device, stream, 0));
   });
   latent.def("launch", launch<PlannedLatent>(&cuda::latent))
       .def_property_readonly("workspace_bytes",

@@ -1410,7 +1410,7 @@ def _backend_for(operands: Operands, requested: str | None) -> str:
     """The backend that serves these operands: the reference where only operations of PyTorch can."""
     first = operands[0]
     assert isinstance(first, Tensor)
-    name = resolve(first.device.type, requested)
+    name = resolve(first.device.type, requested, index=first.device.index)
     return "reference" if is_transformed(operands) else name
 
 

@@ -58,7 +58,7 @@ def normal(
         seed = torch.tensor(signed, dtype=torch.int64, device=device)
     else:
         raise TypeError(f"seed: expected an integer or a 0-dim int64 tensor, got {type(seed).__name__}")
-    name = resolve(device.type, backend)
+    name = resolve(device.type, backend, index=device.index)
     if name == "reference":
         return reference.normal(tuple(shape), seed, dtype)
     return ops.normal(shape, seed, dtype, name)

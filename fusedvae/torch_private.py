@@ -134,6 +134,9 @@ def _address_of_current_stream(gpu: int) -> int:
     return int(torch.cuda.current_stream(gpu).cuda_stream)
 
 
+current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
+"""The current GPU's number, without CUDA being initialised; 0 where PyTorch knows no GPUs."""
+
 current_stream_address: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", _address_of_current_stream
 )

@@ -115,7 +115,7 @@ def test_without_a_readable_record(
 
 
 def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unavailable(name: str, device_type: str) -> str | None:
+    def unavailable(name: str, device_type: str, index: int | None = None) -> str | None:
         return None if name == "reference" else f"no {name} for {device_type} here"
 
     monkeypatch.setattr(info, "unavailable", unavailable)

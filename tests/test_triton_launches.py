@@ -64,7 +64,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     where = "_active" if hasattr(triton.runtime.driver, "_active") else "active"
     driver = Driver()
     monkeypatch.setattr(triton.runtime.driver, where, driver)
-    monkeypatch.setattr(type(backend.BACKEND), "unavailable", lambda self, device_type: None)
+    monkeypatch.setattr(type(backend.BACKEND), "unavailable", lambda self, device_type, index=None: None)
     forget()
     yield driver
     forget()

@@ -37,7 +37,7 @@ class Driver:
 def gpu_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(Driver())
-    monkeypatch.setattr(type(backend.BACKEND), "unavailable", lambda self, device_type: None)
+    monkeypatch.setattr(type(backend.BACKEND), "unavailable", lambda self, device_type, index=None: None)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

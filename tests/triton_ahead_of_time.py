@@ -296,7 +296,7 @@ def main(chip: str, chosen: str = "") -> None:
     is_amd = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if is_amd else GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
     backend._LANES = target.warp_size
-    type(backend.BACKEND).unavailable = lambda self, device_type: None
+    type(backend.BACKEND).unavailable = lambda self, device_type, index=None: None
     compiled: dict[tuple[str, str], dict[str, Any]] = {}  # many launches are of the same
     results = []
     for variant, found in variants().items():

@@ -7,8 +7,8 @@ namespace cuda {
 
 #if defined(FUSEDVAE_CUDA_EMULATION)
 
-std::string unavailable() {
-  return "";
+std::vector<std::string> unavailable() {
+  return {""};
 }
 
 #else
@@ -25,42 +25,53 @@ std::string dotted(int version, int unit) {
 constexpr int kBuilt[] = {__CUDA_ARCH_LIST__};
 constexpr int kNewestBuilt = kBuilt[sizeof kBuilt / sizeof *kBuilt - 1];
 
+// Whether the newest is for one chip's own features (90a), of which neither binary nor PTX serves another chip.
+#if defined(FUSEDVAE_NEWEST_ARCH_IS_ONE_CHIP)
+constexpr bool kNewestIsOneChip = true;
+#else
+constexpr bool kNewestIsOneChip = false;
+#endif
+
 // A binary serves its own generation from its own version on; PTX serves all that came after it.
 bool serves(int capability) {
-  if (capability >= kNewestBuilt) return true;
+  if (kNewestIsOneChip ? capability == kNewestBuilt : capability >= kNewestBuilt) return true;
   for (const int built : kBuilt)
-    if (built / 100 == capability / 100 && built <= capability) return true;
+    if (built / 100 == capability / 100 && built <= capability && !(kNewestIsOneChip && built == kNewestBuilt))
+      return true;
   return false;
 }
 
 }  // namespace
 
-std::string unavailable() {
+std::vector<std::string> unavailable() {
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
     cudaGetLastError();
-    return "there is no NVIDIA driver";
+    return {"there is no NVIDIA driver"};
   }
   if (driver / 1000 < CUDART_VERSION / 1000)
-    return "the driver is for CUDA up to " + dotted(driver, 1000) + ", and the CUDA kernels were compiled with " +
-           dotted(CUDART_VERSION, 1000) + "; update the driver, or install fusedvae again with an older nvcc";
+    return {"the driver is for CUDA up to " + dotted(driver, 1000) + ", and the CUDA kernels were compiled with " +
+            dotted(CUDART_VERSION, 1000) + "; update the driver, or install fusedvae again with an older nvcc"};
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error != cudaSuccess) {
     cudaGetLastError();
-    return std::string("CUDA finds no GPU (") + cudaGetErrorString(error) + ")";
+    return {std::string("CUDA finds no GPU (") + cudaGetErrorString(error) + ")"};
   }
+  std::vector<std::string> reasons;
   for (int device = 0; device < devices; ++device) {
     int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
     const int capability = 100 * major + 10 * minor;
-    if (!serves(capability))
-      return "GPU " + std::to_string(device) + " has compute capability " + dotted(capability, 100) +
-             ", which the CUDA kernels were not compiled for; install fusedvae again with FUSEDVAE_CUDA_ARCHS=" +
-             dotted(capability, 100);
+    reasons.push_back(serves(capability)
+                          ? ""
+                          : "GPU " + std::to_string(device) + " has compute capability " + dotted(capability, 100) +
+                                ", which the CUDA kernels were not compiled for; install fusedvae again with "
+                                "FUSEDVAE_CUDA_ARCHS=" +
+                                dotted(capability, 100));
   }
-  return "";
+  return reasons;
 }
 
 #endif

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "tasks.h"
 
@@ -18,7 +19,7 @@ struct Launch {
   void* workspace = nullptr;
 };
 
-// Each is one launch; none waits for the device. They throw std::runtime_error.
+// On the current device, which must be the one that is named. None waits for it. They throw std::runtime_error.
 void normal(const NormalTask&, const Launch&);
 void latent(const LatentTask&, const Launch&);
 void objective(const ObjectiveTask&, const Launch&);
@@ -28,8 +29,9 @@ void scale(const ScaleTask&, const Launch&);
 int64_t workspace_bytes(const LatentTask&);
 int64_t workspace_bytes(const ObjectiveTask&);
 
-// Why these kernels cannot run on this machine's GPUs, in a sentence; empty if they can on all of them.
-std::string unavailable();
+// Why these kernels cannot run on each of this machine's GPUs, in a sentence; empty if they can. One reason, where it
+// is that of all of them.
+std::vector<std::string> unavailable();
 
 }  // namespace cuda
 }  // namespace fusedvae

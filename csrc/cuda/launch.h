@@ -22,25 +22,6 @@ inline void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error("fusedvae: " + what + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device the current one for as long as it lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
-    moved_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (moved_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool moved_ = false;
-};
-
 // Asked once a device.
 inline int multiprocessors(int device) {
   static std::mutex mutex;

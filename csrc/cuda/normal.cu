@@ -55,7 +55,6 @@ void launch_widest(const NormalTask& task, const Launch& on) {
 
 void normal(const NormalTask& task, const Launch& on) {
   if (task.count == 0) return;
-  const DeviceGuard guard(on.device);
   switch (task.out.dtype) {
     case DType::f32:
       return launch_widest<float>(task, on);

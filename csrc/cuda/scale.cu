@@ -29,42 +29,33 @@ __device__ __forceinline__ void scale_elements(char* data, int64_t count, T fact
   }
 }
 
-// A row of the grid for each tensor.
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) scale_kernel(const ScaleTask task) {
+// One wave of blocks goes over all tensors.
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    scale_kernel(const __grid_constant__ ScaleTask task) {
   const double factor = get<double>(task.factor, 0);
   if (factor == 1.0) return;
-  char* data = nullptr;
-  DType dtype = DType::f32;
-  int64_t count = 0;
-  FUSEDVAE_UNROLL
-  for (unsigned k = 0; k < ScaleTask::kMost; ++k)
-    if (k == blockIdx.y) {
-      data = static_cast<char*>(task.tensors[k].data);
-      dtype = task.tensors[k].dtype;
-      count = task.counts[k];
-    }
-  with_type(dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
-    if constexpr (!std::is_same_v<S, uint8_t>) scale_elements<T, S>(data, count, static_cast<T>(factor));
-  });
+  FUSEDVAE_UNROLL_BY(1)
+  for (int k = 0; k < ScaleTask::kMost; ++k) {
+    if (!task.tensors[k].given) continue;
+    with_type(task.tensors[k].dtype, [&](auto* type) {
+      using S = std::remove_pointer_t<decltype(type)>;
+      using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
+      if constexpr (!std::is_same_v<S, uint8_t>)
+        scale_elements<T, S>(static_cast<char*>(task.tensors[k].data), task.counts[k], static_cast<T>(factor));
+    });
+  }
 }
 
 }  // namespace
 
 void scale(const ScaleTask& task, const Launch& on) {
-  unsigned tensors = 0;
-  int64_t most = 0;
-  for (unsigned k = 0; k < ScaleTask::kMost; ++k)
-    if (task.tensors[k] && task.counts[k] > 0) {
-      tensors = k + 1;
-      most = task.counts[k] > most ? task.counts[k] : most;
-    }
-  if (tensors == 0) return;
-  const DeviceGuard guard(on.device);
+  int64_t elements = 0;
+  for (int k = 0; k < ScaleTask::kMost; ++k)
+    if (task.tensors[k]) elements += task.counts[k];
+  if (elements == 0) return;
   // 16 elements a thread and more: with a factor of 1, a block is over as soon as it starts.
-  const unsigned blocks = grid_for((most + 16 * kThreads - 1) / (16 * kThreads), kBlocksPerMultiprocessor, on.device);
-  launch("scale", scale_kernel, dim3(blocks, tensors), kThreads, 0, static_cast<cudaStream_t>(on.stream), task);
+  const unsigned grid = grid_for((elements + 16 * kThreads - 1) / (16 * kThreads), kBlocksPerMultiprocessor, on.device);
+  launch("scale", scale_kernel, grid, kThreads, 0, static_cast<cudaStream_t>(on.stream), task);
 }
 
 }  // namespace cuda

@@ -151,8 +151,9 @@ class KernelBackend(Protocol):
     ``keeps_workspace`` between its launches: behind the dispatcher, where a compiler may record launches in a CUDA
     graph and owns all memory that is made meanwhile, each launch takes one of its own."""
 
-    def unavailable(self, device_type: str) -> str | None:
-        """None if this backend serves the device type, else the reason and the remedy, in one sentence."""
+    def unavailable(self, device_type: str, index: int | None = None) -> str | None:
+        """None if this backend serves the device (any of the type, without an index), else the reason and the remedy,
+        in one sentence."""
 
     def describe(self, device_type: str) -> str:
         """What serves the device type, in a few words (the instruction set, the chip family)."""
@@ -197,9 +198,9 @@ def kernels(name: str) -> KernelBackend:
     return found
 
 
-def unavailable(name: str, device_type: str) -> str | None:
-    """None if the backend serves the device type, else the reason and the remedy."""
-    return None if name == "reference" else kernels(name).unavailable(device_type)
+def unavailable(name: str, device_type: str, index: int | None = None) -> str | None:
+    """None if the backend serves that device, or without an index any of the type; else the reason and the remedy."""
+    return None if name == "reference" else kernels(name).unavailable(device_type, index)
 
 
 def current_choice() -> str:
@@ -207,20 +208,21 @@ def current_choice() -> str:
     return _choice
 
 
-def resolve(device_type: str, requested: str | None = None) -> str:
-    """The backend that serves the device type: the call's own choice, else that of `use_backend`.
+def resolve(device_type: str, requested: str | None = None, *, index: int | None = None) -> str:
+    """The backend that serves the device (any of the type, without an index): the call's own choice, else that of
+    `use_backend`.
 
     Raises RuntimeError, with reason and remedy, if a backend asked for by name is unavailable; "auto" cannot fail.
     """
-    return _resolve(device_type, _choice if requested is None else checked_name(requested))
+    return _resolve(device_type, index, _choice if requested is None else checked_name(requested))
 
 
 @torch.compiler.assume_constant_result  # what can serve a device does not change while a process lives
-def _resolve(device_type: str, name: str) -> str:
+def _resolve(device_type: str, index: int | None, name: str) -> str:
     if name == "auto":
-        return next(name for name in NAMES if unavailable(name, device_type) is None)
+        return next(name for name in NAMES if unavailable(name, device_type, index) is None)
     checked_name(name, source="FUSEDVAE_BACKEND")  # all other names have been checked before
-    reason = unavailable(name, device_type)
+    reason = unavailable(name, device_type, index)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is unavailable for {device_type!r} tensors: {reason}")
     return name

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedvae.layout import Strides
-from fusedvae.torch_private import current_stream_address
+from fusedvae.torch_private import current_gpu, current_stream_address
 
 from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork
 from .reference import GIVEN, Form
@@ -108,6 +108,10 @@ def _launcher(
     size = task.workspace_bytes
 
     def launch(sources: tuple[Any, ...]) -> None:
+        if current_gpu() != gpu:
+            with torch.cuda.device(gpu):  # which makes no context on the GPU that was current before
+                launch(sources)
+            return
         stream = current_stream_address(gpu)
         # Until the launch, the workspace must not become anyone else's; after it, the stream's order sees to that.
         workspace = _workspace(gpu, stream, size, is_kept=keeps_workspace) if size else None
@@ -136,14 +140,17 @@ def _workspace(gpu: int, stream: int, size: int, *, is_kept: bool) -> Tensor:
 
 
 class _Native:
-    def unavailable(self, device_type: str) -> str | None:
+    def unavailable(self, device_type: str, index: int | None = None) -> str | None:
         if _C is None:
             return f"{_absence()}; install fusedvae again where a C++17 compiler is found"
         if device_type == "cpu":
             return None
         if device_type != "cuda":
             return f"it has no kernels for {device_type!r}"
-        return _gpus_unavailable()
+        reasons = _gpus_unavailable()
+        if index is None:
+            return None if None in reasons else reasons[0]
+        return reasons[index]
 
     def describe(self, device_type: str) -> str:
         if device_type == "cuda":
@@ -157,7 +164,8 @@ class _Native:
         arguments = out.data_ptr(), _DTYPES[out.dtype], out.numel(), seed.data_ptr()
         if out.is_cuda:
             gpu = out.device.index
-            _C.launch_normal(*arguments, gpu, current_stream_address(gpu))
+            with torch.cuda.device(gpu):
+                _C.launch_normal(*arguments, gpu, current_stream_address(gpu))
         else:
             _C.normal(*arguments, torch.get_num_threads())
 
@@ -200,11 +208,12 @@ class _Native:
 
 
 @lru_cache(maxsize=1)  # the GPUs and the driver of a process do not change
-def _gpus_unavailable() -> str | None:
-    """Why the CUDA kernels cannot serve this machine's GPUs, and the remedy."""
+def _gpus_unavailable() -> list[str | None]:
+    """Why the CUDA kernels cannot serve each of this machine's GPUs, and the remedy; one reason where there is none."""
     if not hasattr(_C, "cuda_unavailable"):
-        return "this build of the extension has CPU kernels only; install fusedvae again where nvcc is found"
-    return _C.cuda_unavailable() or None
+        reason = "this build of the extension has CPU kernels only; install fusedvae again where nvcc is found"
+        return [reason] * max(torch.cuda.device_count(), 1)
+    return [reason or None for reason in _C.cuda_unavailable()]
 
 
 def _absence() -> str:

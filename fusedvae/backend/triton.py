@@ -627,7 +627,7 @@ _WAVE = 1024
 
 
 class _Triton:
-    def unavailable(self, device_type: str) -> str | None:
+    def unavailable(self, device_type: str, index: int | None = None) -> str | None:
         if triton is None:
             return f"Triton cannot be imported ({_import_error}); install it with `pip install triton`"
         if device_type == "cpu" and not _interpreted():

@@ -85,7 +85,7 @@ def install() -> None:
     native._workspace = workspace
     native.current_stream_address = lambda gpu: STREAM  # type: ignore[assignment]
     extension.normal = normal
-    assert extension.cuda_unavailable() == ""
+    assert extension.cuda_unavailable() == [""]
 
 
 install()

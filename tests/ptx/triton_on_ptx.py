@@ -93,7 +93,7 @@ def install() -> None:
     kind = type(backend.BACKEND)
     backend._launch = launch
     backend._LANES = TARGET.warp_size
-    kind.unavailable = lambda self, device_type: None  # type: ignore[method-assign]
+    kind.unavailable = lambda self, device_type, index=None: None  # type: ignore[method-assign]
     kind.describe = lambda self, device_type: "PTX"  # type: ignore[method-assign]
 
 
