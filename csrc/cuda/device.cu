@@ -5,14 +5,6 @@
 namespace fusedvae {
 namespace cuda {
 
-#if defined(FUSEDVAE_CUDA_EMULATION)
-
-std::vector<std::string> unavailable() {
-  return {""};
-}
-
-#else
-
 namespace {
 
 // As 8.0, from 80 or 800.
@@ -73,8 +65,6 @@ std::vector<std::string> unavailable() {
   }
   return reasons;
 }
-
-#endif
 
 }  // namespace cuda
 }  // namespace fusedvae

@@ -1,4 +1,4 @@
-// How kernels are launched: all that knows of <<<...>>>, which the emulation in tests/cuda has no use for.
+// How kernels are launched: all that knows of <<<...>>>.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -44,11 +44,7 @@ inline unsigned grid_for(int64_t blocks, int blocks_per_multiprocessor, int devi
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
-#if defined(FUSEDVAE_CUDA_EMULATION)
-  emulation::launch(name, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
-#else
   kernel<<<grid, block, shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
-#endif
   check(cudaGetLastError(), std::string("launching the kernel ") + name + " failed");
 }
 
