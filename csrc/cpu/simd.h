@@ -288,9 +288,9 @@ FUSEDVAE_INLINE double logarithm(double x) {
   return std::log(x);
 }
 
-// ln u for u in [2^-32, 1].
-FUSEDVAE_INLINE vf log_unit(vf u) {
-  return log_normal(u);
+// sqrt(-2 ln u) for u in [2^-32, 1].
+FUSEDVAE_INLINE vf radius_of(vf u) {
+  return root(-2.0f * log_normal(u));
 }
 
 // ln(1 + x) for x in [-1, 1]: what the sum loses to rounding comes back as a correction.

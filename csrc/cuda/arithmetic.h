@@ -107,20 +107,14 @@ FUSEDVAE_INLINE double logarithm_of_1_plus(double x) {
 }
 
 FUSEDVAE_INLINE float root(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
   return sqrtf(x);
-#endif
 }
 FUSEDVAE_INLINE double root(double x) {
   return sqrt(x);
 }
 
 // ln u for a normal u > 0: u = 2^e (1 + m) with m in [-1/3, 1/3], and ln(1 + m) = m + m^2 q(m).
-FUSEDVAE_INLINE float log_unit(float u) {
+FUSEDVAE_INLINE float log_normal(float u) {
   const int bits = cuda::bits_as<int>(u), e = (bits - 0x3F2AAAAB) & static_cast<int>(0xFF800000);
   const float m = cuda::bits_as<float>(bits - e) - 1.0f;
   float q = fmaf(m, 0.140262708f, -0.153885782f);
@@ -133,10 +127,23 @@ FUSEDVAE_INLINE float log_unit(float u) {
   return fmaf(static_cast<float>(e), 0.693147182f * 0x1p-23f, fmaf(q * m, m, m));
 }
 
+// sqrt(-2 ln u) for u in [2^-32, 1]: an approximation, and one step of Newton's. It is 1e-15 in the place of 0.
+FUSEDVAE_INLINE float radius_of(float u) {
+  const float square = fmaxf(-2.0f * log_normal(u), 1e-30f);
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(inverse) : "f"(square));
+  const float radius = square * inverse;
+  return fmaf(fmaf(-radius, radius, square), 0.5f * inverse, radius);
+#else
+  return sqrtf(square);
+#endif
+}
+
 // ln(1 + x) for x in [0, 1], with 1 / (1 + x): what the sum loses to rounding comes back as a correction.
 FUSEDVAE_INLINE float logarithm_of_1_plus(float x, float inverse) {
   const float sum = 1.0f + x;
-  return fmaf(x - (sum - 1.0f), inverse, log_unit(sum));
+  return fmaf(x - (sum - 1.0f), inverse, log_normal(sum));
 }
 FUSEDVAE_INLINE double logarithm_of_1_plus(double x, double /*inverse*/) {
   return log1p(x);

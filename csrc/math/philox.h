@@ -74,7 +74,7 @@ struct NormalPair {
 
 template <class F>
 FUSEDVAE_INLINE NormalPair<F> box_muller(F u0, F u1) {
-  const F radius = root(-2.0f * log_unit(u0));
+  const F radius = radius_of(u0);
   F c, s;
   sincos_turns(u1, &s, &c);
   return {radius * c, radius * s};
