@@ -9,10 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from conftest import threads
+from torch import Tensor
 
 import fusedvae
+from fusedvae import functional
 from fusedvae.cli.bench import cases, contestants, suite
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
@@ -90,6 +95,93 @@ def test_a_backend_that_is_wrong_or_fails_gets_no_time(monkeypatch: pytest.Monke
 
 def test_times_that_time_does_not_suffice_for_are_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert times_of_kl(monkeypatch, tmp_path, 1) == {"message": "no time was left from kl float32 2^14 on"}
+
+
+@pytest.mark.parametrize("step", ["first_calls", "factors", "none", "training", "likelihoods"])
+def test_a_rehearsal_of_what_is_right_on_the_cpu_too(step: str, tmp_path: Path) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    report = script["Report"](tmp_path / "step.json")
+    with threads(1):  # two are slow on a machine that has something else to do
+        script[step](report, "cpu", time.time() + 60)
+    assert report.failures == []
+    assert json.loads((tmp_path / "step.json").read_text()) == report.content
+    checked = {key: found for key, found in report.content.items() if not isinstance(found, dict)}
+    assert set(checked.values()) <= {"right", "done"}
+    if "native" in fusedvae.backends():
+        assert any("native" in key for key in checked)
+    for found in report.content.values():
+        if isinstance(found, dict):
+            assert found["problems"] == {}
+            assert all(0 < microseconds < 1e7 for microseconds in found["microseconds"].values())
+    table = list(script["TABLES"].get(step, lambda found: [])(report.content))
+    assert len(table) > 1 or step == "first_calls" or "native" not in fusedvae.backends()
+
+
+def test_a_wrong_gradient_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if "native" not in fusedvae.backends():
+        pytest.skip("no compiled extension here")
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: Tensor) -> Tensor:
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 1.01 * grad
+
+    original = functional.kl_standard_normal
+
+    def spoilt(*arguments: Any, backend: str, **options: Any) -> Tensor:
+        values = original(*arguments, backend=backend, **options)
+        return Spoilt.apply(values) if backend == "native" else values
+
+    monkeypatch.setattr(functional, "kl_standard_normal", spoilt)
+    script = runpy.run_path(str(SCRIPT))
+    report = script["Report"](tmp_path / "none.json")
+    script["none"](report, "cpu", time.time() + 60)
+    (failure,) = report.failures
+    assert failure.startswith("kl 256x16, native: AssertionError: result 1")
+    assert "native" not in report.content["kl 256x16"]["microseconds"]
+    assert "native" in report.content["nll 256x16"]["microseconds"]
+
+
+def test_what_has_a_goal_is_timed_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script, asked = runpy.run_path(str(SCRIPT)), []
+
+    def timed(report: object, operation: str, dtype: str, exponent: int, rivals: list[str], *others: object) -> list:
+        asked.append((f"{operation} {dtype} 2^{exponent}", rivals))
+        return []
+
+    monkeypatch.setitem(script["speed"].__globals__, "timed", timed)
+    script["speed"](script["Report"](tmp_path / "speed.json"), "cuda", time.time() + 1000)
+    goals = {goal.case for goal in script["GOALS"] if goal.step == "speed"}
+    assert {case for case, _ in asked[: len(goals)]} == goals
+    assert len(asked) > len(goals)
+    assert all("compile" in rivals for _, rivals in asked)
+
+
+def test_goals_are_reached_missed_or_not_measured() -> None:
+    script = runpy.run_path(str(SCRIPT))
+    times = {"eager": 800.0, "compile": 140.0, "copy": 91.0, "native": 100.0, "triton": 130.0}
+    results = {
+        "speed": {"found": {"elbo float32 2^26": {"microseconds": times}}},
+        "training": {"found": {script["TRAINING"]: {"microseconds": {"eager": 26.0, "native": 20.0}}}},
+    }
+    lines = list(script["goals_table"](results))
+    bound = "elbo float32 2^26, {}'s time over ours at least {}: {} ({})"
+    for verdict, *figures in (
+        ("pass", "copy", "0.90", "0.91", "native"),
+        ("MISSED", "copy", "0.90", "0.70", "triton"),
+        ("MISSED", "compile", "1.50", "1.40", "native"),
+        ("pass", "eager", "7.00", "8.00", "native"),
+        ("MISSED", "eager", "7.00", "6.15", "triton"),
+    ):
+        assert f"{verdict:8}{bound.format(*figures)}" in lines
+    assert "?       latent bfloat16 2^26, copy's time over ours at least 0.85: not measured" in lines
+    assert lines[-1].startswith("pass    training step")
+    assert lines[-1].endswith(": 1.30 (native)")
+    assert all("not measured" in line for line in script["goals_table"]({}))
 
 
 def test_figures_are_read_out_of_ncus_table() -> None:
