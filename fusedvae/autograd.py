@@ -75,7 +75,7 @@ class Conversion(NamedTuple):
     """An operand that kernels cannot take as it comes, and how they can."""
 
     operand: int
-    convert: Callable[[Tensor], Tensor]
+    convert: Callable[[Tensor], Tensor | float]
 
 
 def _conversions(operands: Operands, dtype: torch.dtype, device: torch.device) -> list[Conversion]:
@@ -89,8 +89,20 @@ def _conversions(operands: Operands, dtype: torch.dtype, device: torch.device) -
         if operand.dtype not in KERNEL_DTYPES:
             found.append(Conversion(k, lambda t: t.to(dtype)))
         if operand.device != device:  # a number in memory
-            found.append(Conversion(k, lambda t: t.to(device)))
+            is_read = (operand.device.type, device.type) == ("cpu", "cuda") and not operand.requires_grad
+            is_read = is_read and not ops.needs_dispatcher((operand,))
+            found.append(Conversion(k, _read if is_read else lambda t: t.to(device)))
     return found
+
+
+def _read(number: Tensor) -> float:
+    """A number that the host has in memory: nothing is copied to a device, nor waited for."""
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "expected numbers of a captured graph in the device's memory, or in Python; got a 0-dim tensor on the CPU, "
+            "whose changes the graph would not see"
+        )
+    return number.item()
 
 
 def _converted(conversions: Sequence[Conversion], operands: Operands) -> Operands:
@@ -262,24 +274,31 @@ class Deferred(NamedTuple):
     """Whether the loss depends on more than the operands whose gradients are made in the forward pass."""
 
 
-def made_in_forward(spec: Objective, operands: Operands) -> Objective:
+def made_in_forward(spec: Objective, operands: Operands, *, is_dispatched: bool = False) -> Objective:
     """The objective with those gradients made with the values that are worth it: all of those needed, or none.
 
-    Values per sample and per element would move more that way (9N elements against 8N), and float16 gradients made
-    before the incoming factor (a loss scaler's 65536) would underflow, unless they are scaled as they are made.
+    Values per sample and per element would move more that way (9N elements against 8N), and so would a total behind
+    the dispatcher, whose gradients are not ours to scale in place: there a GPU, which memory alone holds up, makes them
+    in the backward pass. (A CPU has the exponentials to make but once that way.) Float16 gradients made before the
+    incoming factor (a loss scaler's 65536) would underflow, unless they are scaled as they are made.
     """
-    deferred = spec.values != "total" or (
-        not spec.is_grad_scaled
-        and any(
-            isinstance(t, Tensor) and need and t.dtype == torch.float16
-            for t, need in zip(operands, spec.needed, strict=True)
+    is_on_gpu = any(isinstance(t, Tensor) and t.is_cuda for t in operands)
+    deferred = (
+        spec.values != "total"
+        or (is_dispatched and is_on_gpu)
+        or (
+            not spec.is_grad_scaled
+            and any(
+                isinstance(t, Tensor) and need and t.dtype == torch.float16
+                for t, need in zip(operands, spec.needed, strict=True)
+            )
         )
     )
     return spec._replace(needed=(False,) * len(spec.needed)) if deferred else spec
 
 
-def _deferred(spec: Objective, operands: Operands) -> Deferred:
-    made = made_in_forward(spec, operands).needed
+def _deferred(made: Sequence[bool], operands: Operands) -> Deferred:
+    """Of an objective some of whose gradients are made in the forward pass."""
     return Deferred(
         len(operands),
         positions([isinstance(t, Tensor) for t in operands]),
@@ -303,10 +322,11 @@ class RecordedObjective:
         self.spec, self.terms = spec, terms
         self.is_dispatched = ops.needs_dispatcher(operands)
         self.is_recorded = wants_derivative(operands)
-        self.deferred = _deferred(spec, operands)
+        made = made_in_forward(spec, operands)
+        self.deferred = _deferred(made.needed, operands)
         self.forward: ObjectiveCall | None = None
         if not self.is_dispatched and spec.backend != "reference":
-            self.forward = ObjectiveCall(operands, made_in_forward(spec, operands))
+            self.forward = ObjectiveCall(operands, made)
         self.scale: ScaleCall | None = None
         """Of the gradients made in the forward pass, which it takes to plan it."""
 
@@ -396,8 +416,8 @@ def _scaled(ctx: Any, factor: Tensor) -> Sequence[Tensor]:
 class _DispatchedObjective(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: Objective, *operands: Any) -> Any:
-        ctx.spec, ctx.deferred = spec, _deferred(spec, operands)
-        ctx.made = made_in_forward(spec, operands)
+        ctx.spec, ctx.made = spec, made_in_forward(spec, operands, is_dispatched=True)
+        ctx.deferred = _deferred(ctx.made.needed, operands)
         outputs = ops.objective.below_autograd(operands, ctx.made)
         values = 3 if spec.returns_terms else 1
         ctx.save_for_backward(

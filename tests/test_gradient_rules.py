@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from conftest import KERNEL_TARGETS, Target, sampling
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedvae
-from fusedvae import functional
+from fusedvae import autograd, functional
+from fusedvae.backend.reference import Objective
+from fusedvae.calls import Operands
 
 pytestmark = pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
 
@@ -292,3 +296,36 @@ def test_a_compiled_training_step_is_one_graph_and_agrees_with_eager() -> None:
             found = run(compiled)
         for f, e in zip(found, run(step), strict=True):
             torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
+
+
+# --- what only GPUs do, as far as it can be seen without one ----------------------------------------------------------
+
+
+def test_behind_the_dispatcher_a_gpu_makes_no_gradients_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What would be made there is not ours to scale in place: 9N elements would be moved, and so 8N are.
+    specs: list[Objective] = []
+    made = autograd.made_in_forward
+
+    def recorded(spec: Objective, operands: Operands, **options: bool) -> Objective:
+        specs.append(spec)
+        return made(spec, operands, **options)
+
+    monkeypatch.setattr(autograd, "made_in_forward", recorded)
+    functional.gaussian_nll(*(torch.randn(2, 3, requires_grad=True) for _ in range(3)))
+    if not specs:
+        pytest.skip("the call has been made before")
+    for device, is_dispatched in itertools.product(("cpu", "cuda"), (False, True)):
+        with FakeTensorMode():
+            operands = [torch.empty(2, 3, device=device) for _ in range(3)]
+        needed = made(specs[0], (*operands, 1.0), is_dispatched=is_dispatched).needed
+        assert any(needed) == (device == "cpu" or not is_dispatched)
+
+
+def test_a_number_on_the_cpu_is_read_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    beta = torch.tensor(0.75)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    (conversion,) = autograd._conversions((beta,), torch.float32, torch.device("cuda", 0))
+    assert conversion.convert(beta) == 0.75
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="a 0-dim tensor on the CPU"):
+        conversion.convert(beta)
