@@ -7,7 +7,7 @@ nothing is wrong: but for what is marked "needed", whose absence stops the impor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree
@@ -29,6 +29,18 @@ def record(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     if base is None:
         return function.apply
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def assumed_constant(function: _Function) -> _Function:
+    """``torch.compiler.assume_constant_result(function)``, which imports a compiler to set this one attribute.
+
+    Where a PyTorch does not look at it, a compiler traces the function, as it can.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 # By names of their own: every call asks these.

@@ -302,3 +302,16 @@ def test_kernels_compile_for_aarch64(tmp_path: Path):
     for source in ("dispatch", "kernels"):
         flags = [*build["CXX_FLAGS"], "-O1", f"-DFUSEDVAE_ISA={isa}", f"-I{ROOT / 'csrc'}"]
         run(compiler, *flags, "-c", ROOT / "csrc" / "cpu" / f"{source}.cpp", "-o", tmp_path / f"{source}.o")
+
+
+def test_an_import_brings_no_compiler_and_little_else() -> None:
+    """PyTorch's own import takes a second; what it leaves for later stays for later."""
+    script = """
+import sys, torch
+before = set(sys.modules)
+import fusedvae
+print(*sorted(set(sys.modules) - before))
+"""
+    brought = run(sys.executable, "-c", script).split()
+    assert not [name for name in brought if name.startswith(("torch.", "sympy", "triton"))]
+    assert len([name for name in brought if not name.startswith("fusedvae")]) < 10

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fusedvae.torch_private import assumed_constant
+
 from . import reference
 
 NAMES = ("native", "triton", "reference")
@@ -217,7 +219,7 @@ def resolve(device_type: str, requested: str | None = None, *, index: int | None
     return _resolve(device_type, index, _choice if requested is None else checked_name(requested))
 
 
-@torch.compiler.assume_constant_result  # what can serve a device does not change while a process lives
+@assumed_constant  # what can serve a device does not change while a process lives
 def _resolve(device_type: str, index: int | None, name: str) -> str:
     if name == "auto":
         return next(name for name in NAMES if unavailable(name, device_type, index) is None)
