@@ -213,3 +213,20 @@ def test_kernels_execute_no_more_than_they_did(backend: str) -> None:
     for _, case, dtype, _, moved in rows:
         least = OPERANDS[case] * getattr(torch, dtype).itemsize
         assert least <= moved <= ALLOWANCE * least, (case, dtype, moved)
+
+
+def test_a_training_step_takes_at_most_five_launches(cuda: None) -> None:
+    script = """
+import cuda_on_ptx, executor, fusedvae, torch
+
+encoder, decoder = torch.nn.Linear(24, 10), torch.nn.Linear(5, 24)
+for recon_logvar in (0.0, "learned"):
+    model = fusedvae.VAE(encoder, decoder, 5, recon_logvar=recon_logvar)
+    for _ in range(2):
+        executor.library().reset_counts()
+        model.loss(torch.rand(16, 24)).backward()
+        print(executor.library().counts().launches)
+"""
+    launches = [int(line) for line in python("-c", script).split()]
+    assert len(launches) == 4
+    assert max(launches) <= 5

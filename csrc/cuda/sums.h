@@ -1,5 +1,6 @@
 // Sums that are bitwise the same at every run and on every device: chunks of fixed size, each summed by a team of
-// threads in a fixed tree, and the chunks' sums added up in order by the last block to finish.
+// threads in a fixed tree, and the chunks' sums added up in order: by the last block to finish or, where they are many,
+// by a launch of their own.
 #pragma once
 
 #include <cuda_runtime.h>
