@@ -1,6 +1,6 @@
 """Compile the Triton kernels for a chip that need not be there, and print what became of them as JSON.
 
-    python triton_ahead_of_time.py sm_90 [REGULAR EXPRESSION]
+    python triton_ahead_of_time.py sm_90 [REGULAR EXPRESSION [PART/PARTS]]
 
 The expression chooses among the variants by their names. Launches are recorded from calls on CPU tensors, so that
 kernels are compiled with the arguments they are called with.
@@ -292,15 +292,19 @@ def wanted(arguments: dict[str, Any], names: tuple[str, ...]) -> int:
     return total
 
 
-def main(chip: str, chosen: str = "") -> None:
+def main(chip: str, chosen: str = "", part: str = "0/1") -> None:
+    """Compile the variants that a regular expression finds; of these each fourth, say, from the second on: "1/4"."""
+    first, parts = map(int, part.split("/"))
     is_amd = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if is_amd else GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
     backend._LANES = target.warp_size
     type(backend.BACKEND).unavailable = lambda self, device_type, index=None: None
     compiled: dict[tuple[str, str], dict[str, Any]] = {}  # many launches are of the same
     results = []
-    for variant, found in variants().items():
-        for kernel, arguments in found if re.search(chosen, variant) else ():
+    for number, (variant, found) in enumerate(variants().items()):
+        # (Another of each group than of the group before: variants come in groups of dtypes.)
+        is_taken = re.search(chosen, variant) and (number + number // parts) % parts == first
+        for kernel, arguments in found if is_taken else ():
             source = source_of(kernel, arguments)
             options = {name: arguments[name] for name in OPTIONS if name in arguments}
             key = source.hash(), str(options)
