@@ -218,7 +218,9 @@ class ObjectiveCall:
         outputs = objective_outputs(operands, spec, device="meta")
         values = len(outputs) - len(self.made)
         self._values = _likes(outputs[:values])
-        self._total = torch.empty((), dtype=spec.dtype, device=self.device) if self._values[0].shape == () else None
+        # Not on a GPU, where a compiler may record the call in a graph and owns all memory that is made meanwhile.
+        is_plain = self._values[0].shape == () and self.device.type == "cpu"
+        self._total = torch.empty((), dtype=spec.dtype) if is_plain else None
         sources = [*operands, *outputs]
         _check_devices(operands)
         work = _objective_work(spec, operands, parts_of(sources), values)

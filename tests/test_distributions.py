@@ -249,8 +249,8 @@ def test_samples_of_a_normal(
 
 def test_a_normal_has_the_moments_that_it_says(target: Target) -> None:
     drawn = Normal(2.0, torch.full((3,), 0.5)).sample((20_000,))
-    assert drawn.mean() == pytest.approx(2.0, abs=0.01)
-    assert drawn.std() == pytest.approx(0.5, abs=0.01)
+    assert drawn.mean().item() == pytest.approx(2.0, abs=0.01)
+    assert drawn.std().item() == pytest.approx(0.5, abs=0.01)
 
 
 PAIRS = {

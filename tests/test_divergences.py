@@ -143,6 +143,7 @@ def test_not_a_number_and_infinity_go_where_they_go_in_eager(target: Target) -> 
     ],
 )
 def test_wrong_priors(target: Target, prior: tuple, error: type[Exception], message: str) -> None:
+    prior = tuple([p.to(target.device) if isinstance(p, torch.Tensor) else p for p in prior])
     with pytest.raises(error, match=message):
         functional.kl_normal(torch.zeros(4, 6), torch.zeros(4, 6), *prior, backend=target.backend)
     with pytest.raises(error, match=message):

@@ -322,7 +322,7 @@ def test_behind_the_dispatcher_a_gpu_makes_no_gradients_ahead(monkeypatch: pytes
 
 
 def test_a_number_on_the_cpu_is_read_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    beta = torch.tensor(0.75)
+    beta = torch.tensor(0.75, device="cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     (conversion,) = autograd._conversions((beta,), torch.float32, torch.device("cuda", 0))
     assert conversion.convert(beta) == 0.75

@@ -104,7 +104,7 @@ def _launcher(
     if device.type != "cuda":
         run, threads = task.run, torch.get_num_threads
         return with_copies(lambda sources: run(sources, threads()), copies)
-    gpu: int = device.index
+    gpu: int = current_gpu() if device.index is None else device.index
     size = task.workspace_bytes
 
     def launch(sources: tuple[Any, ...]) -> None:
