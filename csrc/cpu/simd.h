@@ -254,11 +254,12 @@ FUSEDVAE_INLINE vf log_normal(vf x) {
   return logarithm(x);
 }
 #else
-// ln x for normal x > 0, by Cephes' polynomial around 1.
+// ln x for normal x > 0, by Cephes' polynomial around 1. (Of a negative x the bits overflow, without harm.)
 FUSEDVAE_INLINE vf log_normal(vf x) {
-  const vi bits = float_to_bits(x);
-  const vi k = (bits - 0x3F3504F3) >> 23;  // x = m 2^k with m in [sqrt 1/2, sqrt 2)
-  const vf f = bits_to_float(bits - (k << 23)) - 1.0f;
+  using vu = uint32_t __attribute__((vector_size(sizeof(vi))));
+  const vu bits = (vu)float_to_bits(x);
+  const vi k = (vi)(bits - 0x3F3504F3u) >> 23;  // x = m 2^k with m in [sqrt 1/2, sqrt 2)
+  const vf f = bits_to_float((vi)(bits - ((vu)k << 23))) - 1.0f;
   const vf e = to_float(k);
   const vf z = f * f;
   vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
