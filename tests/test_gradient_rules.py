@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedvae
-from fusedvae import autograd, functional
+from fusedvae import autograd, calls, functional
 from fusedvae.backend.reference import Objective
 from fusedvae.calls import Operands
 
@@ -310,10 +310,9 @@ def test_behind_the_dispatcher_a_gpu_makes_no_gradients_ahead(monkeypatch: pytes
         specs.append(spec)
         return made(spec, operands, **options)
 
+    monkeypatch.setattr(calls, "_calls", {})  # or the call may have been made before
     monkeypatch.setattr(autograd, "made_in_forward", recorded)
     functional.gaussian_nll(*(torch.randn(2, 3, requires_grad=True) for _ in range(3)))
-    if not specs:
-        pytest.skip("the call has been made before")
     for device, is_dispatched in itertools.product(("cpu", "cuda"), (False, True)):
         with FakeTensorMode():
             operands = [torch.empty(2, 3, device=device) for _ in range(3)]

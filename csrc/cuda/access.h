@@ -15,14 +15,9 @@
 
 #include "operand.h"
 
-#if defined(__CUDACC__)
 #define FUSEDVAE_PRAGMA(text) _Pragma(#text)
 #define FUSEDVAE_UNROLL FUSEDVAE_PRAGMA(unroll)
 #define FUSEDVAE_UNROLL_BY(times) FUSEDVAE_PRAGMA(unroll times)
-#else
-#define FUSEDVAE_UNROLL
-#define FUSEDVAE_UNROLL_BY(times)
-#endif
 
 namespace fusedvae {
 namespace cuda {

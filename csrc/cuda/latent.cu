@@ -38,10 +38,7 @@ LatentTask arranged(const LatentTask& given) {
   if (given.divergence.extent.batch != 1) return task;
   task.divergence = with_rows_for_samples(given.divergence);
   task.index = {given.index.outer, 0, given.index.inner};
-  for (Operand* op : {&task.noise, &task.grad_z, &task.z}) {
-    op->stride[0] = op->stride[1];
-    op->stride[1] = 0;
-  }
+  for (Operand* op : {&task.noise, &task.grad_z, &task.z}) take_rows_for_samples(*op);
   return task;
 }
 
@@ -96,7 +93,7 @@ void latent(const LatentTask& given, const Launch& on) {
       launch_latent<A, Sums::of_values, LatentMakes::sample_gradients>(task, plan, on);
   };
   is_flat ? with_flat_access(layouts, launch_flat) : launch_general(task, plan, layouts, on);
-  if (plan.finish.is_needed && plan.finish.is_large())
+  if (plan.finish.is_large())
     launch("finish", finish_kernel, static_cast<unsigned>(plan.finish.blocks), kThreads, 0,
            static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }

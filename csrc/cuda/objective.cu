@@ -144,7 +144,7 @@ void objective(const ObjectiveTask& given, const Launch& on) {
     launch_by_column(task, plan, layouts, on);
   else
     launch_mixed(task, plan, layouts, on);
-  if (plan.finish.is_needed && plan.finish.is_large())
+  if (plan.finish.is_large())
     launch("finish", finish_kernel, static_cast<unsigned>(plan.finish.blocks), kThreads, 0,
            static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }

@@ -88,19 +88,21 @@ inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs
   return plan;
 }
 
+// An operand of a task of one sample, that goes by its rows as if they were samples.
+inline void take_rows_for_samples(Operand& op) {
+  op.stride[0] = op.stride[1];
+  op.stride[1] = 0;
+}
+
 // The same task with the rows of its only sample for samples, as flat operands have them.
 inline ElementwiseTask with_rows_for_samples(const ElementwiseTask& given) {
   ElementwiseTask task = given;
   if (task.extent.batch != 1) return task;
-  const auto turn = [](Operand& op) {
-    op.stride[0] = op.stride[1];
-    op.stride[1] = 0;
-  };
   task.extent = {given.extent.outer, 1, given.extent.inner};
-  for (Operand* op : {&task.weight, &task.incoming, &task.value}) turn(*op);
+  for (Operand* op : {&task.weight, &task.incoming, &task.value}) take_rows_for_samples(*op);
   for (int k = 0; k < kMostInputs; ++k) {
-    turn(task.inputs[k]);
-    turn(task.grads[k]);
+    take_rows_for_samples(task.inputs[k]);
+    take_rows_for_samples(task.grads[k]);
   }
   return task;
 }
