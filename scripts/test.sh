@@ -17,4 +17,6 @@ check clang-format --dry-run -Werror "${cpp[@]}"
 check mypy
 # A process a core, whose threads wait for each other asleep: awake they would keep the other process from running.
 export OMP_WAIT_POLICY=passive
-check python -m pytest -n "$(nproc)" --dist loadfile "$@"
+# A test that hangs shows where, and ends its process alone.
+stuck=(-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true)
+check python -m pytest -n "$(nproc)" --dist loadfile "${stuck[@]}" "$@"
