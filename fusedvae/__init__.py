@@ -5,7 +5,7 @@
 `backends` choose and list what computes.
 """
 
-from . import distributions, functional, networks, random
+from . import distributions, functional, networks, random, typing
 from .backend import BackendInfo, backends, use_backend
 from .dropins import Patch, patch
 from .functional import ELBOTerms, Latent
@@ -46,5 +46,6 @@ __all__ = [
     "networks",
     "patch",
     "random",
+    "typing",
     "use_backend",
 ]

@@ -16,7 +16,7 @@ from torch.distributions.kl import register_kl
 
 from . import functional
 from .backend.reference import half_of
-from .functional import Bounds, Dim, Generator
+from .typing import Bounds, Dim, Generator
 
 __all__ = ["DiagonalGaussianDistribution", "Normal"]
 

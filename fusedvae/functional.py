@@ -31,7 +31,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -53,14 +53,29 @@ from .calls import Operand, Operands, find
 from .layout import broadcasts
 from .random import normal
 from .torch_private import is_transformed
+from .typing import (
+    Backend,
+    Bounds,
+    Dim,
+    Dispersion,
+    Estimator,
+    Generator,
+    LaplaceScale,
+    LikelihoodName,
+    LikelihoodScale,
+    NormalScale,
+    Rate,
+    Reduction,
+    TermReduction,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .typing import ELBOArguments
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _TOTALS = ("batchmean", "sum", "mean", "weighted_mean")
-
-Dim = int | Sequence[int] | None
-Bounds = tuple[float | None, float | None] | None
-Reduction = str | tuple[str, str]
-Generator = torch.Generator | Sequence[torch.Generator] | None
 
 _FORGOTTEN: Any = object()
 """Stands for a log-variance that was not given: None says that it is packed in the mean."""
@@ -286,14 +301,14 @@ def _check_weight(name: str, weight: object, shape: torch.Size, other_name: str,
     _check_broadcast(name, weight, shape)
 
 
-def _checked_reduction(reduction: object) -> str:
+def _checked_reduction(reduction: object) -> TermReduction:
     if not isinstance(reduction, str) or reduction not in (*_TOTALS, "none"):
         expected = ", ".join(map(repr, _TOTALS))
         raise ValueError(f"reduction: expected {expected} or 'none', got {reduction!r}")
-    return reduction
+    return reduction  # type: ignore[return-value]
 
 
-def _checked_reductions(reduction: object) -> tuple[str, str]:
+def _checked_reductions(reduction: object) -> tuple[TermReduction, TermReduction]:
     """Those of the likelihood and of the divergence."""
     if not isinstance(reduction, (tuple, list)) or len(reduction) != 2:
         return (_checked_reduction(reduction),) * 2
@@ -358,7 +373,7 @@ def reparameterize(
     mu: Tensor,
     logvar: Tensor | None,
     *,
-    scale: str = "logvar",
+    scale: NormalScale = "logvar",
     clamp: Bounds = None,
     eps: float = 0.0,
     samples: int | None = None,
@@ -366,7 +381,7 @@ def reparameterize(
     generator: Generator = None,
     noise: Tensor | None = None,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Sample z = mu + sigma * noise, noise ~ N(0, 1), differentiable in mu and logvar.
 
@@ -398,20 +413,20 @@ def latent(
     prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None,
     *,
-    scale: str = "logvar",
-    prior_scale: str = "logvar",
+    scale: NormalScale = "logvar",
+    prior_scale: NormalScale = "logvar",
     clamp: Bounds = None,
     prior_clamp: Bounds = None,
     eps: float = 0.0,
     prior_eps: float | None = None,
-    estimator: str = "analytic",
+    estimator: Estimator = "analytic",
     samples: int | None = None,
     dim: Dim = None,
     offset: int = 0,
     generator: Generator = None,
     noise: Tensor | None = None,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Latent:
     """Sample the latent and take its divergence from the prior, in one pass over what describes the two.
 
@@ -474,7 +489,7 @@ def _sampled(
     generator: Generator,
     noise: Tensor | None,
     packed_dim: int,
-    backend: str | None,
+    backend: Backend | None,
 ) -> Sequence[Tensor]:
     """The sample of a divergence's inputs and, if it has a name, the divergence."""
     if noise is not None and generator is not None:
@@ -558,7 +573,7 @@ def _noise_of_each(
     inputs: tuple[Operand, ...],
     samples: int | None,
     packed_dim: int,
-    backend: str | None,
+    backend: Backend | None,
 ) -> Tensor:
     """The noise of a batch, that of each of its samples from a generator of its own."""
     mu, logvar = inputs[:2]
@@ -587,14 +602,14 @@ def kl_standard_normal(
     mu: Tensor,
     logvar: Tensor | None,
     *,
-    scale: str = "logvar",
+    scale: NormalScale = "logvar",
     clamp: Bounds = None,
     eps: float = 0.0,
     weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: TermReduction = "batchmean",
     dim: Dim = None,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """KL(N(mu, diag sigma^2) || N(0, I)) = sum((mu^2 + sigma^2 - 1 - log sigma^2) / 2).
 
@@ -620,18 +635,18 @@ def kl_normal(
     prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None,
     *,
-    scale: str = "logvar",
-    prior_scale: str = "logvar",
+    scale: NormalScale = "logvar",
+    prior_scale: NormalScale = "logvar",
     clamp: Bounds = None,
     prior_clamp: Bounds = None,
     eps: float = 0.0,
     prior_eps: float | None = None,
     weight: Tensor | None = None,
     balance: float | None = None,
-    reduction: str = "batchmean",
+    reduction: TermReduction = "batchmean",
     dim: Dim = None,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """KL(N(mu, diag sigma^2) || N(prior_mu, diag sigma_p^2)), differentiable in all four.
 
@@ -765,15 +780,15 @@ def gaussian_nll(
     x: Tensor,
     recon_logvar: Tensor | float | None = 0.0,
     *,
-    scale: str = "logvar",
+    scale: NormalScale = "logvar",
     clamp: Bounds = None,
     eps: float = 0.0,
     full: bool = False,
     weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: TermReduction = "batchmean",
     dim: Dim = None,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """-log N(x; recon_x, diag sigma^2) = sum((log sigma^2 + (recon_x - x)^2 / sigma^2 [+ log 2 pi]) / 2).
 
@@ -800,16 +815,16 @@ def laplace_nll(
     x: Tensor,
     log_scale: Tensor | float | None = 0.0,
     *,
-    scale: str = "logscale",
+    scale: LaplaceScale = "logscale",
     clamp: Bounds = None,
     eps: float = 0.0,
     extra: Tensor | float | None = None,
     full: bool = False,
     weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: TermReduction = "batchmean",
     dim: Dim = None,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """-log Laplace(x; recon_x, b) = sum((abs(recon_x - x) + extra) / b + log b [+ log 2]).
 
@@ -842,9 +857,9 @@ def bernoulli_nll(
     from_logits: bool = True,
     pos_weight: Tensor | float | None = None,
     weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: TermReduction = "batchmean",
     dim: Dim = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """-log Bernoulli(x; p), the binary cross-entropy, for targets in [0, 1].
 
@@ -877,14 +892,14 @@ def discretized_logistic_nll(
     x: Tensor,
     log_scale: Tensor | float | None = 0.0,
     *,
-    scale: str = "logscale",
+    scale: LaplaceScale = "logscale",
     clamp: Bounds = None,
     eps: float = 0.0,
     weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: TermReduction = "batchmean",
     dim: Dim = None,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """-log of the logistic distribution's mass in the bin of x, one of 256 in [-1, 1]: 8-bit images / 127.5 - 1.
 
@@ -915,14 +930,14 @@ def poisson_nll(
     rate: Tensor,
     x: Tensor,
     *,
-    scale: str = "rate",
+    scale: Rate = "rate",
     clamp: Bounds = None,
     eps: float = 0.0,
     full: bool = False,
     weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: TermReduction = "batchmean",
     dim: Dim = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """-log Poisson(x; rate) = sum(rate - x log rate [+ log x!]).
 
@@ -951,14 +966,14 @@ def negative_binomial_nll(
     x: Tensor,
     theta: Tensor | float | None,
     *,
-    scale: str = "theta",
+    scale: Dispersion = "theta",
     clamp: Bounds = None,
     eps: float = 0.0,
     weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: TermReduction = "batchmean",
     dim: Dim = None,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """-log NB(x; mu, theta), the negative binomial distribution by its mean and inverse dispersion.
 
@@ -992,14 +1007,14 @@ def zero_inflated_negative_binomial_nll(
     theta: Tensor | float | None,
     zi_logits: Tensor | float,
     *,
-    scale: str = "theta",
+    scale: Dispersion = "theta",
     clamp: Bounds = None,
     eps: float = 0.0,
     weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: TermReduction = "batchmean",
     dim: Dim = None,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """-log ZINB(x; mu, theta, zi_logits): the negative binomial distribution, some of it moved to zero.
 
@@ -1081,10 +1096,10 @@ def gaussian_nll_loss(
     var: Tensor | float,
     full: bool = False,
     eps: float = 1e-6,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     *,
     check: bool = True,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """`torch.nn.functional.gaussian_nll_loss`, its signature and its results, in one pass.
 
@@ -1158,6 +1173,45 @@ def _variance_call(
 # --- the bound --------------------------------------------------------------------------------------------------
 
 
+@overload
+def elbo_loss(
+    recon_x: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None = ...,
+    recon_logvar: Tensor | float | None = ...,
+    *,
+    return_terms: Literal[False] = ...,
+    **others: Unpack[ELBOArguments],
+) -> Tensor: ...
+
+
+@overload
+def elbo_loss(
+    recon_x: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None = ...,
+    recon_logvar: Tensor | float | None = ...,
+    *,
+    return_terms: Literal[True],
+    **others: Unpack[ELBOArguments],
+) -> ELBOTerms: ...
+
+
+@overload
+def elbo_loss(
+    recon_x: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None = ...,
+    recon_logvar: Tensor | float | None = ...,
+    *,
+    return_terms: bool,
+    **others: Unpack[ELBOArguments],
+) -> Tensor | ELBOTerms: ...
+
+
 def elbo_loss(
     recon_x: Tensor,
     x: Tensor,
@@ -1165,16 +1219,16 @@ def elbo_loss(
     logvar: Tensor | None = _FORGOTTEN,
     recon_logvar: Tensor | float | None = 0.0,
     *,
-    likelihood: str = "gaussian",
-    scale: str = "logvar",
+    likelihood: LikelihoodName = "gaussian",
+    scale: NormalScale = "logvar",
     clamp: Bounds = None,
     eps: float = 0.0,
-    recon_scale: str | None = None,
+    recon_scale: LikelihoodScale | None = None,
     recon_clamp: Bounds = None,
     recon_eps: float = 0.0,
     prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None,
-    prior_scale: str = "logvar",
+    prior_scale: NormalScale = "logvar",
     prior_clamp: Bounds = None,
     prior_eps: float | None = None,
     kl: Tensor | None = None,
@@ -1189,7 +1243,7 @@ def elbo_loss(
     grad_scale: float | Tensor | None = None,
     return_terms: bool = False,
     packed_dim: int = 1,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | ELBOTerms:
     """The negative evidence lower bound, NLL(x; recon_x, recon_logvar) + beta * KL(q || p), p = N(0, I) unless given.
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 from torch import Tensor, nn
 
 from . import functional
 from .backend import checked_name
 from .backend.reference import FORMULAS, Form
-from .functional import Bounds, ELBOTerms, Reduction
+from .functional import ELBOTerms
+from .typing import Backend, Bounds, LikelihoodName, LikelihoodScale, NormalScale, Reduction
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar, Unpack
+
+    from .typing import ELBOOperands, ELBOOptions
+
+    _Returned = TypeVar("_Returned", bound=Tensor | ELBOTerms, default=Tensor)
+else:
+    from typing import TypeVar
+
+    _Returned = TypeVar("_Returned")
+"""What calls of an `ELBOLoss` return: its options say which."""
 
 
-class ELBOLoss(nn.Module):
+class ELBOLoss(nn.Module, Generic[_Returned]):
     """The negative evidence lower bound of a VAE: NLL(x) + beta * KL(q || p), p = N(0, I) unless given.
 
     A module over `fusedvae.functional.elbo_loss`, which has the formulas: what goes for every batch is said here, and
@@ -50,26 +63,56 @@ class ELBOLoss(nn.Module):
     beta: float | Tensor
     grad_scale: float | Tensor | None
 
+    @overload
+    def __init__(
+        self: ELBOLoss[Tensor],
+        beta: float | Tensor = ...,
+        reduction: Reduction = ...,
+        *,
+        return_terms: Literal[False] = ...,
+        **others: Unpack[ELBOOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: ELBOLoss[ELBOTerms],
+        beta: float | Tensor = ...,
+        reduction: Reduction = ...,
+        *,
+        return_terms: Literal[True],
+        **others: Unpack[ELBOOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: ELBOLoss[Tensor | ELBOTerms],
+        beta: float | Tensor = ...,
+        reduction: Reduction = ...,
+        *,
+        return_terms: bool,
+        **others: Unpack[ELBOOptions],
+    ) -> None: ...
+
     def __init__(
         self,
         beta: float | Tensor = 1.0,
         reduction: Reduction = "batchmean",
         *,
-        likelihood: str = "gaussian",
-        scale: str = "logvar",
+        likelihood: LikelihoodName = "gaussian",
+        scale: NormalScale = "logvar",
         clamp: Bounds = None,
         eps: float = 0.0,
-        recon_scale: str | None = None,
+        recon_scale: LikelihoodScale | None = None,
         recon_clamp: Bounds = None,
         recon_eps: float = 0.0,
-        prior_scale: str = "logvar",
+        prior_scale: NormalScale = "logvar",
         prior_clamp: Bounds = None,
         prior_eps: float | None = None,
         full: bool = False,
         grad_scale: float | Tensor | None = None,
         return_terms: bool = False,
         packed_dim: int = 1,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         functional._checked_reductions(reduction)
@@ -155,6 +198,62 @@ class ELBOLoss(nn.Module):
             backend=self.backend,
         )
 
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            recon_x: Tensor,
+            x: Tensor,
+            mu: Tensor | None,
+            logvar: Tensor | None = ...,
+            recon_logvar: Tensor | float | None = ...,
+            *,
+            return_terms: None = ...,
+            **operands: Unpack[ELBOOperands],
+        ) -> _Returned: ...
+
+        @overload
+        def __call__(
+            self,
+            recon_x: Tensor,
+            x: Tensor,
+            mu: Tensor | None,
+            logvar: Tensor | None = ...,
+            recon_logvar: Tensor | float | None = ...,
+            *,
+            return_terms: Literal[False],
+            **operands: Unpack[ELBOOperands],
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            recon_x: Tensor,
+            x: Tensor,
+            mu: Tensor | None,
+            logvar: Tensor | None = ...,
+            recon_logvar: Tensor | float | None = ...,
+            *,
+            return_terms: Literal[True],
+            **operands: Unpack[ELBOOperands],
+        ) -> ELBOTerms: ...
+
+        @overload
+        def __call__(
+            self,
+            recon_x: Tensor,
+            x: Tensor,
+            mu: Tensor | None,
+            logvar: Tensor | None = ...,
+            recon_logvar: Tensor | float | None = ...,
+            *,
+            return_terms: bool,
+            **operands: Unpack[ELBOOperands],
+        ) -> Tensor | ELBOTerms: ...
+
+        def __call__(self, *operands: Any, **others: Any) -> Any: ...
+
     def extra_repr(self) -> str:
         """Beta, the reduction, and what else is not as it is without a word."""
         shown = [f"beta={_shown(self.beta)}", f"reduction={self.reduction!r}"]
@@ -182,9 +281,9 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
         *,
         full: bool = False,
         eps: float = 1e-6,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         check: bool = True,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__(full=full, eps=eps, reduction=reduction)
         if reduction not in ("mean", "sum", "none"):
@@ -193,9 +292,14 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
         """The loss of a batch; operands as in `functional.gaussian_nll_loss`."""
+        reduction: Any = self.reduction  # one of the three: see above
         return functional.gaussian_nll_loss(
-            input, target, var, self.full, self.eps, self.reduction, check=self.check, backend=self.backend
+            input, target, var, self.full, self.eps, reduction, check=self.check, backend=self.backend
         )
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor: ...
 
 
 _DEFAULTS = {

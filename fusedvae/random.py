@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .backend import reference, resolve
+from .typing import Backend
 
 
 def normal(
@@ -18,7 +19,7 @@ def normal(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Standard normal noise of a seed: element i of the row-major output is a function of (seed, i) alone.
 

@@ -15,17 +15,28 @@ import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, distributed, nn
 
 from . import functional, ops, pretrained
 from .backend.reference import LIKELIHOODS, PLAIN, Form, Formula, Scale, with_gradient_times, working_dtype
-from .functional import Bounds, ELBOTerms, Generator, Latent, Reduction
+from .functional import ELBOTerms, Latent
 from .layout import broadcasts
 from .losses import checked_latent_forms, checked_recon_form
 from .torch_private import is_in_forward_of_ddp, register_outputs, standard_gamma
+from .typing import (
+    Bound,
+    Bounds,
+    Estimator,
+    Generator,
+    LikelihoodName,
+    LikelihoodScale,
+    NormalScale,
+    Reduction,
+    TermReduction,
+)
 
 __all__ = [
     "VAE",
@@ -207,6 +218,45 @@ class VAEOutput(NamedTuple):
     zi_logits: Tensor | None = None
     """Of "zero_inflated_negative_binomial", the logits of a dropout, of x's shape or broadcasting to it."""
 
+    @overload
+    def loss(
+        self,
+        x: Tensor,
+        *,
+        beta: float | Tensor = ...,
+        reduction: Reduction = ...,
+        full: bool = ...,
+        weight: Tensor | None = ...,
+        grad_scale: float | Tensor | None = ...,
+        return_terms: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def loss(
+        self,
+        x: Tensor,
+        *,
+        beta: float | Tensor = ...,
+        reduction: Reduction = ...,
+        full: bool = ...,
+        weight: Tensor | None = ...,
+        grad_scale: float | Tensor | None = ...,
+        return_terms: Literal[True],
+    ) -> ELBOTerms: ...
+
+    @overload
+    def loss(
+        self,
+        x: Tensor,
+        *,
+        beta: float | Tensor = ...,
+        reduction: Reduction = ...,
+        full: bool = ...,
+        weight: Tensor | None = ...,
+        grad_scale: float | Tensor | None = ...,
+        return_terms: bool,
+    ) -> Tensor | ELBOTerms: ...
+
     def loss(
         self,
         x: Tensor,
@@ -246,8 +296,8 @@ _Parameters = tuple[Tensor, Tensor | float | None]
 class _Kind(NamedTuple):
     """Which likelihood p(x|z) is, and the form of its scale, as users write them."""
 
-    likelihood: str
-    scale: str | None
+    likelihood: LikelihoodName
+    scale: LikelihoodScale | None
     clamp: Bounds
     eps: float
 
@@ -275,9 +325,11 @@ class _Kind(NamedTuple):
         if numbers is None:
             return _PLAIN_GAUSSIAN
         position, scale, low, high, eps = numbers
+        likelihood: Any
         likelihood, formula = list(LIKELIHOODS.items())[position]
         clamp = None if (low, high) == (None, None) else (low, high)
-        return cls(likelihood, list(formula.forms)[scale] if formula.scales else None, clamp, eps)
+        form: Any = list(formula.forms)[scale] if formula.scales else None
+        return cls(likelihood, form, clamp, eps)
 
 
 _PLAIN_GAUSSIAN = _Kind("gaussian", None, None, 0.0)
@@ -292,7 +344,7 @@ class _Decoded(NamedTuple):
     kind: _Kind
     zi_logits: Tensor | None = None
 
-    def nll(self, x: Tensor, full: bool, weight: Tensor | None, reduction: str) -> Tensor:
+    def nll(self, x: Tensor, full: bool, weight: Tensor | None, reduction: TermReduction) -> Tensor:
         """-log p(x|z) of several samples: a total over all of them, or with "none" ``(samples, batch)``.
 
         The kernels read each element of ``x``, expanded to the samples, where it lies.
@@ -491,16 +543,16 @@ class VAE(nn.Module):
         decoder: nn.Module,
         latent_dim: int | Sequence[int | None],
         *,
-        likelihood: str = "gaussian",
+        likelihood: LikelihoodName = "gaussian",
         recon_logvar: float | Tensor | Literal["learned"] | None = None,
-        recon_scale: str | None = None,
+        recon_scale: LikelihoodScale | None = None,
         recon_clamp: Bounds = None,
         recon_eps: float = 0.0,
-        scale: str = "logvar",
+        scale: NormalScale = "logvar",
         clamp: Bounds = None,
         eps: float = 0.0,
         prior: nn.Module | tuple[Tensor | float, Tensor | float] | None = None,
-        prior_scale: str = "logvar",
+        prior_scale: NormalScale = "logvar",
         prior_clamp: Bounds = None,
         prior_eps: float | None = None,
     ) -> None:
@@ -578,7 +630,7 @@ class VAE(nn.Module):
         condition: Any = None,
         *,
         samples: int = 1,
-        bound: str = "elbo",
+        bound: Bound = "elbo",
         offset: int = 0,
         generator: Generator = None,
         noise: Tensor | None = None,
@@ -605,6 +657,20 @@ class VAE(nn.Module):
             recon_x, recon_logvar, *self._gaussian(posterior), latent.z, latent.kl, p.kind.numbers(), p.zi_logits
         )
 
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Tensor,
+            condition: Any = None,
+            *,
+            samples: int = 1,
+            bound: Bound = "elbo",
+            offset: int = 0,
+            generator: Generator = None,
+            noise: Tensor | None = None,
+        ) -> VAEOutput: ...
+
     @overload
     def loss(
         self,
@@ -612,7 +678,7 @@ class VAE(nn.Module):
         condition: Any = ...,
         *,
         samples: int = ...,
-        bound: str = ...,
+        bound: Bound = ...,
         beta: float | Tensor = ...,
         reduction: Reduction = ...,
         full: bool = ...,
@@ -631,7 +697,7 @@ class VAE(nn.Module):
         condition: Any = ...,
         *,
         samples: int = ...,
-        bound: str = ...,
+        bound: Bound = ...,
         beta: float | Tensor = ...,
         reduction: Reduction = ...,
         full: bool = ...,
@@ -643,13 +709,32 @@ class VAE(nn.Module):
         noise: Tensor | None = ...,
     ) -> ELBOTerms: ...
 
+    @overload
+    def loss(
+        self,
+        x: Tensor,
+        condition: Any = ...,
+        *,
+        samples: int = ...,
+        bound: Bound = ...,
+        beta: float | Tensor = ...,
+        reduction: Reduction = ...,
+        full: bool = ...,
+        weight: Tensor | None = ...,
+        grad_scale: float | Tensor | None = ...,
+        return_terms: bool,
+        offset: int = ...,
+        generator: Generator = ...,
+        noise: Tensor | None = ...,
+    ) -> Tensor | ELBOTerms: ...
+
     def loss(
         self,
         x: Tensor,
         condition: Any = None,
         *,
         samples: int = 1,
-        bound: str = "elbo",
+        bound: Bound = "elbo",
         beta: float | Tensor = 1.0,
         reduction: Reduction = "batchmean",
         full: bool = False,
@@ -889,7 +974,7 @@ class VAE(nn.Module):
         if draws == 1 and bound == "elbo":
             draws = None
         posterior = self._posterior(x, condition)
-        estimator = "analytic" if bound == "elbo" else "sample"
+        estimator: Estimator = "analytic" if bound == "elbo" else "sample"
         latent = self._latent(posterior, self._prior(condition), draws, estimator, generator, offset, noise)
         return posterior, latent, self._decoded(latent.z, condition, of=x, samples=draws)
 
@@ -933,7 +1018,7 @@ class VAE(nn.Module):
         posterior: tuple[Tensor, Tensor | None],
         prior: tuple[Tensor | float, Tensor | float | None] | None,
         samples: int | None,
-        estimator: str,
+        estimator: Estimator,
         generator: Generator,
         offset: int = 0,
         noise: Tensor | None = None,

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fusedvae.torch_private import assumed_constant
+from fusedvae.typing import Backend
 
 from . import reference
 
-NAMES = ("native", "triton", "reference")
+NAMES: tuple[Backend, ...] = ("native", "triton", "reference")
 """Every backend, in the order in which "auto" tries them."""
 
 
@@ -235,7 +236,7 @@ def device_types() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def backends() -> dict[str, BackendInfo]:
+def backends() -> dict[Backend, BackendInfo]:
     """The backends available on this machine, best first: name -> (description, device types served).
 
     >>> list(fusedvae.backends())  # doctest: +SKIP
@@ -255,7 +256,7 @@ def describe(name: str, device_type: str) -> str:
     return "plain PyTorch" if name == "reference" else kernels(name).describe(device_type)
 
 
-def checked_name(name: str, *, source: str = "backend") -> str:
+def checked_name(name: str, *, source: str = "backend") -> Backend:
     """A name that `use_backend` takes. Raises TypeError or ValueError for another, which came from ``source``."""
     if not isinstance(name, str):
         raise TypeError(f"{source}: expected a name, got {type(name).__name__}")
@@ -275,7 +276,7 @@ class use_backend:  # noqa: N801 - reads as a function at the call site, like to
     no device of this machine can use.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Backend) -> None:
         global _choice
         if checked_name(name) != "auto" and all(unavailable(name, device) for device in device_types()):
             reasons = "; ".join(f"{device}: {unavailable(name, device)}" for device in device_types())

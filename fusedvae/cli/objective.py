@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import ELBOTerms
+from ..typing import Bound
 from ..vae import VAE
 
 
@@ -19,7 +20,7 @@ class Objective(nn.Module):
         samples, bound: as :meth:`fusedvae.VAE.loss` takes them.
     """
 
-    def __init__(self, model: VAE, samples: int, bound: str) -> None:
+    def __init__(self, model: VAE, samples: int, bound: Bound) -> None:
         super().__init__()
         self.model, self.samples, self.bound = model, samples, bound
 
@@ -38,5 +39,4 @@ class Objective(nn.Module):
         if self.bound == "iwae":
             loss = out.loss(x, reduction="sum", full=True, grad_scale=grad_scale)
             return ELBOTerms(loss, torch.full_like(loss, math.nan), out.kl.detach().mean(0).sum().to(loss.dtype))
-        terms: ELBOTerms = out.loss(x, beta=beta, reduction="sum", full=True, grad_scale=grad_scale, return_terms=True)
-        return terms
+        return out.loss(x, beta=beta, reduction="sum", full=True, grad_scale=grad_scale, return_terms=True)

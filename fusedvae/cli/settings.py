@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import torch
 
 from .. import networks
+from ..typing import Backend, Bound, LikelihoodName, LikelihoodScale, NormalScale
 from ..vae import VAE
 from .errors import CommandError
 
@@ -49,16 +50,16 @@ class Settings:
     latent: int = 8
     width: int | None = None
     condition: str = "none"
-    likelihood: str = "gaussian"
+    likelihood: LikelihoodName = "gaussian"
     recon_logvar: float | Literal["per-pixel", "learned"] = PER_PIXEL
     logvar_floor: float = networks.LOGVAR_FLOOR
-    recon_scale: str | None = None
+    recon_scale: LikelihoodScale | None = None
     recon_clamp: tuple[float | None, float | None] | None = None
     recon_eps: float = 0.0
-    scale: str = "logvar"
+    scale: NormalScale = "logvar"
     clamp: tuple[float | None, float | None] | None = None
     eps: float = 0.0
-    bound: str = "elbo"
+    bound: Bound = "elbo"
     samples: int = 1
     beta: float = 1.0
     warmup: float = 0.0
@@ -80,7 +81,7 @@ class Settings:
     device: str = "auto"
     threads: int | None = None
     workers: int | None = None
-    backend: str = "auto"
+    backend: Backend = "auto"
     compile: bool = False
     fsdp: bool = False
 

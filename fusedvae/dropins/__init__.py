@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import logging
 from types import TracebackType
+from typing import Literal
 
 from ..backend import use_backend
 from ._replacing import Replacement, UnknownShapeError
@@ -66,7 +67,7 @@ class Patch:
         return f"<{self.library} {self.version}: replaced {', '.join(self.replaced) or 'nothing'}>"
 
 
-def patch(library: str, *, noise: str = "fused") -> Patch:
+def patch(library: Literal["diffusers", "pythae", "scvi"], *, noise: Literal["fused", "library"] = "fused") -> Patch:
     """Make an installed library sample, and compute divergences and likelihoods, with the fused kernels.
 
     It holds at once, and until the `Patch` that is returned is undone: by ``undo()``, or at the end of a ``with``

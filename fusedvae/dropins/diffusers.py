@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import distributions, functional
-from ..functional import Generator
+from ..typing import Generator
 from ._replacing import Class, Replacement, check_equal, check_signature, example, in_the_place_of
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, ops, random
+from ..typing import LikelihoodName
 from ._replacing import Method, Replacement, check_equal, check_signature, example
 
 _Losses = tuple[Tensor, ...]
@@ -70,7 +71,7 @@ def _compare_samples(model: Any) -> None:
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
-_LIKELIHOODS = {"mse": "gaussian", "bce": "bernoulli_probs"}
+_LIKELIHOODS: dict[str, LikelihoodName] = {"mse": "gaussian", "bce": "bernoulli_probs"}
 """Of the library's names: its "mse" has the half."""
 
 

@@ -18,6 +18,7 @@ from torch.distributions import Normal, kl_divergence
 
 from ... import functional
 from ...backend import NAMES, reference, unavailable
+from ...typing import Backend
 from .cases import CLAMP, GAUSSIAN, KL, SPECS, Case, Operation, likelihood_inputs
 
 Total = Callable[[Tensor], Tensor]
@@ -555,7 +556,7 @@ def idiomatic_step(idiom: Idiom, model: MLP) -> Function:
     return run
 
 
-def fused_step(backend: str, model: MLP) -> Function:
+def fused_step(backend: Backend, model: MLP) -> Function:
     """Forward pass and loss by this package."""
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
@@ -563,7 +564,7 @@ def fused_step(backend: str, model: MLP) -> Function:
         z, kl = functional.latent(mu, logvar, backend=backend)
         recon_x, recon_logvar = model.decode(z)
         loss = functional.elbo_loss(recon_x, x, None, None, recon_logvar, kl=kl, backend=backend)
-        return cast(Tensor, loss), z, mu, logvar
+        return loss, z, mu, logvar
 
     return run
 

@@ -70,7 +70,7 @@ def held_if_small(source: Source, preparation: Preparation) -> Source:
     return InMemory(values)
 
 
-class Samples(Dataset):
+class Samples(Dataset[Any]):
     """Samples in [0, 1], of one shape. A map-style dataset: an item is a sample, or a pair (sample, label) where
     there are labels; :meth:`batch` and :func:`batches` give many at a time.
 
@@ -139,7 +139,7 @@ class Samples(Dataset):
         return self.source.fingerprint()
 
 
-class _StoredBatches(Dataset):
+class _StoredBatches(Dataset[Any]):
     """What worker processes make: a batch for every array of indices."""
 
     def __init__(self, samples: Samples) -> None:
