@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ ROUNDS = (5, 101)
 """At least and at most so many of each case. An interruption leaves cases with fewer, but not with less than 3."""
 FEWEST_ROUNDS = 3
 TURN_SECONDS = 1e-3
+QUEUED_SECONDS = 1e-2
+"""A turn on a GPU: so long that work waits for the GPU in its queue, as it does in training, and not for Python."""
 NOISY = 0.15
 """Where the middle half of the calibration's times spreads over more than this part of them, the machine was busy."""
 SLOW = 1.5
@@ -215,7 +217,7 @@ def _measure_case(
                 device,
                 seconds=settings.seconds,
                 rounds=ROUNDS,
-                turn=TURN_SECONDS,
+                turn=_turn_seconds(case, device),
                 stop=stop,
             )
         except Exception as error:  # out of memory, most likely: other cases may need less
@@ -231,6 +233,11 @@ def _measure_case(
 def _in_one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
+
+
+def _turn_seconds(case: Case, device: torch.device) -> float:
+    # Before a backward pass alone, all forward passes of a turn are in memory at the same time.
+    return QUEUED_SECONDS if device.type == "cuda" and case.direction != "backward" else TURN_SECONDS
 
 
 def _without_times(method: Method, status: str, reason: str) -> Result:
@@ -366,7 +373,7 @@ class OperationWork:
         """The same as CUDA graphs, one for each set. Results are not read, so that all can share one pool."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), _refusing_to_wait():
             for _ in range(3):
                 eager.work(0)
         torch.cuda.current_stream(self.device).wait_stream(side)
@@ -377,6 +384,18 @@ class OperationWork:
                 eager.work(index)
             graphs.append(graph)
         return Contestant(eager.name, lambda index: graphs[index % len(graphs)].replay())
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """A block in which what waits for the GPU raises, as it would while a graph is captured: a capture that
+    fails leaves PyTorch's generator unusable for everything after it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class _StepWork:
