@@ -72,7 +72,7 @@ def _assert_alike(library: str, model: nn.Module, loss: Callable[[], Tensor], to
         torch.testing.assert_close(found[name] / scale, value / scale, rtol=0, atol=tolerance, msg=name)
     again = _loss_and_gradients(model, loss)  # undone
     assert all(torch.equal(again[name], value) for name, value in expected.items())
-    with fusedvae.patch(library):
+    with fusedvae.patch(library, noise="fused"):
         other = _loss_and_gradients(model, loss)["loss"]
     assert other != expected["loss"]
     assert other.isfinite()
@@ -348,6 +348,44 @@ def test_scvi(scvi: ModuleType, name: str) -> None:
         return model.module(tensors, loss_kwargs={"kl_weight": 0.7})[2].loss
 
     _assert_alike("scvi", model.module, loss, 1e-5 if dtype == torch.float32 else 1e-10)
+
+
+@pytest.mark.slow
+def test_densities_of_scvi_are_one_function(scvi: ModuleType) -> None:
+    from scvi.distributions import _negative_binomial as counts
+
+    torch.manual_seed(2)
+    mu, theta, zi_logits = torch.rand(6, 4) + 0.5, 100 + torch.rand(4), torch.randn(6, 4)
+    x = torch.randint(0, 20, (6, 4)).float()
+    plain = counts.log_zinb_positive(x, mu, theta, zi_logits), counts.log_nb_positive(x, mu, theta, 1e-3)
+    with fusedvae.patch("scvi") as patch:
+        assert patch.noise == "library"
+        assert {"log_nb_positive", "log_zinb_positive"} <= set(patch.replaced)
+        density = counts.log_zinb_positive(x, mu, theta, zi_logits)
+        assert density.grad_fn is None
+        torch.testing.assert_close(density, plain[0], rtol=1e-4, atol=1e-4)  # where theta is large, theirs cancels
+        same = scvi.distributions.ZeroInflatedNegativeBinomial(mu=mu, theta=theta, zi_logits=zi_logits).log_prob(x)
+        assert torch.equal(density, same)
+        nb = counts.log_nb_positive(x, mu=mu, theta=theta)
+        assert torch.equal(nb, scvi.distributions.NegativeBinomial(mu=mu, theta=theta).log_prob(x))
+        assert torch.equal(counts.log_nb_positive(x, mu, theta, 1e-3), plain[1])  # another eps: the library's own
+    assert torch.equal(counts.log_zinb_positive(x, mu, theta, zi_logits), plain[0])
+
+
+@pytest.mark.slow
+def test_what_scvi_draws_again_is_the_same(scvi: ModuleType) -> None:
+    """One method samples by the library's distributions, the other by an import of its own."""
+    data = _counts()
+    scvi.model.SCVI.setup_anndata(data, batch_key="batch")
+    with fusedvae.patch("scvi"):
+        model = scvi.model.SCVI(data, n_hidden=16, n_latent=5)
+        module = model.module.eval()
+        x, batch = torch.from_numpy(data.X), torch.zeros(40, 1, dtype=torch.long)
+        torch.manual_seed(3)
+        first = module._regular_inference(x, batch)
+        torch.manual_seed(3)
+        again = module._cached_inference(first["qz"].loc, first["qz"].scale ** 2, x.sum(1, keepdim=True))
+    torch.testing.assert_close(again["z"], first["z"])
 
 
 @pytest.mark.slow

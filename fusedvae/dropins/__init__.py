@@ -30,7 +30,7 @@ class Patch:
     Attributes:
         library: the name of the library.
         version: of the library, as installed.
-        noise: what `patch` was given.
+        noise: what `patch` was given, or the library's default.
         replaced: the names of what was replaced. Nothing, if the library was patched already.
     """
 
@@ -67,7 +67,9 @@ class Patch:
         return f"<{self.library} {self.version}: replaced {', '.join(self.replaced) or 'nothing'}>"
 
 
-def patch(library: Literal["diffusers", "pythae", "scvi"], *, noise: Literal["fused", "library"] = "fused") -> Patch:
+def patch(
+    library: Literal["diffusers", "pythae", "scvi"], *, noise: Literal["fused", "library"] | None = None
+) -> Patch:
     """Make an installed library sample, and compute divergences and likelihoods, with the fused kernels.
 
     It holds at once, and until the `Patch` that is returned is undone: by ``undo()``, or at the end of a ``with``
@@ -83,7 +85,8 @@ def patch(library: Literal["diffusers", "pythae", "scvi"], *, noise: Literal["fu
             of VAE, BetaVAE, DisentangledBetaVAE, IWAE, CIWAE, MIWAE, PIWAE, VAMP, VAE_IAF and VAE_LinNF. "scvi": normal
             distributions, their samples and divergences, and the densities of two distributions of counts.
         noise: "fused" for the package's noise; "library" for the library's own, so that a seed gives what it gave
-            before, at the price of drawing it.
+            before, at the price of drawing it. By default "fused", but of scvi-tools "library": there methods draw
+            again what others drew from the same seed, and some of them by what no patch reaches.
 
     Raises:
         ValueError: no such library or noise; or the library is patched already, with another noise.
@@ -92,25 +95,26 @@ def patch(library: Literal["diffusers", "pythae", "scvi"], *, noise: Literal["fu
     """
     if library not in LIBRARIES:
         raise ValueError(f"library: expected one of {', '.join(map(repr, LIBRARIES))}; got {library!r}")
-    if noise not in ("fused", "library"):
+    if noise not in ("fused", "library", None):
         raise ValueError(f"noise: expected 'fused' or 'library', got {noise!r}")
     try:
         version = importlib.metadata.version(LIBRARIES[library])
         importlib.import_module(library)
     except ImportError as error:
         raise ImportError(f"library: {library} is not installed here, or cannot be imported: {error}") from error
+    module = importlib.import_module(f".{library}", __name__)
+    chosen: str = noise or module.DEFAULT_NOISE
     active = _active.get(library)
     if active is not None:
-        if active.noise != noise:
+        if active.noise != chosen:
             raise ValueError(f"noise: {library} is patched already, with noise={active.noise!r}; undo that first")
         _logger.info("%s %s: patched already", library, version)
-        return Patch(library, version, noise, [])
-    module = importlib.import_module(f".{library}", __name__)
+        return Patch(library, version, chosen, [])
     try:
         with use_backend("auto"):  # what is compared is on the CPU
-            replacements = module.replacements(noise)
+            replacements = module.replacements(chosen)
     except (UnknownShapeError, AttributeError, ImportError) as error:
         raise RuntimeError(f"{library} {version} is not as known, and nothing of it was replaced: {error}") from error
-    _active[library] = found = Patch(library, version, noise, replacements)
+    _active[library] = found = Patch(library, version, chosen, replacements)
     _logger.info("%s %s: replaced %s", library, version, ", ".join(found.replaced))
     return found

@@ -43,10 +43,11 @@ class Method:
             setattr(self._owner, self._attribute, self._original)
 
 
-class Class:
-    """A class, wherever a module of the library has it by any name, also in those that are imported later."""
+class Everywhere:
+    """A class or a function, wherever a module of the library has it by any name, also in those that are imported
+    later."""
 
-    def __init__(self, package: str, original: type, new: type) -> None:
+    def __init__(self, package: str, original: Any, new: Any) -> None:
         self.name = original.__qualname__
         self._package, self._original, self._new = package, original, new
 
@@ -56,7 +57,7 @@ class Class:
     def undo(self) -> None:
         self._exchange(self._new, self._original)
 
-    def _exchange(self, old: type, new: type) -> None:
+    def _exchange(self, old: Any, new: Any) -> None:
         for module in _modules_of(self._package):
             for name in [name for name, value in list(vars(module).items()) if value is old]:
                 setattr(module, name, new)
@@ -74,12 +75,12 @@ def in_the_place_of(original: type, bases: tuple[type, ...], **attributes: Any) 
     return type(original.__name__, bases, {**named, **attributes})
 
 
-def check_signature(owner: Any, method: str, expected: str) -> None:
-    """Check that a method takes arguments of these names, ``self`` aside."""
-    function = getattr(owner, method)
-    found = ", ".join(list(inspect.signature(function).parameters)[1:])
+def check_signature(owner: Any, name: str, expected: str) -> None:
+    """Check that a function of a module, or a method of a class, takes arguments of these names, ``self`` aside."""
+    names = list(inspect.signature(getattr(owner, name)).parameters)
+    found = ", ".join(names[1:] if isinstance(owner, type) else names)
     if found != expected:
-        raise UnknownShapeError(f"{owner.__name__}.{method} takes ({found}), expected ({expected})")
+        raise UnknownShapeError(f"{owner.__name__}.{name} takes ({found}), expected ({expected})")
 
 
 def check_equal(name: str, found: Any, expected: Any) -> None:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .. import distributions, functional
 from ..typing import Generator
-from ._replacing import Class, Replacement, check_equal, check_signature, example, in_the_place_of
+from ._replacing import Everywhere, Replacement, check_equal, check_signature, example, in_the_place_of
+
+DEFAULT_NOISE = "fused"
 
 
 def replacements(noise: str) -> list[Replacement]:
@@ -32,7 +34,7 @@ def replacements(noise: str) -> list[Replacement]:
         check_signature(original, "kl", "other")
         new = in_the_place_of(original, (base, original), **attributes)
         _compare(original, new)
-        found.append(Class("diffusers", original, new))
+        found.append(Everywhere("diffusers", original, new))
     return found
 
 

@@ -20,6 +20,8 @@ from ._replacing import Method, Replacement, check_equal, check_signature, examp
 
 _Losses = tuple[Tensor, ...]
 
+DEFAULT_NOISE = "fused"
+
 
 def replacements(noise: str) -> list[Replacement]:
     """``_sample_gauss`` wherever it is defined, and the ``loss_function`` of the models listed below."""
