@@ -1,5 +1,5 @@
-"""Ready encoders and decoders for :class:`fusedvae.VAE`: :func:`mlp` for vectors and tiny images,
-:func:`conv` for images from 8x8 to 64x64 and somewhat beyond.
+"""Ready encoders and decoders for `fusedvae.VAE`: `mlp` for vectors and tiny images,
+`conv` for images from 8x8 to 64x64 and somewhat beyond.
 
     shape, latent_dim = (1, 28, 28), 16
     vae = fusedvae.VAE(*fusedvae.networks.conv(shape, latent_dim), latent_dim)
@@ -168,7 +168,7 @@ def mlp(
     logvar_floor: float = LOGVAR_FLOOR,
     classes: int | None = None,
 ) -> tuple[nn.Module, nn.Module]:
-    """A matching :class:`MLPEncoder` and :class:`MLPDecoder`; ``hidden`` is the encoder's, the decoder
+    """A matching `MLPEncoder` and `MLPDecoder`; ``hidden`` is the encoder's, the decoder
     mirrors it. With ``classes``, so many, a labelled pair that takes labels as its condition."""
     of_decoder: dict[str, Any] = {"mean_only": mean_only, "logvar_floor": logvar_floor}
     of_decoder["hidden"] = tuple(reversed(hidden))
@@ -250,7 +250,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Convolutional decoder: the mirror image of :class:`ConvEncoder`.
+    """Convolutional decoder: the mirror image of `ConvEncoder`.
 
     Resolution grows by nearest-neighbour upsampling before a convolution, which leaves none of the
     checkerboards of transposed convolutions (Odena et al. 2016).
@@ -349,7 +349,7 @@ class LabelledDecoder(nn.Module):
 
     Args:
         network: "conv" or "mlp", the decoder that then comes.
-        latent_dim, shape, classes, options: as for :class:`LabelledEncoder`.
+        latent_dim, shape, classes, options: as for `LabelledEncoder`.
 
     Shapes: ``(batch, latent_dim)`` and labels ``(batch,)`` to what the network gives.
     """
@@ -396,7 +396,7 @@ def conv(
     logvar_floor: float = LOGVAR_FLOOR,
     classes: int | None = None,
 ) -> tuple[nn.Module, nn.Module]:
-    """A matching :class:`ConvEncoder` and :class:`ConvDecoder`. With ``classes``, so many, a labelled pair that takes
+    """A matching `ConvEncoder` and `ConvDecoder`. With ``classes``, so many, a labelled pair that takes
     labels as its condition."""
     of_decoder: dict[str, Any] = {"width": width, "mean_only": mean_only, "logvar_floor": logvar_floor}
     if classes is not None:

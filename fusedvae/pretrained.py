@@ -57,7 +57,7 @@ def save(
     """Write a model to ``directory``, which is made if there is none.
 
     Args:
-        extra: what else the config is to hold, of plain values; it is of no account to :func:`load`.
+        extra: what else the config is to hold, of plain values; it is of no account to `load`.
         write: writes a file; by default one that is there already is replaced when the new one is whole.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def save(
 
 
 def config_of(model: VAE) -> dict[str, Any]:
-    """All that :func:`load` needs of a model beside its tensors."""
+    """All that `load` needs of a model beside its tensors."""
     config: dict[str, Any] = {"library": "fusedvae", "version": __version__, "format": FORMAT}
     for name in _MODULES:
         module = getattr(model, name)
@@ -88,7 +88,7 @@ def config_of(model: VAE) -> dict[str, Any]:
 
 
 def load(make: type[VAE], directory: Path, modules: dict[str, nn.Module | None]) -> VAE:
-    """The model that :func:`save` wrote, on the CPU, in evaluation mode.
+    """The model that `save` wrote, on the CPU, in evaluation mode.
 
     Args:
         make: the class of the model.
@@ -160,7 +160,7 @@ def _untupled(value: Any) -> Any:
 
 
 def weights_name() -> str:
-    """Of the file that :func:`save` writes tensors to."""
+    """Of the file that `save` writes tensors to."""
     return PICKLED if importlib.util.find_spec("safetensors") is None else SAFETENSORS
 
 

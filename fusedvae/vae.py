@@ -193,7 +193,7 @@ which some have not, and the logits of dropouts: those that the likelihoods' con
 
 
 class VAEOutput(NamedTuple):
-    """All that one pass through a :class:`VAE` computes.
+    """All that one pass through a `VAE` computes.
 
     With several samples, K of them, ``recon_x`` and ``z`` have these in front: ``(K, batch, *)``.
     """
@@ -268,7 +268,7 @@ class VAEOutput(NamedTuple):
         grad_scale: float | Tensor | None = None,
         return_terms: bool = False,
     ) -> Tensor | ELBOTerms:
-        """The negative bound of ``x`` that this pass is of; arguments as :meth:`VAE.loss` takes them.
+        """The negative bound of ``x`` that this pass is of; arguments as `VAE.loss` takes them.
 
         Under a wrapper that synchronises gradients, this is how a loss is to be computed: ``wrapped(x).loss(x)``.
         """
@@ -384,7 +384,7 @@ def _negative_bound(
         x: data, ``(batch, *)``.
         latent: the samples; the divergence ``(batch,)``, or at each of several ``(samples, batch)``.
         is_of_several: whether samples are in front.
-        beta, reduction, full, weight, grad_scale, return_terms: as :meth:`VAE.loss` takes them.
+        beta, reduction, full, weight, grad_scale, return_terms: as `VAE.loss` takes them.
     """
     z, kl = latent
     if kl.dim() == 2:
@@ -482,9 +482,9 @@ class VAE(nn.Module):
             and then the log-variances along dimension 1, or a pair (mu, logvar) of ``(batch, C, *)`` each.
         decoder: a module from z to the likelihood p(x|z). What it gives is said by ``likelihood`` and ``recon_logvar``.
         latent_dim: number of latent variables ``C``, or the sizes ``(C, height, width)`` of a spatial latent.
-            A size may be None for an encoder that takes images of any size; :meth:`generate` then cannot know
+            A size may be None for an encoder that takes images of any size; `generate` then cannot know
             it.
-        likelihood: p(x|z), as :func:`fusedvae.functional.elbo_loss` has it: "gaussian" (default) or "laplace", which
+        likelihood: p(x|z), as `fusedvae.functional.elbo_loss` has it: "gaussian" (default) or "laplace", which
             have a scale; "bernoulli", of which the decoder gives logits, or "bernoulli_probs", probabilities; "mse",
             the squared error, which is a Gaussian of variance 1/2; "l1", the absolute error, which is a Laplace
             distribution of scale 1; "poisson", of which the decoder gives the rate, in the form ``recon_scale``;
@@ -500,7 +500,7 @@ class VAE(nn.Module):
               a float (fixed), a tensor (fixed, kept in the state_dict), an ``nn.Parameter`` (learned; give it
               shape ``(channels, 1, 1)`` for one value a channel), or ``"learned"`` (one learned number, of shape
               ``(1,)``, at first 0; 1 if it is a scale itself, for which 0 is none).
-        recon_scale, recon_clamp, recon_eps: the form of that scale, as in :mod:`fusedvae.functional`: "logvar"
+        recon_scale, recon_clamp, recon_eps: the form of that scale, as in `fusedvae.functional`: "logvar"
             (default), "logstd", "std", "var" or "softplus"; of a Laplace or discretized logistic likelihood "logscale"
             (default), "scale" or "softplus"; of a negative binomial one "theta" (default), "logtheta" or "softplus";
             of the rate of a Poisson distribution "rate" (default), "lograte" or "softplus"; bounds (low, high) that it
@@ -514,7 +514,7 @@ class VAE(nn.Module):
             it is ``eps`` where that is a tensor of the same form, else 0.
 
     It is ``recon_logvar``, never the shape of a tensor, that tells a packed output from a mean: the two look
-    alike where no x is at hand to compare with. :meth:`loss` and :meth:`forward` do have x, and say so when
+    alike where no x is at hand to compare with. `loss` and `forward` do have x, and say so when
     the decoder's output does not fit it.
 
     Methods take a ``condition`` for conditional models (Sohn, Lee & Yan 2015): a tensor, or whatever else the modules
@@ -638,11 +638,11 @@ class VAE(nn.Module):
         """Encode ``x``, sample the posterior, decode the samples.
 
         To train under a wrapper that must see every call (DistributedDataParallel, FSDP, accelerate's), call the
-        wrapper and its output: ``wrapped(x).loss(x)``. Elsewhere :meth:`loss` is the same in one call.
+        wrapper and its output: ``wrapped(x).loss(x)``. Elsewhere `loss` is the same in one call.
 
         Args:
-            x, condition, offset, generator, noise: as for :meth:`loss`.
-            samples, bound: what the output's loss is to be, as for :meth:`loss`.
+            x, condition, offset, generator, noise: as for `loss`.
+            samples, bound: what the output's loss is to be, as for `loss`.
         """
         posterior, latent, p = self._pass(x, condition, samples, bound, offset, generator, noise)
         recon_x, recon_logvar = p.mean, p.scale
@@ -820,7 +820,7 @@ class VAE(nn.Module):
 
         Raises:
             TypeError, ValueError: ``samples`` or ``chunk`` is not a positive integer; or the modules' outputs do not
-                fit, as for :meth:`loss`.
+                fit, as for `loss`.
         """
         samples = _checked_count("samples", samples)
         chunk = None if chunk is None else _checked_count("chunk", chunk)
@@ -890,7 +890,7 @@ class VAE(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model to ``directory``: ``config.json``, and its tensors in ``model.safetensors`` (without
-        safetensors: ``model.pt``). :meth:`from_pretrained` reads both. Other files there are left alone."""
+        safetensors: ``model.pt``). `from_pretrained` reads both. Other files there are left alone."""
         pretrained.save(self, Path(directory))
 
     @classmethod
@@ -903,9 +903,9 @@ class VAE(nn.Module):
         prior: nn.Module | None = None,
         **options: Any,
     ) -> VAE:
-        """The model that :meth:`save_pretrained` wrote, or ``fusedvae train``, on the CPU, in evaluation mode.
+        """The model that `save_pretrained` wrote, or ``fusedvae train``, on the CPU, in evaluation mode.
 
-        No code of a file is run: networks of :mod:`fusedvae.networks` are made again as the file says; in the place of
+        No code of a file is run: networks of `fusedvae.networks` are made again as the file says; in the place of
         modules of another kind, pass new ones, which the values of the saved ones are copied to.
 
         Args:
@@ -932,7 +932,7 @@ class VAE(nn.Module):
         token: str | None = None,
         commit_message: str = "A fusedvae model",
     ) -> str:
-        """Upload the model to the Hugging Face Hub, as what :meth:`save_pretrained` writes; returns the address.
+        """Upload the model to the Hugging Face Hub, as what `save_pretrained` writes; returns the address.
 
         Args:
             name: "owner/model"; made if there is none.
@@ -1141,7 +1141,7 @@ _has_warned = False
 
 
 def _warn_if_unsynchronised() -> None:
-    """Say once that :meth:`VAE.loss` is no call of a wrapper."""
+    """Say once that `VAE.loss` is no call of a wrapper."""
     global _has_warned
     if _has_warned or not (distributed.is_available() and distributed.is_initialized()):
         return

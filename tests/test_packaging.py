@@ -129,12 +129,6 @@ def test_constraints_cover_the_requirements():
     assert required - {"fusedvae"} == pinned
 
 
-def test_code_in_the_readme_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    run(sys.executable, "-W", "error", "-c", "\n".join(blocks), PYTHONPATH=str(Path(fusedvae.__file__).parent.parent))
-
-
 @pytest.mark.slow
 def test_sdist_has_what_a_build_and_a_reader_need(dist: Path):
     (sdist,) = dist.glob("*.tar.gz")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import Target
+from pages import DOCS, blocks
 from torch import Tensor, nn
 
 import fusedvae
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+PAGE = DOCS / "recipes.md"
 SIZES = {"B": 5, "N": 11, "D": 6, "C": 4, "H": 3, "W": 7, "T": 8, "K": 9}
 NO_GRADIENTS = {"x", "y", "actions", "adjacency", "mask", "weights", "noise", "pos_weight"}
 
@@ -30,10 +30,6 @@ class Recipe(NamedTuple):
     blocks: list[str]
 
 
-def _blocks(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
 def _anchor(title: str) -> str:
     """What GitHub makes of a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
@@ -41,14 +37,14 @@ def _anchor(title: str) -> str:
 
 TEXT = PAGE.read_text() if PAGE.exists() else ""
 INTRODUCTION, *SECTIONS = re.split(r"^##+ ", TEXT, flags=re.MULTILINE)
-RECIPES = [Recipe(text.partition("\n")[0], text, _blocks(text)) for text in SECTIONS if _blocks(text)]
+RECIPES = [Recipe(text.partition("\n")[0], text, [b.code for b in blocks(text)]) for text in SECTIONS if blocks(text)]
 EACH = [pytest.param(recipe, id=_anchor(recipe.title)) for recipe in RECIPES]
 
 
 def _functions(recipe: Recipe) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    (preamble,) = _blocks(INTRODUCTION)
+    (preamble,) = blocks(INTRODUCTION)
     names: dict[str, Any] = {}
-    for block in (preamble, *recipe.blocks):
+    for block in (preamble.code, *recipe.blocks):
         exec(compile(block, recipe.title, "exec"), names)
     return names["before"], names["after"]
 

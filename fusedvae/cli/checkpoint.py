@@ -29,7 +29,7 @@ def check_there_is_one(directory: Path) -> None:
 
 
 def load(directory: Path) -> dict[str, Any]:
-    """The state that :func:`save` was last given for ``directory``, on the CPU.
+    """The state that `save` was last given for ``directory``, on the CPU.
 
     Reads tensors and plain values only: a checkpoint from a stranger can be wrong, but runs no code.
     """

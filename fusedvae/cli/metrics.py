@@ -33,10 +33,10 @@ def log_likelihood(
     """The mean over ``samples`` of the importance-weighted estimate of log p(x), in nats.
 
     Args:
-        particles: samples of the posterior for each sample of the data; see :meth:`fusedvae.VAE.log_likelihood`.
+        particles: samples of the posterior for each sample of the data; see `fusedvae.VAE.log_likelihood`.
         seed: of their noise.
         batch: how many samples are taken at a time. It changes which noise each of them gets.
-        workers: processes that read the data, as in :func:`fusedvae.cli.data.batches`.
+        workers: processes that read the data, as in `fusedvae.cli.data.batches`.
         conditional: whether the model is told the samples' labels; log p(x|label) then.
     """
     total = 0.0
@@ -107,7 +107,7 @@ def ssim(
 
 
 def has_ssim(shape: tuple[int, ...]) -> bool:
-    """Whether :func:`ssim` is defined for samples of ``shape``."""
+    """Whether `ssim` is defined for samples of ``shape``."""
     return len(shape) == 3 and min(shape[1:]) >= SMALLEST_FOR_SSIM
 
 

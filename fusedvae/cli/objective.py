@@ -17,7 +17,7 @@ class Objective(nn.Module):
 
     Args:
         model: what is trained.
-        samples, bound: as :meth:`fusedvae.VAE.loss` takes them.
+        samples, bound: as `fusedvae.VAE.loss` takes them.
     """
 
     def __init__(self, model: VAE, samples: int, bound: Bound) -> None:

@@ -56,7 +56,7 @@ Batch = tuple[Tensor, Tensor | None]
 class Trainer:
     """A model, its optimizer, its data and how far it has come.
 
-    Everything that the next step depends on is in :meth:`state`: the parameters, the optimizer's moments, the
+    Everything that the next step depends on is in `state`: the parameters, the optimizer's moments, the
     random number generators, and the position. The order of the data is a function of the seed and the epoch, and the
     noise of a sample one of the seed and its place in its batch: several processes, each with its rows of every batch,
     compute what one would have, up to rounding.
@@ -109,7 +109,7 @@ class Trainer:
     # --- what a run is, for the disk ---
 
     def state(self) -> dict[str, Any]:
-        """All that :meth:`restore` needs, as tensors and plain values: the same for any number of processes, each of
+        """All that `restore` needs, as tensors and plain values: the same for any number of processes, each of
         which must call it; whole in the first one."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -141,7 +141,7 @@ class Trainer:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state` that was made with the same settings and data."""
+        """Go on from a `state` that was made with the same settings and data."""
         if state["fingerprint"] != self.fingerprint:
             raise CommandError(
                 f"{self.settings.data} is not the data that this run was trained on: its contents differ"
@@ -189,7 +189,7 @@ class Trainer:
 
     def trained_model(self) -> VAE:
         """What is evaluated: the average of the weights, if there is one. Of sharded weights a whole copy on the CPU,
-        after :meth:`gather_model`."""
+        after `gather_model`."""
         return self._gathered if self.settings.fsdp else self.evaluated.model
 
     def gather_model(self) -> None:

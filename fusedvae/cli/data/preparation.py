@@ -45,7 +45,7 @@ class Preparation:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Preparation:
-        """The inverse of :meth:`record`, also of one that JSON has made lists of."""
+        """The inverse of `record`, also of one that JSON has made lists of."""
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
         return cls(**values)
 

@@ -72,7 +72,7 @@ def held_if_small(source: Source, preparation: Preparation) -> Source:
 
 class Samples(Dataset[Any]):
     """Samples in [0, 1], of one shape. A map-style dataset: an item is a sample, or a pair (sample, label) where
-    there are labels; :meth:`batch` and :func:`batches` give many at a time.
+    there are labels; `batch` and `batches` give many at a time.
 
     Args:
         labels: a class a sample of ``source``, int64.

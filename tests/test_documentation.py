@@ -1,0 +1,145 @@
+"""The documentation: its code runs, its commands are understood, its links lead somewhere, and its site is built."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from pages import DOCS, PAGES, ROOT, blocks
+
+from fusedvae import dropins
+from fusedvae.cli import _parser
+
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs a checkout")
+
+EACH = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES]
+WITH_CODE = [param for param in EACH if blocks(param.values[0].read_text())]
+WITH_COMMANDS = [param for param in EACH if blocks(param.values[0].read_text(), "sh")]
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block after the other, as a reader would run them; what is not served here is compiled."""
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    torch.manual_seed(0)
+    names = {"__name__": "__main__"}
+    try:
+        for block in blocks(page.read_text()):
+            code = block.compiled(page)
+            if block.is_served:
+                with warnings.catch_warnings():
+                    if block.needs is not None:  # a library's own warnings are its own affair
+                        warnings.simplefilter("ignore")
+                    exec(code, names)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for patch in list(dropins._active.values()):
+            patch.undo()
+
+
+def test_blocks_are_found_with_what_they_need() -> None:
+    text = "# A\n\n```python\na = 1\n```\n\n<!-- needs: cuda -->\n```python\nb = 2\n```\n\n"
+    text += "- c\n\n    ```python\n    c\n    ```\n<!-- needs: torchrun -->\n```sh\nls\n```\n"
+    found = blocks(text)
+    assert [(block.code, block.line, block.needs) for block in found] == [
+        ("a = 1\n", 3, None),
+        ("b = 2\n", 8, "cuda"),
+        ("c\n", 14, None),
+    ]
+    assert [block.is_served for block in found] == [True, torch.cuda.is_available(), True]
+    (other,) = blocks(text, "sh")
+    assert (other.code, other.is_served) == ("ls\n", False)
+    with pytest.raises(ZeroDivisionError) as error:
+        exec(blocks("\n\n```python\na = 1\n\n1 / 0\n```\n")[0].compiled(Path("page.md")))
+    assert error.traceback[-1].lineno == 5  # counted from 0
+
+
+def test_no_fence_is_overlooked() -> None:
+    """Every fence is of a language that these tests know, and closed."""
+    for page in PAGES:
+        text = page.read_text()
+        fences = re.findall(r"^ *```(\w*)", text, re.MULTILINE)
+        assert set(fences[::2]) <= {"python", "sh", "text", "console"}, page
+        assert set(fences[1::2]) <= {""}, page
+        counted = sum(len(blocks(text, language)) for language in ("python", "sh", "text", "console"))
+        assert 2 * counted == len(fences), page
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+def _commands(page: Path) -> list[list[str]]:
+    """The words of each command of a page's blocks."""
+    found = []
+    for block in blocks(page.read_text(), "sh"):
+        subprocess.run(["bash", "-n"], input=block.code, text=True, check=True, timeout=30)
+        for line in block.code.replace("\\\n", "").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words.pop(0)
+            if words:
+                found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_commands_of_a_page_are_understood(page: Path) -> None:
+    """Those of the package by its parser; scripts are there, and the extras that pip installs."""
+    tomllib = pytest.importorskip("tomllib")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for words in _commands(page):
+        start = 1 if words[0] == "fusedvae" else 0
+        if "fusedvae" in words and words[words.index("fusedvae") - 1] == "-m":
+            start = words.index("fusedvae") + 1
+        if start:
+            _parser().parse_args(words[start:])  # a CommandError says what is wrong
+        for word in words:
+            if re.fullmatch(r"(scripts|benchmarks|tests|examples)/[\w/-]+\.(sh|py)", word):
+                assert (ROOT / word).is_file(), word
+            if extra := re.fullmatch(r"(?:\.|fusedvae)\[([\w,-]+)\].*", word):
+                assert set(extra[1].split(",")) <= set(extras), word
+
+
+# --- links, and the site ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [param for param in EACH if param.values[0].parent == ROOT])
+def test_links_lead_to_files(page: Path) -> None:
+    """Of pages outside of docs/, whose links the site's builder checks."""
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_page_is_on_the_site(tmp_path: Path) -> None:
+    """Built with warnings as errors: links, anchors, pages that no menu has, names that are documented."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed: see the extra 'docs'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout
+    for page in DOCS.rglob("*.md"):
+        place = page.relative_to(DOCS).with_suffix("")
+        built = tmp_path / "site" / (place.parent if place.name == "index" else place) / "index.html"
+        text = built.read_text()
+        assert "arithmatex" not in text, f"{page}: a formula that is not written"
+        assert not re.search(r'(?:src|href)="(?:https?:)?//[^"]*\.(?:js|css|woff2?)"', text), f"{page}: fetched"
+        assert not re.search(r":(?:class|func|meth|mod|attr):", text), f"{page}: a role of another system"
+    reference = (tmp_path / "site" / "reference" / "modules" / "index.html").read_text()
+    assert 'id="fusedvae.VAE.log_likelihood"' in reference
