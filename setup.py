@@ -4,14 +4,16 @@ The extension takes raw pointers and knows nothing of torch, so neither does thi
 pybind11 and ninja. Ninja compiles in parallel and, in a checkout, only what an edit touched.
 
 Without a working compiler the package still installs, runs on its other backends and says why:
-``fusedvae/_build.json`` records what was compiled in or the reason that nothing was; ``fusedvae info`` shows it.
+``fusedvae/_build.json`` records what was compiled in or the reason that nothing was; ``fusedvae info`` shows it. A
+wheel without the extension is tagged py3-none-any: nobody takes it for a platform's, which installers prefer.
 
 Environment:
-    CXX, CXXFLAGS, LDFLAGS   as everywhere
+    CXX, CXXFLAGS, LDFLAGS   as everywhere, but for options that would change results or what the code runs on
     MAX_JOBS                 compiler processes at a time (default: ninja's choice)
     FUSEDVAE_REQUIRE_EXT=1   fail, rather than install without the extension
     FUSEDVAE_CUDA=0 | 1      leave the CUDA kernels out | fail without them (default: where nvcc is found)
-    FUSEDVAE_CUDA_ARCHS      compute capabilities, such as "90" or "8.0;9.0" (default: see DEFAULT_CUDA_ARCHS)
+    FUSEDVAE_CUDA_ARCHS      compute capabilities, such as "90" or "8.0;9.0", which fails where the CUDA kernels cannot
+                             be compiled for them (default: see DEFAULT_CUDA_ARCHS)
     CUDA_HOME                where nvcc is, if not on PATH
 """
 
@@ -25,15 +27,21 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 BINDINGS = CSRC / "bindings.cpp"
 KERNELS = CSRC / "cpu" / "kernels.cpp"
+
+IS_WRITABLE = os.access(".", os.W_OK)
+BUILD = Path("build") if IS_WRITABLE else Path(tempfile.mkdtemp(prefix="fusedvae-"))
+"""What builds leave: beside the sources, so that the next build is incremental, unless that is read-only."""
 
 # csrc/cpu/kernels.cpp is compiled once an instruction set; csrc/cpu/dispatch.cpp chooses between them at run time.
 BASELINE = {"baseline": []}
@@ -62,10 +70,23 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hi
 # tests/ptx executes, and costs nothing to make.
 DEFAULT_CUDA_ARCHS = ["80", "90", "100"]
 EXECUTED_CUDA_ARCH = "90"
+OLDEST_CUDA_ARCH = 80
+
+# Of the environment's options, those that give other results: NaN and infinity are what users look for.
+CHANGES_RESULTS = re.compile(
+    "-ffast-math|-Ofast|-funsafe-math-optimizations|-ffinite-math-only|-fassociative-math|-freciprocal-math"
+    "|-fno-signed-zeros|-fapprox-func|-ffp-model=fast|-mdaz-ftz"
+)
+# And those that let instructions into all code which dispatch.cpp keeps for processors that have them.
+CHANGES_INSTRUCTIONS = re.compile("-m(arch|cpu)=.*|-m(avx|sse[34]|ssse|fma|f16c|bmi|xop|amx).*")
 
 
 class BuildError(Exception):
     """What stopped the build, in one sentence."""
+
+
+class RequestError(BuildError):
+    """What was asked for by name cannot be had: nothing else takes its place."""
 
 
 class Compiler(NamedTuple):
@@ -101,25 +122,38 @@ def find_compiler() -> Compiler:
     usual = [sysconfig.get_config_var("CXX") or "g++", "g++", "clang++", "c++"]
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else usual
     candidates = [words for words in map(shlex.split, wanted) if words]
-    command = next((words for words in candidates if shutil.which(words[0])), None)
-    if command is None:
+    words = next((words for words in candidates if shutil.which(words[0])), None)
+    if words is None:
         names = ", ".join(dict.fromkeys(words[0] for words in candidates))
         raise BuildError(f"no C++ compiler found (looked for {names}; on Debian: apt install g++)")
-    target = output_of(*command, "-dumpmachine")
+    target = output_of(*words, "-dumpmachine")
+    if not target:
+        raise BuildError(f"{shlex.join(words)} is no C++ compiler: -dumpmachine prints nothing")
+    command = [words[0], *harmless("CXX", words[1:], target)]
     return Compiler(command, target, output_of(*command, "--version").partition("\n")[0])
 
 
+def harmless(name: str, words: list[str], target: str) -> list[str]:
+    """Options of an environment variable, without those that would do harm: see above."""
+    patterns = [CHANGES_RESULTS, *([CHANGES_INSTRUCTIONS] if len(instruction_sets(target)) > 1 else [])]
+    dropped = [word for word in words if any(pattern.fullmatch(word) for pattern in patterns)]
+    if dropped:
+        warn(f"left out of {name}: {shlex.join(dropped)}; the kernels choose their instructions when they run, exactly")
+    return [word for word in words if word not in dropped]
+
+
 def find_ninja() -> str:
-    """The ninja of the build requirement: its folder need not be on PATH."""
+    """The ninja of the build requirement, whose folder need not be on PATH; else the one that is there."""
     try:
         import ninja
 
-        return str(Path(ninja.BIN_DIR) / "ninja")
+        own = shutil.which("ninja", path=ninja.BIN_DIR)
     except ImportError:
-        found = shutil.which("ninja")
-        if found is None:
-            raise BuildError("ninja not found (pip install ninja)") from None
-        return found
+        own = None
+    found = own or shutil.which("ninja")
+    if found is None:
+        raise BuildError("ninja not found (pip install --force-reinstall ninja)")
+    return found
 
 
 def find_pybind11() -> str:
@@ -146,10 +180,19 @@ def find_cuda() -> Cuda | str:
         version = output_of(nvcc, "--version").splitlines()[-1]
     except BuildError as error:
         return str(error)
-    asked = re.split(r"[;,\s]+", os.environ.get("FUSEDVAE_CUDA_ARCHS", "").replace(".", "").strip())
-    archs = [arch for arch in asked if arch] or [arch for arch in DEFAULT_CUDA_ARCHS if arch in known]
-    archs.sort(key=lambda arch: int(re.match(r"\d*", arch)[0] or 0))
+    archs = asked_cuda_archs()
+    for arch in archs:
+        if int(re.match(r"\d*", arch)[0] or 0) < OLDEST_CUDA_ARCH or arch.rstrip("af") not in known:
+            able = ", ".join(arch for arch in known if int(arch) >= OLDEST_CUDA_ARCH)
+            raise RequestError(f"FUSEDVAE_CUDA_ARCHS: expected some of {able}, which {nvcc} knows; got {arch!r}")
+    archs = archs or [arch for arch in DEFAULT_CUDA_ARCHS if arch in known]
+    archs.sort(key=lambda arch: int(re.match(r"\d*", arch)[0]))
     return Cuda(nvcc, version, archs) if archs else f"{nvcc} knows no architecture from sm_80 up"
+
+
+def asked_cuda_archs() -> list[str]:
+    """What FUSEDVAE_CUDA_ARCHS says, without dots."""
+    return re.findall(r"[^;,\s]+", os.environ.get("FUSEDVAE_CUDA_ARCHS", "").replace(".", ""))
 
 
 def cuda_sources() -> list[Path]:
@@ -187,7 +230,9 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     """Write the build.ninja in ``folder`` that makes ``library``."""
     pybind11 = find_pybind11()
     ninja = NinjaFile()
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    extra, ldflags = (
+        harmless(name, shlex.split(os.environ.get(name, "")), compiler.target) for name in ("CXXFLAGS", "LDFLAGS")
+    )
     dependencies = {"depfile": "$out.d", "deps": "gcc"}  # rebuild just what an edited header reaches
     compile_ = [*compiler.command, *CXX_FLAGS, f"-I{CSRC}", "$flags", *extra, "-MMD", "-MF", "$out.d"]
     ninja.rule("cxx", [*compile_, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
@@ -198,7 +243,7 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     objects = []
     if cuda:
         # The host compiler is given to nvcc by name alone: it may be a launcher's argument (CXX="ccache g++").
-        nvcc = [cuda.nvcc, "-ccbin", compiler.command[-1]]
+        nvcc = [cuda.nvcc, "-ccbin", [word for word in compiler.command if not word.startswith("-")][-1]]
         kinds = {arch: ["sm", "compute"] if arch in cuda.ptx_archs else ["sm"] for arch in cuda.archs}
         targets = [
             f"-gencode=arch=compute_{arch},code=[{','.join(f'{kind}_{arch}' for kind in kinds[arch])}]"
@@ -214,7 +259,7 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source != KERNELS:
             objects.append(ninja.build(folder / f"cpu_{source.stem}.o", "cxx", [source]))
-    for isa, flags in instruction_sets(compiler).items():
+    for isa, flags in instruction_sets(compiler.target).items():
         macro = f"-DFUSEDVAE_ISA={isa}"
         objects.append(ninja.build(folder / f"cpu_kernels_{isa}.o", "cxx", [KERNELS], [macro, *flags]))
 
@@ -224,7 +269,6 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     if cuda:
         # The CUDA runtime is linked in: the extension then works beside whichever one torch came with.
         link = [*nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
-    ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
     ldflags = [f"-Xcompiler={flag}" for flag in ldflags] if cuda else ldflags
     ninja.rule("link", [*link, "$in", "-o", "$out", *ldflags], description="link $out")
     ninja.build(library, "link", objects)
@@ -235,22 +279,24 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     return path
 
 
-def instruction_sets(compiler: Compiler) -> dict[str, list[str]]:
-    return X86_64 if compiler.target.startswith(("x86_64", "amd64")) else BASELINE
+def instruction_sets(target: str) -> dict[str, list[str]]:
+    return X86_64 if target.startswith(("x86_64", "amd64")) else BASELINE
 
 
 def run_ninja(ninja: str, file: Path) -> None:
     """Run ninja, its output shown. Raises BuildError with the first error in it."""
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    process = subprocess.Popen(
-        [ninja, "-f", str(file), *jobs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [ninja, "-f", str(file), *jobs]
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildError(f"{ninja}: {error.strerror}") from error
     lines = []
     for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line.strip())
     if process.wait():
-        errors = (line for line in lines if re.search(r"\b(error|fatal)\b ?:|undefined reference", line))
+        errors = (line for line in lines if re.search(r"\b(error|fatal)\b\s*:|undefined reference", line))
         first = next(errors, lines[-1] if lines else f"ninja: exit status {process.returncode}")
         hint = " (on Debian: apt install python3-dev)" if "Python.h" in first else ""
         raise BuildError(first + hint)
@@ -262,7 +308,7 @@ def build_native() -> tuple[Path, dict]:
     Returns its path and what is in it, as ``_build.json`` records it. Raises BuildError.
     """
     ninja, compiler, cuda = find_ninja(), find_compiler(), find_cuda()
-    folder = Path("build") / f"native-{compiler.target}-{sys.implementation.cache_tag}"
+    folder = BUILD / f"native-{compiler.target}-{sys.implementation.cache_tag}"
     library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
     if isinstance(cuda, Cuda):
@@ -271,13 +317,16 @@ def build_native() -> tuple[Path, dict]:
         except BuildError as error:
             cuda = f"compiling them failed: {error}"
     if isinstance(cuda, str):
-        if os.environ.get("FUSEDVAE_CUDA") == "1":
-            raise BuildError(f"FUSEDVAE_CUDA=1, but no CUDA kernels: {cuda}")
+        for name in ("FUSEDVAE_CUDA", "FUSEDVAE_CUDA_ARCHS") if os.environ.get("FUSEDVAE_CUDA") != "0" else ():
+            if os.environ.get(name, "").strip():
+                raise RequestError(f"{name}={os.environ[name]}, but no CUDA kernels: {cuda}")
         if cuda_sources():
             warn(f"the CUDA kernels were not compiled: {cuda}")
         run_ninja(ninja, write_ninja_file(folder, library, compiler, None))
 
-    record = {"cpu": list(instruction_sets(compiler)), "compiler": compiler.version}
+    if not library.exists():
+        raise BuildError(f"{shlex.join(compiler.command)} has made nothing")
+    record = {"cpu": list(instruction_sets(compiler.target)), "compiler": compiler.version}
     if isinstance(cuda, Cuda):
         archs = [*(f"sm_{arch}" for arch in cuda.archs), *(f"compute_{arch}" for arch in cuda.ptx_archs)]
         return library, {**record, "cuda": archs, "cuda_compiler": cuda.version, "cuda_absent": None}
@@ -298,12 +347,13 @@ class BuildNative(build_ext):
             library, record = build_native()
         except BuildError as failure:
             error = str(failure)
-            required = os.environ.get("FUSEDVAE_REQUIRE_EXT") == "1" or os.environ.get("FUSEDVAE_CUDA") == "1"
+            required = os.environ.get("FUSEDVAE_REQUIRE_EXT") == "1" or isinstance(failure, RequestError)
             # Whoever builds in place by hand is at work on the kernels: for them a failure is a failure.
             if required or (self.inplace and not self.editable_mode):
                 raise SystemExit(f"error: the native kernels were not compiled: {error}") from None
             warn(f"installing without the native kernels, which were not compiled: {error}")
 
+        self.has_built = library is not None
         folders = [Path(self.build_lib) / "fusedvae"]
         if self.inplace or self.editable_mode:
             folders.append(Path("fusedvae"))
@@ -323,8 +373,20 @@ class BuildNative(build_ext):
         return [str(path) for path in (extension, folder / "_build.json") if path.exists()]
 
 
+class TaggedWheel(bdist_wheel):
+    """``bdist_wheel`` that says of a wheel without the extension that it has none."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        if getattr(self.get_finalized_command("build_ext"), "has_built", True):
+            return super().get_tag()
+        self.root_is_pure = True
+        return "py3", "none", "any"
+
+
 if __name__ == "__main__":
+    elsewhere = {"build": {"build_base": str(BUILD)}, "egg_info": {"egg_base": str(BUILD)}}
     setup(
         ext_modules=[Extension("fusedvae._C", sources=[str(BINDINGS)])],
-        cmdclass={"build_ext": BuildNative},
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": TaggedWheel},
+        options={} if IS_WRITABLE else elsewhere,
     )

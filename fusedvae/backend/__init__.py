@@ -8,6 +8,7 @@ operation, and passes the name on, so that a backward pass runs where its forwar
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import TracebackType
@@ -223,12 +224,30 @@ def resolve(device_type: str, requested: str | None = None, *, index: int | None
 @assumed_constant  # what can serve a device does not change while a process lives
 def _resolve(device_type: str, index: int | None, name: str) -> str:
     if name == "auto":
-        return next(name for name in NAMES if unavailable(name, device_type, index) is None)
+        found = next(name for name in NAMES if unavailable(name, device_type, index) is None)
+        if found == "reference" and device_type in ("cpu", "cuda"):
+            _warn_without_kernels(device_type, index)
+        return found
     checked_name(name, source="FUSEDVAE_BACKEND")  # all other names have been checked before
     reason = unavailable(name, device_type, index)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is unavailable for {device_type!r} tensors: {reason}")
     return name
+
+
+_has_warned = False
+
+
+def _warn_without_kernels(device_type: str, index: int | None) -> None:
+    """Say once that nothing is fused where it could be, and what to do about it."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            f"fusedvae computes in plain PyTorch on {device_type!r}, as right and not as fast: "
+            f"{unavailable('native', device_type, index)}",
+            stacklevel=4,
+        )
 
 
 def device_types() -> tuple[str, ...]:

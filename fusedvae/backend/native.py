@@ -8,16 +8,20 @@ torch's OpenMP runtime in the process.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import torch
 from torch import Tensor
 
 from fusedvae.layout import Strides
 from fusedvae.torch_private import current_gpu, current_stream_address
+from fusedvae.version import __version__
 
 from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork
 from .reference import GIVEN, Form
@@ -142,7 +146,7 @@ def _workspace(gpu: int, stream: int, size: int, *, is_kept: bool) -> Tensor:
 class _Native:
     def unavailable(self, device_type: str, index: int | None = None) -> str | None:
         if _C is None:
-            return f"{_absence()}; install fusedvae again where a C++17 compiler is found"
+            return _absence()
         if device_type == "cpu":
             return None
         if device_type != "cuda":
@@ -216,13 +220,31 @@ def _gpus_unavailable() -> list[str | None]:
     return [reason or None for reason in _C.cuda_unavailable()]
 
 
+@lru_cache(maxsize=1)
 def _absence() -> str:
-    """Why there is no extension."""
-    if BUILD_RECORD.exists():
-        reason = json.loads(BUILD_RECORD.read_text()).get("error")
-        if reason:
-            return f"the compiled extension was not built ({reason})"
-    return f"the compiled extension cannot be loaded ({_import_error})"
+    """Why there is no extension, and the remedy."""
+    reason = json.loads(BUILD_RECORD.read_text()).get("error") if BUILD_RECORD.exists() else None
+    what = f"was not built ({reason})" if reason else f"cannot be loaded ({_import_error})"
+    return f"the compiled extension {what}; where a C++17 compiler is found: {install_command()}"
+
+
+def install_command() -> str:
+    """The command that builds the extension into this install, or fails.
+
+    Without pip's cache: that may keep a wheel which was built without the extension, for the same source.
+    """
+    try:
+        origin = json.loads(metadata.distribution("fusedvae").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        return "python setup.py build_ext --inplace"
+    url = origin.get("url", "")
+    what = [url if url and not url.endswith(".whl") else f"fusedvae=={__version__}"]
+    if "vcs_info" in origin:
+        what = [f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"]
+    elif "dir_info" in origin:
+        folder = unquote(urlsplit(url).path)
+        what = ["-e", folder] if origin["dir_info"].get("editable") else [folder]
+    return f"FUSEDVAE_REQUIRE_EXT=1 pip install --no-cache-dir --force-reinstall --no-deps {shlex.join(what)}"
 
 
 BACKEND = _Native()

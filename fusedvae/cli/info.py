@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,8 @@ from typing import Any
 import torch
 
 from ..backend import NAMES, describe, device_types, resolve, unavailable
+from ..backend.native import BUILD_RECORD, install_command
 from ..version import __version__
-
-BUILD_RECORD = Path(__file__).parent.parent / "_build.json"
-"""Written by the build: what it compiled in, or why it compiled nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +77,9 @@ def _device(device_type: str) -> dict[str, Any]:
             "reason": reason,
         }
     try:
-        used, problem = resolve(device_type), None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it would say is shown
+            used, problem = resolve(device_type), None
     except (RuntimeError, ValueError) as error:  # what FUSEDVAE_BACKEND asks for is not here, or is no backend
         used, problem = None, str(error)
     if device_type == "cuda":
@@ -123,9 +124,9 @@ def _as_text(found: dict[str, Any]) -> str:
 
 def _build_lines(build: dict[str, Any] | None) -> list[str]:
     if build is None:
-        return ["no record of a build: the extension was not built here (pip install fusedvae builds it)"]
+        return [f"no record of a build: the extension was not built here; to build it: {install_command()}"]
     if build.get("error"):
-        return [f"nothing: {build['error']}"]
+        return [f"nothing: {build['error']}", f"where a C++17 compiler is found: {install_command()}"]
     lines = [f"CPU kernels for {', '.join(build.get('cpu') or ['nothing'])} ({build.get('compiler')})"]
     if build.get("cuda"):
         lines.append(f"CUDA kernels for {', '.join(build['cuda'])} ({build.get('cuda_compiler')})")
