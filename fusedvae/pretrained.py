@@ -218,13 +218,31 @@ def downloaded(name: str, **options: Any) -> Path:
     return Path(hub.snapshot_download(name, allow_patterns=[CONFIG, SAFETENSORS, PICKLED], **options))
 
 
-def upload(model: VAE, name: str, *, private: bool | None, token: str | None, message: str) -> str:
-    """Make a repository for a model on the Hugging Face Hub, or a new commit in it; returns the commit's address."""
-    import tempfile
+_CARD = """---
+{{ card_data }}
+---
 
+A variational autoencoder of [fusedvae](https://pypi.org/project/fusedvae/):
+
+```python
+model = fusedvae.VAE.from_pretrained("NAME")
+```
+"""
+
+
+def upload(model: VAE, name: str, **options: Any) -> str:
+    """Make a repository for a model on the Hugging Face Hub, or a new commit in it; returns the commit's address.
+
+    Args:
+        options: of ``huggingface_hub.ModelHubMixin.push_to_hub``, whose work it is.
+    """
     hub = _required("huggingface_hub", "to upload a model")
-    api = hub.HfApi(token=token)
-    repository = api.create_repo(name, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as directory:
-        save(model, Path(directory))
-        return str(api.upload_folder(repo_id=repository, folder_path=directory, commit_message=message))
+    tags = ["variational-autoencoder"]
+    card = _CARD.replace("NAME", name)
+
+    # Not a base class of VAE: that would import huggingface_hub with the package.
+    class Uploaded(hub.ModelHubMixin, library_name="fusedvae", tags=tags, model_card_template=card):  # type: ignore
+        def _save_pretrained(self, save_directory: Path) -> None:
+            save(model, save_directory)
+
+    return str(Uploaded().push_to_hub(name, **options))

@@ -888,10 +888,20 @@ class VAE(nn.Module):
 
     # --- models as files ---
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(
+        self, directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
+    ) -> str | None:
         """Write the model to ``directory``: ``config.json``, and its tensors in ``model.safetensors`` (without
-        safetensors: ``model.pt``). `from_pretrained` reads both. Other files there are left alone."""
+        safetensors: ``model.pt``). `from_pretrained` reads both. Other files there are left alone.
+
+        Args:
+            push_to_hub: also upload it, and return what `push_to_hub` does, which takes the other options.
+            repo_id: its name there; by default that of the directory.
+        """
+        if options and not push_to_hub:
+            raise TypeError(f"{next(iter(options))}: expected with push_to_hub=True only, which takes it")
         pretrained.save(self, Path(directory))
+        return self.push_to_hub(repo_id or Path(directory).resolve().name, **options) if push_to_hub else None
 
     @classmethod
     def from_pretrained(
@@ -924,21 +934,19 @@ class VAE(nn.Module):
             path = pretrained.downloaded(str(directory), **options)
         return pretrained.load(cls, path, {"encoder": encoder, "decoder": decoder, "prior": prior})
 
-    def push_to_hub(
-        self,
-        name: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "A fusedvae model",
-    ) -> str:
-        """Upload the model to the Hugging Face Hub, as what `save_pretrained` writes; returns the address.
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model to the Hugging Face Hub, as what `save_pretrained` writes and a card that says how to
+        use it, by huggingface_hub's own mixin; returns the address of the commit.
 
         Args:
-            name: "owner/model"; made if there is none.
-            private, token, commit_message: as huggingface_hub takes them.
+            repo_id: "owner/model"; made if there is none.
+            options: ``private``, ``token``, ``commit_message``, ``branch``, ``create_pr`` and what else
+                ``huggingface_hub.ModelHubMixin.push_to_hub`` takes.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
         """
-        return pretrained.upload(self, name, private=private, token=token, message=commit_message)
+        return pretrained.upload(self, repo_id, **options)
 
     def extra_repr(self) -> str:
         latent_dim = self.latent_shape[0] if len(self.latent_shape) == 1 else self.latent_shape

@@ -206,6 +206,9 @@ def test_a_crafted_checkpoint_is_refused_before_anything_is_loaded(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "checkpoint.pt: it is damaged" in error
+    torch.save({**whole, "format": 1}, out / checkpoint.CHECKPOINT)
+    assert main(["train", "--resume", str(out), "--quiet"]) == 2
+    assert "is a checkpoint of format 1: this version of fusedvae continues those of format" in capsys.readouterr().err
     torch.save({**whole, "shape": ["x"]}, out / checkpoint.CHECKPOINT)
     with pytest.raises(CommandError, match="it is damaged"):
         load_model(out)

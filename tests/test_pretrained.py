@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,43 +186,74 @@ def test_no_code_of_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "owned").exists()
 
 
-def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploaded = tmp_path / "hub"
-    asked = []
+HUB_CACHE = "models--me--a", "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The Hugging Face Hub without a network: what is uploaded lies in huggingface_hub's cache, as if downloaded."""
+    pytest.importorskip("huggingface_hub")
+    asked: list[Any] = []
+    repository, revision = tmp_path / "cache" / HUB_CACHE[0], HUB_CACHE[1]
 
     class HfApi:
         def __init__(self, token: str | None) -> None:
             asked.append(token)
 
-        def create_repo(self, name: str, **options: object) -> object:
-            asked.append((name, options))
-            return SimpleNamespace(repo_id=f"me/{name}")
+        def create_repo(self, *, repo_id: str, private: bool | None, exist_ok: bool) -> object:
+            asked.append((repo_id, private))
+            return SimpleNamespace(repo_id=f"me/{repo_id.removeprefix('me/')}")
 
-        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
-            asked.append((repo_id, commit_message))
-            Path(folder_path).rename(uploaded)
-            Path(folder_path).mkdir()
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str, **options: object) -> str:
+            asked.append((repo_id, commit_message, options["create_pr"]))
+            shutil.copytree(folder_path, repository / "snapshots" / revision)
+            (repository / "refs").mkdir()
+            (repository / "refs" / "main").write_text(revision)
             return "https://hub/commit"
 
-    def snapshot_download(name: str, **options: object) -> str:
-        asked.append((name, options["revision"]))
-        return str(uploaded)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", HfApi)
+    return SimpleNamespace(asked=asked, cache=tmp_path / "cache", files=repository / "snapshots" / revision)
 
-    hub = SimpleNamespace(HfApi=HfApi, snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+
+def test_the_hub(hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS["mlp of one learned scale"]()
-    assert model.push_to_hub("a", private=True, token="t", commit_message="new") == "https://hub/commit"
-    check_same(model, fusedvae.VAE.from_pretrained("me/a", revision="main"))
-    assert asked == ["t", ("a", {"private": True, "exist_ok": True}), ("me/a", "new"), ("me/a", "main")]
+    options = {"private": True, "token": "t", "commit_message": "new", "create_pr": True}
+    assert model.push_to_hub("a", **options) == "https://hub/commit"
+    assert hub.asked == ["t", ("a", True), ("me/a", "new", True)]
+    assert {path.name for path in hub.files.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    card = (hub.files / "README.md").read_text()
+    assert "library_name: fusedvae" in card
+    assert 'fusedvae.VAE.from_pretrained("a")' in card
+    check_same(model, fusedvae.VAE.from_pretrained(hub.files))
+    check_same(model, fusedvae.VAE.from_pretrained("me/a", cache_dir=hub.cache, local_files_only=True))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    check_same(model, fusedvae.VAE.from_pretrained(hub.files))
     with pytest.raises(ImportError, match=r"huggingface_hub is needed for 'me/a'.*pip install 'fusedvae\[hub\]'"):
         VAE.from_pretrained("me/a")
+    with pytest.raises(ImportError, match=r"huggingface_hub is needed to upload a model.*'fusedvae\[hub\]'"):
+        model.push_to_hub("me/a")
 
 
-def test_the_arguments_of_the_hub_are_its_own() -> None:
-    inspect = pytest.importorskip("inspect")
+def test_what_is_saved_can_be_uploaded_at_once(hub: SimpleNamespace, tmp_path: Path) -> None:
+    model = MODELS["conv"]()
+    assert model.save_pretrained(tmp_path / "me" / "a") is None
+    assert model.save_pretrained(tmp_path / "a", push_to_hub=True, private=False) == "https://hub/commit"
+    assert hub.asked == [None, ("a", False), ("me/a", "Push model using huggingface_hub.", None)]
+    check_same(model, VAE.from_pretrained(tmp_path / "a"))
+    with pytest.raises(TypeError, match="private: expected with push_to_hub=True only"):
+        model.save_pretrained(tmp_path / "a", private=True)
+
+
+def test_a_class_with_arguments_of_its_own_takes_the_mixin_of_the_hub(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    download = inspect.signature(hub.snapshot_download).parameters
-    assert {"allow_patterns", "revision", "token", "cache_dir"} <= download.keys()
-    assert {"private", "exist_ok"} <= inspect.signature(hub.HfApi.create_repo).parameters.keys()
-    assert {"repo_id", "folder_path", "commit_message"} <= inspect.signature(hub.HfApi.upload_folder).parameters.keys()
+
+    class Mine(hub.PyTorchModelHubMixin, VAE, library_name="mine"):
+        def __init__(self, width: int, latent_dim: int = 2) -> None:
+            super().__init__(*networks.mlp((5,), latent_dim, hidden=(width,)), latent_dim)
+
+    model = Mine(7)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"width": 7, "latent_dim": 2}
+    same = Mine.from_pretrained(tmp_path)
+    assert type(same) is Mine
+    check_same(model, same)

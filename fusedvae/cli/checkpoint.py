@@ -14,7 +14,7 @@ from .errors import CommandError
 from .files import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 """Changes with the meaning of a checkpoint's entries."""
 
 
@@ -40,8 +40,10 @@ def load(directory: Path) -> dict[str, Any]:
             if archive.testzip() is not None:
                 raise ValueError("a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CommandError(f"{path} is not a checkpoint that this version of fusedvae can continue")
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        of_what = f"a checkpoint of format {found}" if isinstance(found, int) else "not a checkpoint"
+        raise CommandError(f"{path} is {of_what}: this version of fusedvae continues those of format {FORMAT}")
     return state
 
 
