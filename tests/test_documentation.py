@@ -38,6 +38,7 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
             code = block.compiled(page)
             if block.is_served:
                 with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)  # torch's own, compiling
                     if block.needs is not None:  # a library's own warnings are its own affair
                         warnings.simplefilter("ignore")
                     exec(code, names)
