@@ -79,6 +79,16 @@ def test_few_data_are_gone_through_more_often(count: int, shape: tuple[int, ...]
     assert Settings(epochs=3).epochs_of(count, shape) == 3
 
 
+def test_the_default_width_is_that_of_the_images_and_is_kept():
+    widths = {(1, 28, 28): 32, (3, 32, 32): 32, (3, 64, 64): 16, (3, 20, 40): 16, (784,): 512, (1, 1, 1): 512}
+    assert {shape: Settings().width_of(shape) for shape in widths} == widths
+    assert Settings(width=8).width_of((3, 64, 64)) == 8
+    assert Settings(arch="mlp").width_of((3, 64, 64)) == 512
+    run = Trainer(Settings(device="cpu"), data.split(data.load("digits"), 0.1))
+    assert run.state()["settings"]["width"] == 32
+    assert run.model.encoder.arguments["width"] == 32
+
+
 def test_the_rate_and_the_bound_of_gradients_are_used(samples: data.Data) -> None:
     run = Trainer(Settings(**SMALL, epochs=2, lr=0.1, lr_warmup=1.0, clip_grad=1e-3), samples)
     seen = []

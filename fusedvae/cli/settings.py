@@ -31,6 +31,9 @@ LOGGERS = ("none", "tensorboard", "wandb")
 EPOCHS, STEPS_A_RESOLUTION = 30, 375
 """Of a run that says nothing of them: through the data so often at least, and so many steps for each resolution at
 which the convolutional networks see an image."""
+CONV_WIDTH, CONV_WIDTH_OF_LARGE, LARGE = 32, 16, 32
+"""Channels at full resolution, where a step spends its time: half of them for images of more pixels a side."""
+MLP_WIDTH = 512
 PER_PIXEL: Final = "per-pixel"
 LEARNED: Final = "learned"
 
@@ -151,23 +154,35 @@ class Settings:
         steps = STEPS_A_RESOLUTION * (1 + max(halvings, 1))
         return max(EPOCHS, -(-steps // -(-samples // self.batch)))
 
+    def arch_of(self, shape: tuple[int, ...]) -> str:
+        """The networks for samples of ``shape``."""
+        if self.arch != "auto":
+            return self.arch
+        return "conv" if len(shape) == 3 and not _is_one_pixel(shape) else "mlp"
+
+    def width_of(self, shape: tuple[int, ...]) -> int:
+        """Their width, unless it was asked for."""
+        if self.width is not None:
+            return self.width
+        if self.arch_of(shape) == "mlp":
+            return MLP_WIDTH
+        return CONV_WIDTH if max(shape[1:], default=0) <= LARGE else CONV_WIDTH_OF_LARGE
+
     def build_model(self, shape: tuple[int, ...], classes: int = 0) -> VAE:
         """A new model for samples of ``shape``, on the CPU; ``classes`` are how many labels there are to be told."""
         has_scale = self.likelihood in ("gaussian", "laplace")
         recon_logvar = None if self.recon_logvar == PER_PIXEL or not has_scale else self.recon_logvar
-        one_pixel = shape[1:] == (1, 1)  # of which a normalisation leaves nothing
-        arch = ("conv" if len(shape) == 3 and not one_pixel else "mlp") if self.arch == "auto" else self.arch
+        width = self.width_of(shape)
         options: dict[str, Any] = {"mean_only": recon_logvar is not None or not has_scale}
         options["logvar_floor"] = self.logvar_floor
         options["classes"] = classes if self.condition == "labels" else None
-        if arch == "conv":
+        if self.arch_of(shape) == "conv":
             if len(shape) != 3:
                 raise CommandError(f"--arch conv needs images, the samples are of shape {shape}: use --arch mlp")
-            if one_pixel:
+            if _is_one_pixel(shape):
                 raise CommandError("--arch conv needs images of more than one pixel: use --arch mlp")
-            encoder, decoder = networks.conv(shape, self.latent, width=self.width or 32, **options)
+            encoder, decoder = networks.conv(shape, self.latent, width=width, **options)
         else:
-            width = self.width or 512
             encoder, decoder = networks.mlp(shape, self.latent, hidden=(width, max(width // 2, 1)), **options)
         try:
             model = VAE(
@@ -186,3 +201,8 @@ class Settings:
         except ValueError as error:  # the forms: which of them a likelihood has
             raise CommandError(f"--{str(error).replace('_', '-', 1)}") from error
         return model.to(self.data_dtype)
+
+
+def _is_one_pixel(shape: tuple[int, ...]) -> bool:
+    """Of an image, of which a normalisation leaves nothing."""
+    return shape[1:] == (1, 1)

@@ -64,7 +64,8 @@ class Trainer:
 
     def __init__(self, settings: Settings, data: Data, group: Alone = ALONE) -> None:
         epochs = settings.epochs_of(len(data.train), data.shape)
-        self.settings = settings = dataclasses.replace(settings, epochs=epochs)
+        # With what the defaults are here: a run goes on alike where they are others.
+        self.settings = settings = dataclasses.replace(settings, epochs=epochs, width=settings.width_of(data.shape))
         self.epochs = epochs
         self.data, self.group = data, group
         settings.check(len(data.classes))

@@ -18,12 +18,16 @@ from ..settings import (
     BETA_SCHEDULES,
     BOUNDS,
     CONDITIONS,
+    CONV_WIDTH,
+    CONV_WIDTH_OF_LARGE,
     DTYPES,
     EPOCHS,
+    LARGE,
     LEARNED,
     LIKELIHOODS,
     LOGGERS,
     LR_SCHEDULES,
+    MLP_WIDTH,
     PER_PIXEL,
     RECON_SCALES,
     SCALES,
@@ -148,7 +152,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     option(
         model,
         "--width",
-        "channels at full resolution (conv, default 32) or units of the first layer (mlp, default 512)",
+        f"channels at full resolution (conv; default: {CONV_WIDTH}, or {CONV_WIDTH_OF_LARGE} of images above {LARGE} "
+        f"pixels) or units of the first layer (mlp; default: {MLP_WIDTH})",
         type=integer(1, MOST_UNITS),
         metavar="N",
     )
