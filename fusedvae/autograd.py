@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import ops
 from .backend import reference
@@ -249,14 +250,11 @@ class _Dispatched:
 
 
 def _latent_gradient(operands: Operands, what: SamplingGradient | RecordedLatent) -> Any:
-    """The call of a latent's backward pass; its forward pass says what it is."""
+    """The call of a latent's backward pass, which records no derivative; its forward pass says what it is."""
     spec = what.gradient if isinstance(what, RecordedLatent) else what
-    return _unrecorded(operands, LatentGradientCall, ops.latent_gradient, spec)
-
-
-def _unrecorded(operands: Operands, make: Callable[..., Any], operator: ops.Operator, spec: Any) -> Any:
-    """A call of a backward pass, which records no derivative."""
-    return _Dispatched(operator, spec) if ops.needs_dispatcher(operands) else make(operands, spec)
+    if ops.needs_dispatcher(operands):
+        return _Dispatched(ops.latent_gradient, spec)
+    return LatentGradientCall(operands, spec)
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------
@@ -274,18 +272,22 @@ class Deferred(NamedTuple):
     """Whether the loss depends on more than the operands whose gradients are made in the forward pass."""
 
 
-def made_in_forward(spec: Objective, operands: Operands, *, is_dispatched: bool = False) -> Objective:
+def made_in_forward(
+    spec: Objective, operands: Operands, *, is_dispatched: bool = False, in_place: bool = False
+) -> Objective:
     """The objective with those gradients made with the values that are worth it: all of those needed, or none.
 
     Values per sample and per element would move more that way (9N elements against 8N), and so would a total behind
     the dispatcher, whose gradients are not ours to scale in place: there a GPU, which memory alone holds up, makes them
     in the backward pass. (A CPU has the exponentials to make but once that way.) Float16 gradients made before the
-    incoming factor (a loss scaler's 65536) would underflow, unless they are scaled as they are made.
+    incoming factor (a loss scaler's 65536) would underflow, unless they are scaled as they are made. And of which term
+    they are to be nobody knows, where each can be differentiated: ``in_place``, they could not be made again.
     """
     is_on_gpu = any(isinstance(t, Tensor) and t.is_cuda for t in operands)
     deferred = (
         spec.values != "total"
         or (is_dispatched and is_on_gpu)
+        or (in_place and spec.returns_terms)
         or (
             not spec.is_grad_scaled
             and any(
@@ -297,11 +299,11 @@ def made_in_forward(spec: Objective, operands: Operands, *, is_dispatched: bool 
     return spec._replace(needed=(False,) * len(spec.needed)) if deferred else spec
 
 
-def _deferred(made: Sequence[bool], operands: Operands) -> Deferred:
-    """Of an objective some of whose gradients are made in the forward pass."""
+def _deferred(made: Sequence[bool], operands: Operands, *, in_place: bool = False) -> Deferred:
+    """Of an objective some of whose gradients are made in the forward pass, perhaps the first in place."""
     return Deferred(
         len(operands),
-        positions([isinstance(t, Tensor) for t in operands]),
+        positions([isinstance(t, Tensor) and not (in_place and made[k] and k == 0) for k, t in enumerate(operands)]),
         _numbers(operands),
         any(isinstance(t, Tensor) and t.requires_grad and not m for t, m in zip(operands, made, strict=True)),
     )
@@ -310,7 +312,7 @@ def _deferred(made: Sequence[bool], operands: Operands) -> Deferred:
 class RecordedObjective:
     """An objective with its derivative: the call of its forward pass, and what is left to the backward pass."""
 
-    def __init__(self, operands: Operands, spec: Objective) -> None:
+    def __init__(self, operands: Operands, spec: Objective, *, in_place: bool = False) -> None:
         first = operands[0]
         assert isinstance(first, Tensor)
         terms = spec.terms()
@@ -322,11 +324,15 @@ class RecordedObjective:
         self.spec, self.terms = spec, terms
         self.is_dispatched = ops.needs_dispatcher(operands)
         self.is_recorded = wants_derivative(operands)
-        made = made_in_forward(spec, operands)
-        self.deferred = _deferred(made.needed, operands)
+        self.in_place = in_place
+        """Whether the gradient of the first operand is written into its memory."""
+        made = made_in_forward(spec, operands, in_place=in_place)
+        self.overwrites = in_place and made.needed[0]
+        """Whether that is done in the forward pass."""
+        self.deferred = _deferred(made.needed, operands, in_place=in_place)
         self.forward: ObjectiveCall | None = None
         if not self.is_dispatched and spec.backend != "reference":
-            self.forward = ObjectiveCall(operands, made)
+            self.forward = ObjectiveCall(operands, made, in_place=in_place)
         self.scale: ScaleCall | None = None
         """Of the gradients made in the forward pass, which it takes to plan it."""
 
@@ -355,6 +361,10 @@ class _Objective(torch.autograd.Function):
         values, gradients = call.forward.forward(operands)
         ctx.call, ctx.gradients = call, gradients
         deferred = call.deferred
+        if call.overwrites:
+            increment_version(operands[0])
+        # A saved tensor that comes back as something else is that one's memory.
+        ctx.overwrites = call.in_place and not call.overwrites and not has_hooks_on_saved_tensors()
         # With the terms comes the divergence: the gradient of beta.
         ctx.save_for_backward(*[operands[k] for k in deferred.tensors], *values[2:])
         ctx.numbers = [operands[k] for k in deferred.numbers]
@@ -378,10 +388,16 @@ class _Objective(torch.autograd.Function):
             if not call.deferred.rest:  # the usual step
                 return tuple(grads)
             made_already = call.spec.needed
+        elif call.overwrites:
+            raise RuntimeError(
+                f"{call.terms[0].formula.inputs[0]} has been overwritten with its gradient: second derivatives, and "
+                "gradients in batches, cannot be computed of a fusedvae objective with inplace=True."
+            )
         else:
             made_already = (False,) * len(call.spec.needed)
         operands, divergence = _restored(ctx, call.deferred)
-        rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming)
+        in_place = ctx.overwrites and not keeps_graph()
+        rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)
         return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
 
 
@@ -467,8 +483,13 @@ def _gradients(
     operands: Operands,
     divergence: Tensor | None,
     incoming: Sequence[Tensor | None],
+    *,
+    in_place: bool = False,
 ) -> _Grads:
-    """The gradients of an objective's operands, for gradients of its values, but for those that are made already."""
+    """The gradients of an objective's operands, for gradients of its values, but for those that are made already.
+
+    ``in_place`` has that of the first operand written into its memory.
+    """
     grads: list[Tensor | None] = [None] * len(operands)
     g_loss, g_likelihood, g_divergence = [*map(_as_weight, incoming), None, None][:3]
     if torch.is_grad_enabled() or is_transformed(incoming):
@@ -515,13 +536,23 @@ def _gradients(
             )
             weight = None if term.weight is None else operands[term.weight]
             given = [*inputs, weight, _times(factor, factor_of(term.reduction, mean.shape))]
-            found = find(_unrecorded, given, TermGradientCall, ops.term_gradient, gradient).outputs(given)
+            overwrites = in_place and span.start == 0
+            found = find(_term_gradient, given, gradient, overwrites).outputs(given)
+            if overwrites:
+                increment_version(given[0])  # type: ignore[arg-type]
             for k, g in zip(positions(spec.needed[span]), found, strict=True):
                 grads[span.start + k] = g
     if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
         assert divergence is not None
         grads[spec.beta] = (g_loss * divergence).sum().to(beta.dtype)
     return tuple(grads)
+
+
+def _term_gradient(operands: Operands, spec: TermGradient, in_place: bool) -> Any:
+    """The call of a term's backward pass, which records no derivative."""
+    if ops.needs_dispatcher(operands):
+        return _Dispatched(ops.term_gradient, spec)
+    return TermGradientCall(operands, spec, in_place=in_place)
 
 
 def _as_weight(value: Any) -> Any:

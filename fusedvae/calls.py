@@ -164,6 +164,14 @@ def _gradients(operands: Operands, needed: Sequence[bool], **options: Any) -> li
     return [torch.empty_like(operands[k], **options) for k in positions(needed)]  # type: ignore[arg-type]
 
 
+def _memory_of_gradients(operands: Operands, made: Sequence[int], in_place: bool) -> list[Tensor]:
+    """Memory for the gradients of these operands; ``in_place``, that of the first operand is its own."""
+    if in_place and made and made[0] == 0:
+        first = operands[0].detach()  # type: ignore[union-attr]
+        return [first, *[torch.empty_like(operands[k]) for k in made[1:]]]  # type: ignore[arg-type]
+    return [torch.empty_like(operands[k]) for k in made]  # type: ignore[arg-type]
+
+
 def _device_of(operands: Operands) -> torch.device:
     return operands[0].device  # type: ignore[union-attr]
 
@@ -208,10 +216,16 @@ def objective_outputs(operands: Operands, spec: Objective, **options: Any) -> li
 
 
 class ObjectiveCall:
-    """An objective: its values, and the gradients of the loss that are made with them."""
+    """An objective: its values, and the gradients of the loss that are made with them.
 
-    def __init__(self, operands: Operands, spec: Objective, keeps_workspace: bool = True) -> None:
+    ``in_place`` has that of the first operand written into its memory.
+    """
+
+    def __init__(
+        self, operands: Operands, spec: Objective, keeps_workspace: bool = True, in_place: bool = False
+    ) -> None:
         self.spec = spec
+        self._in_place = in_place
         self.made = positions(spec.needed)
         """The operands whose gradients are made with the values."""
         self.device = _device_of(operands)
@@ -232,7 +246,7 @@ class ObjectiveCall:
         """The values (the loss, or loss, likelihood and divergence), and the gradients."""
         # The large ones first: what lies above them keeps malloc from giving their pages back between two calls, and
         # each would be a fault at the next.
-        gradients = [torch.empty_like(operands[k]) for k in self.made]  # type: ignore[arg-type]
+        gradients = _memory_of_gradients(operands, self.made, self._in_place)
         if self._total is not None:  # nothing allocates a number quicker than this
             values = [torch.empty_like(self._total) for _ in self._values]
         else:
@@ -315,9 +329,15 @@ def term_gradients(operands: Operands, spec: TermGradient, **options: Any) -> li
 
 
 class TermGradientCall:
-    """The gradients of sum(incoming * weight * value) of a formula; both factors broadcast to its mean's shape."""
+    """The gradients of sum(incoming * weight * value) of a formula; both factors broadcast to its mean's shape.
 
-    def __init__(self, operands: Operands, spec: TermGradient, keeps_workspace: bool = True) -> None:
+    ``in_place`` has that of the first operand written into its memory.
+    """
+
+    def __init__(
+        self, operands: Operands, spec: TermGradient, keeps_workspace: bool = True, in_place: bool = False
+    ) -> None:
+        self._in_place = in_place
         self.needed = positions(spec.needed)
         formula = FORMULAS[spec.formula]
         count = len(operands)
@@ -350,7 +370,7 @@ class TermGradientCall:
 
     def outputs(self, operands: Operands) -> list[Tensor]:
         """The gradients."""
-        gradients = [torch.empty_like(operands[k]) for k in self.needed]  # type: ignore[arg-type]
+        gradients = _memory_of_gradients(operands, self.needed, self._in_place)
         self._launch((*operands, *gradients))
         return gradients
 

@@ -21,6 +21,13 @@ Common to all:
   all but the batch, one value per sample; ``dim=()`` gives one an element).
 * ``weight`` multiplies elements; a float or bool tensor that broadcasts to them. Where it is 0, values and gradients
   are exactly 0, whatever the operands hold.
+* ``inplace=True`` has the gradient of the likelihood's first input (recon_x) written into the memory of that input, in
+  the forward pass where gradients are made in it. So nobody may read recon_x after the loss; an operation before it
+  that saved it for its own backward pass (a sigmoid, tanh or ReLU at a decoder's end) has autograd raise its error; and
+  there are no second derivatives. With "none", ``return_terms`` or float16 it is written in the backward pass instead,
+  unless the graph is kept. Where nothing needs that gradient, nothing is written. ValueError where it cannot be, or
+  would be seen: recon_x is a leaf; its memory has gaps, is broadcast, or is another operand's too; it is a view of a
+  tensor that something else holds; with the reference formulas, under torch.compile, torch.func and tracing.
 
 Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), appendix B.
 """
@@ -50,9 +57,9 @@ from .backend.reference import (
     half_of,
 )
 from .calls import Operand, Operands, find
-from .layout import broadcasts
+from .layout import broadcasts, dense_strides
 from .random import normal
-from .torch_private import is_transformed
+from .torch_private import is_base_held, is_transformed
 from .typing import (
     Backend,
     Bounds,
@@ -787,6 +794,7 @@ def gaussian_nll(
     weight: Tensor | None = None,
     reduction: TermReduction = "batchmean",
     dim: Dim = None,
+    inplace: bool = False,
     packed_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -801,12 +809,13 @@ def gaussian_nll(
         weight: of the elements: see above.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
+        inplace: write the gradient of recon_x into its memory: see above.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
     written = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
     return _likelihood(
-        "gaussian", (recon_x, x, recon_logvar), written, full, weight, reduction, dim, packed_dim, backend
+        "gaussian", (recon_x, x, recon_logvar), written, full, weight, reduction, dim, packed_dim, backend, inplace
     )
 
 
@@ -823,6 +832,7 @@ def laplace_nll(
     weight: Tensor | None = None,
     reduction: TermReduction = "batchmean",
     dim: Dim = None,
+    inplace: bool = False,
     packed_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -842,12 +852,13 @@ def laplace_nll(
         weight: of the elements: see above.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
+        inplace: write the gradient of recon_x into its memory: see above.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
     inputs = (recon_x, x, log_scale, 0.0 if extra is None else extra)
     written = None if scale == "logscale" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
-    return _likelihood("laplace", inputs, written, full, weight, reduction, dim, packed_dim, backend)
+    return _likelihood("laplace", inputs, written, full, weight, reduction, dim, packed_dim, backend, inplace)
 
 
 def bernoulli_nll(
@@ -859,6 +870,7 @@ def bernoulli_nll(
     weight: Tensor | None = None,
     reduction: TermReduction = "batchmean",
     dim: Dim = None,
+    inplace: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     """-log Bernoulli(x; p), the binary cross-entropy, for targets in [0, 1].
@@ -876,6 +888,7 @@ def bernoulli_nll(
         weight: of the elements: see above.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
+        inplace: write the gradient of recon_x into its memory: see above.
         backend: overrides the process's choice for this call.
     """
     inputs: tuple[Operand, ...] = (recon_x, x)
@@ -884,7 +897,7 @@ def bernoulli_nll(
     elif pos_weight is not None:
         raise ValueError("pos_weight: expected None with probabilities; it is for logits")
     name = "bernoulli" if from_logits else "bernoulli_probs"
-    return _likelihood(name, inputs, None, False, weight, reduction, dim, 1, backend)
+    return _likelihood(name, inputs, None, False, weight, reduction, dim, 1, backend, inplace)
 
 
 def discretized_logistic_nll(
@@ -898,6 +911,7 @@ def discretized_logistic_nll(
     weight: Tensor | None = None,
     reduction: TermReduction = "batchmean",
     dim: Dim = None,
+    inplace: bool = False,
     packed_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -918,12 +932,15 @@ def discretized_logistic_nll(
         weight: of the elements: see above.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
+        inplace: write the gradient of recon_x into its memory: see above.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
     written = None if scale == "logscale" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
     inputs = (recon_x, x, log_scale)
-    return _likelihood("discretized_logistic", inputs, written, False, weight, reduction, dim, packed_dim, backend)
+    return _likelihood(
+        "discretized_logistic", inputs, written, False, weight, reduction, dim, packed_dim, backend, inplace
+    )
 
 
 def poisson_nll(
@@ -937,6 +954,7 @@ def poisson_nll(
     weight: Tensor | None = None,
     reduction: TermReduction = "batchmean",
     dim: Dim = None,
+    inplace: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     """-log Poisson(x; rate) = sum(rate - x log rate [+ log x!]).
@@ -955,10 +973,11 @@ def poisson_nll(
         weight: of the elements: see above.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
+        inplace: write the gradient of rate into its memory: see above.
         backend: overrides the process's choice for this call.
     """
     written = None if scale == "rate" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
-    return _likelihood("poisson", (rate, x), written, full, weight, reduction, dim, 1, backend)
+    return _likelihood("poisson", (rate, x), written, full, weight, reduction, dim, 1, backend, inplace)
 
 
 def negative_binomial_nll(
@@ -972,6 +991,7 @@ def negative_binomial_nll(
     weight: Tensor | None = None,
     reduction: TermReduction = "batchmean",
     dim: Dim = None,
+    inplace: bool = False,
     packed_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -993,12 +1013,15 @@ def negative_binomial_nll(
         weight: of the elements: see above.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
+        inplace: write the gradient of mu into its memory: see above.
         packed_dim: with ``theta=None``, the dimension along which mu and theta are halves of ``mu``.
         backend: overrides the process's choice for this call.
     """
     written = None if scale == "theta" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
     inputs = (mu, x, theta)
-    return _likelihood("negative_binomial", inputs, written, False, weight, reduction, dim, packed_dim, backend)
+    return _likelihood(
+        "negative_binomial", inputs, written, False, weight, reduction, dim, packed_dim, backend, inplace
+    )
 
 
 def zero_inflated_negative_binomial_nll(
@@ -1013,6 +1036,7 @@ def zero_inflated_negative_binomial_nll(
     weight: Tensor | None = None,
     reduction: TermReduction = "batchmean",
     dim: Dim = None,
+    inplace: bool = False,
     packed_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -1028,13 +1052,14 @@ def zero_inflated_negative_binomial_nll(
         weight: of the elements: see above.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
+        inplace: write the gradient of mu into its memory: see above.
         packed_dim: with ``theta=None``, the dimension along which mu and theta are halves of ``mu``.
         backend: overrides the process's choice for this call.
     """
     written = None if scale == "theta" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
     inputs = (mu, x, theta, zi_logits)
     return _likelihood(
-        "zero_inflated_negative_binomial", inputs, written, False, weight, reduction, dim, packed_dim, backend
+        "zero_inflated_negative_binomial", inputs, written, False, weight, reduction, dim, packed_dim, backend, inplace
     )
 
 
@@ -1048,6 +1073,7 @@ def _likelihood(
     dim: Dim,
     packed_dim: int,
     backend: str | None,
+    inplace: bool = False,
 ) -> Tensor:
     """A likelihood alone: the beta of the divergence that is not there is None."""
     weighting: tuple[Operand, ...] = ()
@@ -1057,8 +1083,20 @@ def _likelihood(
     if isinstance(dim, list):
         dim = tuple(dim)
     call = find(
-        _likelihood_call, operands, likelihood, written, len(weighting), full, reduction, dim, packed_dim, backend
+        _likelihood_call,
+        operands,
+        likelihood,
+        written,
+        len(weighting),
+        full,
+        reduction,
+        dim,
+        packed_dim,
+        backend,
+        inplace,
     )
+    if inplace:
+        _check_memory(call, operands)
     return autograd.objective(call, operands)[0]
 
 
@@ -1072,6 +1110,7 @@ def _likelihood_call(
     dim: Dim,
     packed_dim: int,
     backend: str | None,
+    inplace: bool,
 ) -> autograd.RecordedObjective:
     formula = LIKELIHOODS[likelihood]
     inputs = operands[: len(formula.inputs)]
@@ -1087,7 +1126,32 @@ def _likelihood_call(
         packed_dim,
         backend,
         full=full,
+        inplace=inplace,
     )
+
+
+def _check_memory(call: autograd.RecordedObjective, operands: Operands) -> None:
+    """Check that the gradient of the first operand may be written into its memory, if it is: nobody else sees that.
+
+    Memory is nothing that calls are found by: each is checked anew.
+    """
+    if not call.in_place:
+        return
+    first, *others = operands
+    assert isinstance(first, Tensor)
+    name, *names = call.terms[0].formula.inputs
+    expected = f"{name}: expected memory that its gradient may be written into (inplace=True), got"
+    is_view = first._is_view()  # (What it is a view of has no name here: that would hold it.)
+    if first.is_leaf or (is_view and first._base.is_leaf):  # type: ignore[union-attr]
+        raise ValueError(f"{expected} that of a leaf, which keeps its values")
+    storage = first.untyped_storage().data_ptr()
+    for k, other in enumerate(others):
+        if isinstance(other, Tensor) and storage and other.untyped_storage().data_ptr() == storage:
+            raise ValueError(f"{expected} some that {names[k] if k < len(names) else 'another operand'} lies in too")
+    if is_view and first._base.numel() != first.numel():  # type: ignore[union-attr]
+        raise ValueError(f"{expected} a part of a larger tensor, which it is a view of")
+    if is_view and is_base_held(first):
+        raise ValueError(f"{expected} that of a tensor which it is a view of, and which something else holds")
 
 
 def gaussian_nll_loss(
@@ -1242,6 +1306,7 @@ def elbo_loss(
     reduction: Reduction = "batchmean",
     grad_scale: float | Tensor | None = None,
     return_terms: bool = False,
+    inplace: bool = False,
     packed_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor | ELBOTerms:
@@ -1283,6 +1348,7 @@ def elbo_loss(
         grad_scale: what gradients are made times, while the value is what it is: a number or a 0-dim tensor, the factor
             of a GradScaler, say, or 1 / the steps that gradients are accumulated over.
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
+        inplace: write the gradient of recon_x into its memory: see above.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
@@ -1335,7 +1401,10 @@ def elbo_loss(
         return_terms,
         packed_dim,
         backend,
+        inplace,
     )
+    if inplace:
+        _check_memory(call, operands)
     values = autograd.objective(call, operands)
     return ELBOTerms(*values[:3]) if return_terms else values[0]
 
@@ -1390,6 +1459,7 @@ def _elbo_call(
     returns_terms: bool,
     packed_dim: int,
     backend: str | None,
+    inplace: bool,
 ) -> autograd.RecordedObjective:
     formula = LIKELIHOODS[likelihood]
     count = len(formula.inputs)
@@ -1434,6 +1504,7 @@ def _elbo_call(
         full=full,
         returns_terms=returns_terms,
         is_grad_scaled=is_grad_scaled,
+        inplace=inplace,
     )
 
 
@@ -1480,6 +1551,7 @@ def _objective_call(
     balance: float | None = None,
     returns_terms: bool = False,
     is_grad_scaled: bool = False,
+    inplace: bool = False,
 ) -> autograd.RecordedObjective:
     """The call of an objective of terms: formulas, their forms, and how many operands a weight adds to each.
 
@@ -1521,4 +1593,17 @@ def _objective_call(
         is_grad_scaled,
         "reference" if is_weight_learned else name,  # kernels know no gradients of weights
     )
-    return autograd.RecordedObjective(operands, spec)
+    call = autograd.RecordedObjective(operands, spec, in_place=inplace and needed[0])
+    if call.in_place:
+        if call.forward is None:
+            raise ValueError(
+                "inplace: expected False where gradients have memory of their own: with the reference formulas (which "
+                "compute the gradients of weights, too), under torch.compile, torch.func and tracing; got True"
+            )
+        strides, dense = first.stride(), dense_strides(first.shape, first.stride())
+        if any(size > 1 and s != d for size, s, d in zip(first.shape, strides, dense, strict=True)) or first.is_neg():
+            raise ValueError(
+                f"{call.terms[0].formula.inputs[0]}: expected memory that its gradient may be written into (inplace="
+                f"True), got some with gaps, or broadcast: strides {strides} of shape {tuple(first.shape)}"
+            )
+    return call

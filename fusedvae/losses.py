@@ -48,6 +48,7 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
         grad_scale: what gradients are made times, while the value is what it is; a number or a 0-dim tensor, that may
             be assigned as ``beta`` may.
         return_terms: return `ELBOTerms` (loss, nll, kl) instead of the loss.
+        inplace: write the gradient of recon_x into its memory, as `fusedvae.functional` says.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice.
 
@@ -111,6 +112,7 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
         full: bool = False,
         grad_scale: float | Tensor | None = None,
         return_terms: bool = False,
+        inplace: bool = False,
         packed_dim: int = 1,
         backend: Backend | None = None,
     ) -> None:
@@ -131,6 +133,7 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
         self.full = full
         self.grad_scale = grad_scale
         self.return_terms = return_terms
+        self.inplace = inplace
         self.packed_dim = packed_dim
         self.backend = backend
 
@@ -194,6 +197,7 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
             reduction=self.reduction,
             grad_scale=self.grad_scale,
             return_terms=self.return_terms if return_terms is None else return_terms,
+            inplace=self.inplace,
             packed_dim=self.packed_dim,
             backend=self.backend,
         )
@@ -315,6 +319,7 @@ _DEFAULTS = {
     "prior_eps": None,
     "full": False,
     "grad_scale": None,
+    "inplace": False,
     "packed_dim": 1,
 }
 """What a module shows of itself where it is something else."""

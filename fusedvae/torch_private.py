@@ -6,6 +6,7 @@ nothing is wrong: but for what is marked "needed", whose absence stops the impor
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -102,6 +103,24 @@ is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocas
 keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 """Whether the backward pass that is under way keeps its graph, so that what is saved may be needed again. Without it,
 True: then gradients are scaled out of place."""
+
+
+def is_base_held(view: Tensor) -> bool:
+    """Whether something besides a view holds the tensor that it is a view of: a variable, a graph, another view.
+
+    Without a way to count these, True.
+    """
+    return _HELD_ALONE is None or any(n > alone for n, alone in zip(_holders_of_base(view), _HELD_ALONE, strict=True))
+
+
+def _holders_of_base(view: Any) -> tuple[int, int]:
+    """How many in Python and in C++ hold the tensor that this is a view of, this function among them."""
+    base = view._base
+    return sys.getrefcount(base), base._use_count()
+
+
+_HELD_ALONE = _holders_of_base(torch.empty(1).view(1)) if hasattr(Tensor, "_use_count") else None
+"""The same of one that nothing else holds, which depends on the releases of Python and PyTorch."""
 
 
 def has_hooks_on_saved_tensors() -> bool:

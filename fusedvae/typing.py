@@ -81,6 +81,7 @@ class ELBOOptions(TypedDict, total=False):
     prior_eps: float | None
     full: bool
     grad_scale: float | Tensor | None
+    inplace: bool
     packed_dim: int
     backend: Backend | None
 

@@ -229,6 +229,7 @@ class VAEOutput(NamedTuple):
         weight: Tensor | None = ...,
         grad_scale: float | Tensor | None = ...,
         return_terms: Literal[False] = ...,
+        inplace: bool = ...,
     ) -> Tensor: ...
 
     @overload
@@ -242,6 +243,7 @@ class VAEOutput(NamedTuple):
         weight: Tensor | None = ...,
         grad_scale: float | Tensor | None = ...,
         return_terms: Literal[True],
+        inplace: bool = ...,
     ) -> ELBOTerms: ...
 
     @overload
@@ -255,6 +257,7 @@ class VAEOutput(NamedTuple):
         weight: Tensor | None = ...,
         grad_scale: float | Tensor | None = ...,
         return_terms: bool,
+        inplace: bool = ...,
     ) -> Tensor | ELBOTerms: ...
 
     def loss(
@@ -267,6 +270,7 @@ class VAEOutput(NamedTuple):
         weight: Tensor | None = None,
         grad_scale: float | Tensor | None = None,
         return_terms: bool = False,
+        inplace: bool = False,
     ) -> Tensor | ELBOTerms:
         """The negative bound of ``x`` that this pass is of; arguments as `VAE.loss` takes them.
 
@@ -284,6 +288,7 @@ class VAEOutput(NamedTuple):
             weight=weight,
             grad_scale=grad_scale,
             return_terms=return_terms,
+            inplace=inplace,
         )
 
 
@@ -344,7 +349,9 @@ class _Decoded(NamedTuple):
     kind: _Kind
     zi_logits: Tensor | None = None
 
-    def nll(self, x: Tensor, full: bool, weight: Tensor | None, reduction: TermReduction) -> Tensor:
+    def nll(
+        self, x: Tensor, full: bool, weight: Tensor | None, reduction: TermReduction, inplace: bool = False
+    ) -> Tensor:
         """-log p(x|z) of several samples: a total over all of them, or with "none" ``(samples, batch)``.
 
         The kernels read each element of ``x``, expanded to the samples, where it lies.
@@ -361,6 +368,7 @@ class _Decoded(NamedTuple):
             tuple(range(2, targets.dim())) if reduction == "none" else None,
             2,
             None,
+            inplace,
         )
 
 
@@ -376,6 +384,7 @@ def _negative_bound(
     weight: Tensor | None,
     grad_scale: float | Tensor | None,
     return_terms: bool,
+    inplace: bool,
 ) -> Tensor | ELBOTerms:
     """The negative ELBO; or the importance-weighted bound, if the divergence is one at each of the samples.
 
@@ -384,12 +393,12 @@ def _negative_bound(
         x: data, ``(batch, *)``.
         latent: the samples; the divergence ``(batch,)``, or at each of several ``(samples, batch)``.
         is_of_several: whether samples are in front.
-        beta, reduction, full, weight, grad_scale, return_terms: as `VAE.loss` takes them.
+        beta, reduction, full, weight, grad_scale, return_terms, inplace: as `VAE.loss` takes them.
     """
     z, kl = latent
     if kl.dim() == 2:
         return _negative_importance_weighted_bound(
-            p, x, kl, beta, reduction, full, weight, grad_scale, return_terms=return_terms
+            p, x, kl, beta, reduction, full, weight, grad_scale, return_terms=return_terms, inplace=inplace
         )
     if reduction not in ("batchmean", "sum", "none"):
         _, of_kl = functional._checked_reductions(reduction)
@@ -415,15 +424,16 @@ def _negative_bound(
             reduction=reduction,
             grad_scale=grad_scale,
             return_terms=return_terms,
+            inplace=inplace,
         )
     functional._check_number("beta", beta)
     of_nll, of_kl = functional._checked_reductions(reduction)
     if of_nll == "none":
-        nll = p.nll(x, full, weight, "none").mean(0)
+        nll = p.nll(x, full, weight, "none", inplace).mean(0)
     elif of_nll in ("batchmean", "sum"):
-        nll = p.nll(x, full, weight, "sum") / (len(p.mean) * (len(x) if of_nll == "batchmean" else 1))
+        nll = p.nll(x, full, weight, "sum", inplace) / (len(p.mean) * (len(x) if of_nll == "batchmean" else 1))
     else:
-        nll = p.nll(x, full, weight, of_nll)
+        nll = p.nll(x, full, weight, of_nll, inplace)
     if of_kl != "none":
         kl = kl.sum() if of_kl == "sum" else kl.mean()
     terms = ELBOTerms(nll + (kl * beta).to(kl.dtype), nll, kl)
@@ -442,6 +452,7 @@ def _negative_importance_weighted_bound(
     grad_scale: float | Tensor | None,
     *,
     return_terms: bool,
+    inplace: bool,
 ) -> Tensor:
     """-log mean exp(log p(x|z) - log_ratio) over the samples, with log_ratio = log q(z|x) - log p(z) at each."""
     if isinstance(beta, Tensor) or beta != 1:
@@ -450,7 +461,7 @@ def _negative_importance_weighted_bound(
         raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none' with bound='iwae', got {reduction!r}")
     if return_terms:
         raise ValueError("return_terms: expected False with bound='iwae', which is no sum of terms")
-    bound = functional.importance_weighted_bound(-(p.nll(x, full, weight, "none") + log_ratio))
+    bound = functional.importance_weighted_bound(-(p.nll(x, full, weight, "none", inplace) + log_ratio))
     value = -bound if reduction == "none" else -(bound.mean() if reduction == "batchmean" else bound.sum())
     return _with_gradient_times(value, grad_scale)
 
@@ -685,6 +696,7 @@ class VAE(nn.Module):
         weight: Tensor | None = ...,
         grad_scale: float | Tensor | None = ...,
         return_terms: Literal[False] = ...,
+        inplace: bool = ...,
         offset: int = ...,
         generator: Generator = ...,
         noise: Tensor | None = ...,
@@ -704,6 +716,7 @@ class VAE(nn.Module):
         weight: Tensor | None = ...,
         grad_scale: float | Tensor | None = ...,
         return_terms: Literal[True],
+        inplace: bool = ...,
         offset: int = ...,
         generator: Generator = ...,
         noise: Tensor | None = ...,
@@ -723,6 +736,7 @@ class VAE(nn.Module):
         weight: Tensor | None = ...,
         grad_scale: float | Tensor | None = ...,
         return_terms: bool,
+        inplace: bool = ...,
         offset: int = ...,
         generator: Generator = ...,
         noise: Tensor | None = ...,
@@ -741,6 +755,7 @@ class VAE(nn.Module):
         weight: Tensor | None = None,
         grad_scale: float | Tensor | None = None,
         return_terms: bool = False,
+        inplace: bool = False,
         offset: int = 0,
         generator: Generator = None,
         noise: Tensor | None = None,
@@ -763,6 +778,8 @@ class VAE(nn.Module):
                 gradients of the likelihood are exactly 0.
             grad_scale: what gradients are made times, while the value is what it is: a number or a 0-dim tensor.
             return_terms: return ``ELBOTerms(loss, nll, kl)``, reduced alike, instead of the loss; not with "iwae".
+            inplace: write the gradient of what the decoder gives first into its memory, as :mod:`fusedvae.functional`
+                says. ValueError of a decoder whose output is kept, or seen, by something else.
             offset: position of the first element in the noise stream: a process that holds the rows from r0 of a batch
                 passes r0 times the number of latent variables, and gets the noise that one process would have given
                 them. With several samples, which lie in front of the batch, pass ``noise``.
@@ -789,6 +806,7 @@ class VAE(nn.Module):
             weight=weight,
             grad_scale=grad_scale,
             return_terms=return_terms,
+            inplace=inplace,
         )
 
     @torch.no_grad()

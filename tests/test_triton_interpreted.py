@@ -21,7 +21,7 @@ SELECTIONS = {
     "layouts": ["test_operations.py", "-k", "over_layouts"],
     "operations": ["test_operations.py", "-k", "not over_layouts"],
     "likelihoods": ["test_likelihoods.py", "test_divergences.py"],
-    "gradient rules": ["test_gradient_rules.py"],
+    "gradient rules": ["test_gradient_rules.py", "test_inplace.py"],
     "noise": ["test_noise.py"],
     "kernels": ["test_triton.py"],
     "tasks": ["test_kernel_tasks.py"],
