@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -101,6 +102,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _same_start() -> None:
     """Every test starts from the same generator state, so that failures come back."""
     torch.manual_seed(20140501)
+
+
+@pytest.fixture
+def few_objects() -> None:
+    """For tests of commands, which collect garbage before they measure: among the million objects that libraries have
+    made that takes longer than all else, so the collector is to forget what is there now."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ FAST = ["--presets", "2^8", "--operations", "kl", "--contestants", "eager/handwr
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(few_objects: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few rounds, and one thread: two are slow on a machine that has something else to do."""
     monkeypatch.setattr(suite, "ROUNDS", (5, 9))
     monkeypatch.setattr(suite, "TURN_SECONDS", 0.0)

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +28,15 @@ SOURCE = Path(fusedvae.__file__).parent.parent
 TINY = ["--arch", "mlp", "--width", "8", "--latent", "2", "--threads", "1", "--epochs", "1", "--quiet"]
 KL = ["--presets", "mnist-mlp", "--operations", "kl", "--contestants", "fusedvae/native", "--seconds", "0.01"]
 
-pytestmark = pytest.mark.skipif(files.fcntl is None, reason="POSIX")
+pytestmark = [pytest.mark.skipif(files.fcntl is None, reason="POSIX"), pytest.mark.usefixtures("few_objects")]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> list[str]:
+    """Data that are read in no time, for processes of their own."""
+    path = tmp_path / "table.npy"
+    np.save(path, np.random.default_rng(0).random((60, 7), np.float32))
+    return ["--data", str(path)]
 
 
 def fusedvae_command(*arguments: str, **options: object) -> subprocess.CompletedProcess:
@@ -217,22 +226,22 @@ def test_a_crafted_checkpoint_is_refused_before_anything_is_loaded(
 # --- streams ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path: Path) -> None:
+def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path: Path, table: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        done = fusedvae_command("train", "--out", str(tmp_path / "a"), *TINY, stdout=full)
+        done = fusedvae_command("train", "--out", str(tmp_path / "a"), *TINY, *table, stdout=full)
     assert done.returncode == 2
     assert done.stderr == "fusedvae train: error: cannot write to standard output: No space left on device\n"
     assert (tmp_path / "a" / "samples.png").exists()
-    command = [sys.executable, "-m", "fusedvae", "train", *TINY[:-1], "--out"]  # with the bar
+    command = [sys.executable, "-m", "fusedvae", "train", *TINY[:-1], *table, "--out"]  # with the bar
     for name, closed in (("b", "2>&-"), ("c", "<&- >&- 2>&-")):
         words = " ".join([*command, str(tmp_path / name), closed])
         assert subprocess.run(["sh", "-c", words], cwd=SOURCE, capture_output=True).returncode == 0
         assert (tmp_path / name / "samples.png").exists()
 
 
-def test_a_run_goes_on_when_its_reader_has_gone(tmp_path: Path) -> None:
+def test_a_run_goes_on_when_its_reader_has_gone(tmp_path: Path, table: list[str]) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "fusedvae", "train", *TINY, "--out", str(tmp_path / "a")],
+        [sys.executable, "-m", "fusedvae", "train", *TINY, *table, "--out", str(tmp_path / "a")],
         cwd=SOURCE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -244,9 +253,11 @@ def test_a_run_goes_on_when_its_reader_has_gone(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "samples.png").exists()
 
 
-def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, table: list[str]) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = fusedvae_command("train", "--out", str(tmp_path / "ü"), *TINY, stdout=subprocess.PIPE, env=environment)
+    done = fusedvae_command(
+        "train", "--out", str(tmp_path / "ü"), *TINY, *table, stdout=subprocess.PIPE, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"writing to .*\\xfc", done.stdout)
     done = fusedvae_command("bench", "--quiet", *KL, stdout=subprocess.PIPE, env=environment)

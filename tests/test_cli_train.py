@@ -34,7 +34,7 @@ SOURCE = Path(fusedvae.__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(few_objects: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Time a step once; leave the process's thread count as it was."""
     monkeypatch.setattr(timing, "SECONDS", 0.0)
     monkeypatch.setattr(timing, "ROUNDS", (1, 1))
