@@ -177,6 +177,8 @@ def test_torchs_own_loss(target: Target, var: tuple[int, ...] | None, full: bool
     inputs = [mean, x] if var is None else [mean, x, variance]
     options = {"full": full, "eps": 0.1, "reduction": reduction}
     found = functional.gaussian_nll_loss(mean, x, variance, backend=target.backend, **options)
+    if var == (6, 1, 8):  # which PyTorch 2.6 does not take by itself
+        variance = variance.expand(mean.shape)
     expected = torch.nn.functional.gaussian_nll_loss(mean, x, variance, **options)
     check(with_gradients(found, inputs), with_gradients(expected, inputs), 5e-6)
 

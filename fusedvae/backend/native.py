@@ -220,14 +220,14 @@ def _gpus_unavailable() -> list[str | None]:
     return [reason or None for reason in _C.cuda_unavailable()]
 
 
-@lru_cache(maxsize=1)
 def _absence() -> str:
     """Why there is no extension, and the remedy."""
     reason = json.loads(BUILD_RECORD.read_text()).get("error") if BUILD_RECORD.exists() else None
     what = f"was not built ({reason})" if reason else f"cannot be loaded ({_import_error})"
-    return f"the compiled extension {what}; where a C++17 compiler is found: {install_command()}"
+    return f"the compiled extension {what}; install fusedvae again where a C++17 compiler is found: {install_command()}"
 
 
+@lru_cache(maxsize=1)
 def install_command() -> str:
     """The command that builds the extension into this install, or fails.
 

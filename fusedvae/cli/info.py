@@ -126,7 +126,7 @@ def _build_lines(build: dict[str, Any] | None) -> list[str]:
     if build is None:
         return [f"no record of a build: the extension was not built here; to build it: {install_command()}"]
     if build.get("error"):
-        return [f"nothing: {build['error']}", f"where a C++17 compiler is found: {install_command()}"]
+        return [f"nothing: {build['error']}", f"to build them, where a C++17 compiler is found: {install_command()}"]
     lines = [f"CPU kernels for {', '.join(build.get('cpu') or ['nothing'])} ({build.get('compiler')})"]
     if build.get("cuda"):
         lines.append(f"CUDA kernels for {', '.join(build['cuda'])} ({build.get('cuda_compiler')})")
