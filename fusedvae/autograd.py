@@ -35,7 +35,7 @@ from .calls import (
     find,
     positions,
 )
-from .torch_private import has_hooks_on_saved_tensors, has_tangent, is_transformed, keeps_graph, record
+from .torch_private import has_hooks_on_saved_tensors, has_tangent, is_sharded, is_transformed, keeps_graph, record
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -127,6 +127,7 @@ class RecordedLatent:
         self.conversions = _conversions((*inputs, None, None, noise), torch.float32, first.device)
         self.is_dispatched = ops.needs_dispatcher(operands)
         self.is_recorded = wants_derivative(operands)
+        self.is_sharded = spec.backend != "reference" and is_sharded(operands)
         operands = _converted(self.conversions, operands)
         self.gradient = _gradient_of(spec, operands)
         self.numbers = _numbers(operands)
@@ -159,10 +160,23 @@ def latent(call: RecordedLatent, operands: Operands) -> Sequence[Tensor]:
     if call.conversions:
         operands = _converted(call.conversions, operands)
     if call.forward is None:
-        if call.spec.backend == "reference":
-            return reference.latent(call.spec, operands)
-        return ops.latent(operands, call.spec)
+        compute = _sharded_latent if call.is_sharded else _latent_without_call
+        return compute(call.spec, operands)
     return _record_latent(call, *operands) if call.is_recorded else call.forward.outputs(operands)
+
+
+def _latent_without_call(spec: Sampling, operands: Operands) -> Sequence[Tensor]:
+    return reference.latent(spec, operands) if spec.backend == "reference" else ops.latent(operands, spec)
+
+
+def _sharded_latent(spec: Sampling, operands: Operands) -> Sequence[Tensor]:
+    from . import sharded  # which imports torch.distributed
+
+    def run(spec: Sampling, operands: Operands) -> Sequence[Tensor]:
+        return latent(find(RecordedLatent, operands, spec), operands)
+
+    values = sharded.latent(spec, operands, run)
+    return _latent_without_call(spec._replace(backend="reference"), operands) if values is None else values
 
 
 class _LatentFunction(torch.autograd.Function):
@@ -324,6 +338,7 @@ class RecordedObjective:
         self.spec, self.terms = spec, terms
         self.is_dispatched = ops.needs_dispatcher(operands)
         self.is_recorded = wants_derivative(operands)
+        self.is_sharded = spec.backend != "reference" and is_sharded(operands)
         self.in_place = in_place
         """Whether the gradient of the first operand is written into its memory."""
         made = made_in_forward(spec, operands, in_place=in_place)
@@ -342,7 +357,8 @@ def objective(call: RecordedObjective, operands: Operands) -> Sequence[Tensor]:
     if call.conversions:
         operands = _converted(call.conversions, operands)
     if call.forward is None:
-        return _objective_without_call(call.spec, operands)
+        compute = _sharded_objective if call.is_sharded else _objective_without_call
+        return compute(call.spec, operands)
     return _record_objective(call, *operands) if call.is_recorded else call.forward.forward(operands)[0]
 
 
@@ -352,6 +368,16 @@ def _objective_without_call(spec: Objective, operands: Operands) -> Sequence[Ten
     else:
         values = ops.objective(operands, spec)
     return values[: 3 if spec.returns_terms else 1]
+
+
+def _sharded_objective(spec: Objective, operands: Operands) -> Sequence[Tensor]:
+    from . import sharded  # which imports torch.distributed
+
+    def run(spec: Objective, operands: Operands) -> Sequence[Tensor]:
+        return objective(find(RecordedObjective, operands, spec), operands)
+
+    values = sharded.objective(spec, operands, run)
+    return _objective_without_call(spec._replace(backend="reference"), operands) if values is None else values
 
 
 class _Objective(torch.autograd.Function):

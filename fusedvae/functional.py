@@ -59,7 +59,7 @@ from .backend.reference import (
 from .calls import Operand, Operands, find
 from .layout import broadcasts, dense_strides
 from .random import normal
-from .torch_private import is_base_held, is_transformed
+from .torch_private import is_base_held, is_sharded, is_transformed
 from .typing import (
     Backend,
     Bounds,
@@ -1536,7 +1536,7 @@ def _backend_for(operands: Operands, requested: str | None) -> str:
     first = operands[0]
     assert isinstance(first, Tensor)
     name = resolve(first.device.type, requested, index=first.device.index)
-    return "reference" if is_transformed(operands) else name
+    return "reference" if is_transformed(operands) and not is_sharded(operands) else name
 
 
 def _objective_call(

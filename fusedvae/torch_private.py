@@ -88,6 +88,11 @@ def _is_made_of_others(operand: Any) -> bool:
     return isinstance(operand, Tensor) and is_traceable_wrapper_subclass(operand)
 
 
+def is_sharded(operands: Sequence[Any]) -> bool:
+    """Whether some of the tensors are DTensors, and a plain call's: those of which each process holds a part."""
+    return not is_watched() and any(hasattr(operand, "device_mesh") for operand in operands)
+
+
 def has_tangent(operand: Any) -> bool:
     """Whether forward-mode differentiation goes through this tensor."""
     return (

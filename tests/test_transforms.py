@@ -6,10 +6,7 @@ reference formulas.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -302,40 +299,3 @@ def test_halves_along_any_dimension(dim: int) -> None:
         torch.testing.assert_close(
             torch.autograd.grad(found.sum(), packed)[0], torch.autograd.grad(exact.sum(), packed, retain_graph=True)[0]
         )
-
-
-# --- tensors that are shared out among processes --------------------------------------------------------------------
-
-_SHARDED = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
-from fusedvae import functional
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-plain = [torch.randn(8, 6).requires_grad_() for _ in range(4)]
-sharded = [distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_() for t in plain]
-def results(recon_x, x, mu, logvar):
-    torch.manual_seed(7 + rank)  # the noise is the first process's
-    z, kl = functional.latent(mu, logvar)
-    loss = functional.elbo_loss(recon_x, x, None, None, kl=kl) + functional.laplace_nll(recon_x, x) + (z**2).sum()
-    return [loss, *torch.autograd.grad(loss, [recon_x, x, mu, logvar])]
-found = [t.full_tensor() if isinstance(t, DTensor) else t for t in results(*sharded)]
-expected = results(*plain)
-if rank == 0:
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
-    print("the same")
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_tensors_sharded_along_the_batch(target: Target, tmp_path: Path) -> None:
-    if target != TARGETS[0].values[0]:
-        pytest.skip("computed by the reference, whatever the backend")
-    commands = [[sys.executable, "-c", _SHARDED, str(rank), str(tmp_path / "store")] for rank in range(2)]
-    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    said = [process.communicate(timeout=120) for process in processes]
-    assert said[0][0].strip() == "the same", said[0][1][-2000:] + said[1][1][-2000:]
