@@ -1020,7 +1020,8 @@ def test_comparing_with_a_run_measures_what_it_measured(
 
 
 def test_documented_commands_are_understood() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
+    """Their presets, operations and contestants are there: test_documentation.py has only the parser look at them."""
+    for document in ("docs/benchmarks.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text()
         commands = re.findall(r"^ *(fusedvae bench .*?)(?: +#.*)?$", text, re.MULTILINE)
         assert commands
@@ -1099,14 +1100,17 @@ def test_goals_of_the_family(family: dict, name: str, value: float, written: int
 # --- recorded results -------------------------------------------------------------------------------------------
 
 
-def test_the_readme_has_the_figures_of_its_recorded_run() -> None:
-    readme = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
-    text = (ROOT / "README.md").read_text()
-    again, figures = readme["generated"](text)
+def test_the_page_has_the_figures_of_its_recorded_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    figures = runpy.run_path(str(ROOT / "benchmarks" / "figures.py"))
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    again, made = figures["generated"](text)
     assert again == text
-    for name in figures:
-        assert f"](benchmarks/figures/{name}.svg)" in text
-        assert (ROOT / "benchmarks" / "figures" / f"{name}.svg").is_file()
+    assert len(figures["BLOCK"].findall(text)) == 3
+    assert made
+    for name in made:
+        assert f"](figures/{name}.svg)" in text
+        assert (ROOT / "docs" / "figures" / f"{name}.svg").is_file()
 
 
 def test_texts_of_figures() -> None:

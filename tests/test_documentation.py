@@ -22,7 +22,8 @@ from fusedvae.cli import _parser
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs a checkout")
 
 EACH = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES]
-WITH_CODE = [param for param in EACH if blocks(param.values[0].read_text())]
+# The tutorial runs as a notebook: test_examples.py.
+WITH_CODE = [param for param in EACH if blocks(param.values[0].read_text()) and param.id != "docs/tutorial.md"]
 WITH_COMMANDS = [param for param in EACH if blocks(param.values[0].read_text(), "sh")]
 
 
@@ -102,7 +103,7 @@ def test_commands_of_a_page_are_understood(page: Path) -> None:
         start = 1 if words[0] == "fusedvae" else 0
         if "fusedvae" in words and words[words.index("fusedvae") - 1] == "-m":
             start = words.index("fusedvae") + 1
-        if start:
+        if start and "--help" not in words:
             _parser().parse_args(words[start:])  # a CommandError says what is wrong
         for word in words:
             if re.fullmatch(r"(scripts|benchmarks|tests|examples)/[\w/-]+\.(sh|py)", word):
@@ -126,7 +127,7 @@ def test_every_page_is_on_the_site(tmp_path: Path) -> None:
     if importlib.util.find_spec("mkdocs") is None:
         pytest.skip("mkdocs is not installed: see the extra 'docs'")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         stdout=subprocess.PIPE,
@@ -134,7 +135,7 @@ def test_every_page_is_on_the_site(tmp_path: Path) -> None:
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout  # with --quiet it would be 0, whatever there is to warn of
     for page in DOCS.rglob("*.md"):
         place = page.relative_to(DOCS).with_suffix("")
         built = tmp_path / "site" / (place.parent if place.name == "index" else place) / "index.html"

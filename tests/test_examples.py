@@ -7,12 +7,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pages import DOCS, blocks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -153,3 +155,42 @@ def test_wrappers_give_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
     script = tmp_path / "group.py"
     script.write_text(_GROUP)
     assert sorted(re.findall(r"process (\d) is content", _together([str(script)], 2))) == ["0", "1"]
+
+
+# --- the notebook -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What docs/notebook.py has."""
+    pytest.importorskip("nbclient")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the kernel: the model is small, and other tests run beside this one
+    return runpy.run_path(str(DOCS / "notebook.py"))
+
+
+def test_the_notebook_is_the_tutorial(notebook: dict) -> None:
+    """To write it again: python docs/notebook.py."""
+    kept = notebook["nbformat"].read(EXAMPLES / "tutorial.ipynb", 4)
+    made, page = notebook["notebook"](), (DOCS / "tutorial.md").read_text()
+    assert [(cell.cell_type, cell.source) for cell in kept.cells] == [(c.cell_type, c.source) for c in made.cells]
+    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code] == [block.code.strip() for block in blocks(page)]
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert re.findall(r"\]\((figures/[\w-]+\.png)\)", page) == [
+        f"figures/tutorial-{k + 1}.png" for k in range(pictures)
+    ]
+    assert all((DOCS / "figures" / f"tutorial-{k + 1}.png").is_file() for k in range(pictures))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the kernel's client
+def test_the_notebook_runs(notebook: dict) -> None:
+    made = notebook["notebook"]()
+    pictures = notebook["run"](made)
+    assert len(pictures) == 5
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    said = "".join(output.get("text", "") for cell in made.cells for output in cell.get("outputs", []))
+    bound, log_p = map(float, re.findall(r"ELBO (-\d+\.\d+), log p\(x\) about (-\d+\.\d+)", said)[0])
+    assert -27 < bound < log_p < -22  # untrained, it is below -44
