@@ -78,9 +78,10 @@ def of_bench(path: Path) -> Iterator[str]:
             cells.append(f"{ratio_text(ratio)} ({interval_text(ratio)})" if ratio else "")
         cells.append(seconds_text(ours["seconds"]["median"]))
         yield f"| {' | '.join(cells)} |"
-    yield from ("", "The command:", "", "```sh", result["command"], "```", "")
+    yield from ("", "The command:", "", "```sh", result["command"], "```")
     for plot in _plots(result):
-        yield f"![{plot.title}](figures/{plot.name}.svg)"
+        yield from ("", f"![{plot.title}](figures/{plot.name}.svg)", "")
+        yield from textwrap.wrap(f"**{plot.title}**: {plot.caption}", WIDTH)
 
 
 def _fastest_fused(result: Result, preset: str, operation: str) -> Result | None:

@@ -52,7 +52,7 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice.
 
-    Example:
+    Examples:
         >>> criterion = fusedvae.ELBOLoss(beta=0.5)
         >>> loss = criterion(recon_x, x, mu, logvar)
         >>> loss.backward()
