@@ -778,7 +778,7 @@ class VAE(nn.Module):
                 gradients of the likelihood are exactly 0.
             grad_scale: what gradients are made times, while the value is what it is: a number or a 0-dim tensor.
             return_terms: return ``ELBOTerms(loss, nll, kl)``, reduced alike, instead of the loss; not with "iwae".
-            inplace: write the gradient of what the decoder gives first into its memory, as :mod:`fusedvae.functional`
+            inplace: write the gradient of what the decoder gives first into its memory, as `fusedvae.functional`
                 says. ValueError of a decoder whose output is kept, or seen, by something else.
             offset: position of the first element in the noise stream: a process that holds the rows from r0 of a batch
                 passes r0 times the number of latent variables, and gets the noise that one process would have given
