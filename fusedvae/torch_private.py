@@ -66,6 +66,11 @@ def is_watched() -> bool:
     )
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace writes down what is called. needed: with the others above."""
+    return _tracing_state() is not None
+
+
 def is_transformed(operands: Sequence[Any]) -> bool:
     """Whether a call is one that kernels cannot serve, but operations of PyTorch can.
 

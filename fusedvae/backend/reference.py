@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedvae.torch_private import is_traced, is_watched
+
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 EULER = 0.57721566490153286
 """-digamma(1)."""
@@ -863,8 +865,12 @@ def _laid_out_as(noise: Tensor, mean: Any) -> Tensor:
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 _LOW_WORD = 0xFFFFFFFF
+_PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_COUNTERS_A_THREAD = 1 << 14
+"""How many each thread of a CPU has at a time: PyTorch gives it no fewer words, and in its cache there is room for
+them."""
 
 
 def normal(shape: tuple[int, ...], seed: Tensor, dtype: torch.dtype, offset: Number = 0) -> Tensor:
@@ -877,18 +883,61 @@ def normal(shape: tuple[int, ...], seed: Tensor, dtype: torch.dtype, offset: Num
     count = math.prod(shape)
     first = offset.to(torch.int64) if isinstance(offset, Tensor) else int(offset)
     skip = first % 4
-    counter = torch.arange((count + 6) // 4, dtype=torch.int64, device=seed.device) + first // 4
-    words = _philox4x32(counter, seed)
-    uniforms = [_in_float64((word >> 1).to(torch.float32) * 2.0**-31 + 2.0**-32) for word in words]
-    lanes = []
-    for u0, u1 in (uniforms[:2], uniforms[2:]):
-        radius = torch.sqrt(-2.0 * torch.log(u0))
-        sine, cosine = _sincos_turns(u1)
-        lanes += [radius * cosine, radius * sine]
-    stream = torch.stack(lanes, dim=1).flatten().float().to(dtype)
+    counters, keys = (count + 6) // 4, _philox_keys(seed)
+    block = counters
+    if seed.device.type == "cpu" and not is_watched():
+        block = _COUNTERS_A_THREAD * torch.get_num_threads()
+
+    def lanes(start: int, end: int) -> Tensor:
+        """Of the counters [start, end) after the first."""
+        return _lanes(torch.arange(start, end, dtype=torch.int64, device=seed.device) + first // 4, keys)
+
+    if counters <= block:
+        stream = lanes(0, counters)
+    else:
+        stream = torch.empty(4 * counters, device=seed.device)
+        for start in range(0, counters, block):
+            end = min(start + block, counters)
+            stream[4 * start : 4 * end] = lanes(start, end)
+    stream = stream.to(dtype)
     if isinstance(skip, Tensor):
         return stream[torch.arange(count, device=seed.device) + skip].view(shape)
     return stream[skip : skip + count].view(shape)
+
+
+def _lanes(counter: Tensor, keys: Tensor) -> Tensor:
+    """The four normals of each counter, side by side, in float32."""
+    second, first = _box_muller(*_philox4x32(counter, keys))
+    return torch.view_as_real(torch.stack([first, second], dim=1)).flatten()
+
+
+def _box_muller(w0: Tensor, w1: Tensor) -> Tensor:
+    """sqrt(-2 ln u0) (cos 2 pi u1 + i sin 2 pi u1) of the words' uniforms, in complex64.
+
+    The nearest quarter turn comes off exactly, so that float32 rounds no large angle. It swaps sine and cosine and
+    turns their signs: as bits, which `torch.where` takes four times as long for.
+    """
+    u0, u1 = _in_float64(_unit_interval(w0)), _in_float64(_unit_interval(w1))
+    radius = torch.log(u0).mul_(-2.0).sqrt_()
+    quarter = (u1 * 4.0).add_(0.5).floor_()
+    angle = torch.sub(u1, quarter, alpha=0.25).mul_(2 * math.pi)
+    cosine, sine = (_bits(function(angle).mul_(radius).to(torch.float32)) for function in (torch.cos, torch.sin))
+    turns = quarter.to(torch.int32)
+    swap = (sine ^ cosine).bitwise_and_(-(turns & 1))
+    real = (((turns + 1) & 2) << 30).bitwise_xor_(cosine).bitwise_xor_(swap)
+    imaginary = ((turns & 2) << 30).bitwise_xor_(sine).bitwise_xor_(swap)
+    return torch.complex(_bits(real, torch.float32), _bits(imaginary, torch.float32))
+
+
+def _bits(tensor: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """The same bits; copied for torch.jit.trace, which has no word for such a view."""
+    return torch.view_copy(tensor, dtype=dtype) if is_traced() else tensor.view(dtype)
+
+
+def _unit_interval(word: Tensor) -> Tensor:
+    """A word as a uniform number in (0, 1]."""
+    half = (word.to(torch.int32) >> 1).bitwise_and_(0x7FFFFFFF)
+    return half.to(torch.float32).mul_(2.0**-31).add_(2.0**-32)
 
 
 def _in_float64(tensor: Tensor) -> Tensor:
@@ -899,31 +948,24 @@ def _in_float64(tensor: Tensor) -> Tensor:
         return tensor
 
 
-def _sincos_turns(turns: Tensor) -> tuple[Tensor, Tensor]:
-    """sin and cos of 2 pi u: the nearest quarter turn comes off exactly, so that float32 rounds no large angle."""
-    quarter = torch.floor(turns * 4.0 + 0.5)
-    angle = (turns - quarter * 0.25) * (2 * math.pi)
-    sine, cosine = torch.sin(angle), torch.cos(angle)
-    odd, upper = quarter.remainder(2) == 1, quarter.remainder(4) >= 2
-    sine, cosine = torch.where(odd, cosine, sine), torch.where(odd, -sine, cosine)
-    return torch.where(upper, -sine, sine), torch.where(upper, -cosine, cosine)
+def _philox_keys(seed: Tensor) -> Tensor:
+    """The key's words 1 and 0 in each round, with more bits on top: (rounds, 2, 1)."""
+    rounds = torch.arange(_PHILOX_ROUNDS, dtype=torch.int64, device=seed.device)
+    words = [part + rounds * step for part, step in zip((seed >> 32, seed), reversed(_PHILOX_KEY_STEPS), strict=True)]
+    return torch.stack(words, dim=1).unsqueeze(-1)
 
 
-def _philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32 on counters (low32, high32, 0, 0) with the seed as key; words as int64 tensors.
+def _philox4x32(counter: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32 on counters (low32, high32, 0, 0): words 2 and 0, and words 3 and 1, as the low halves of int64.
 
-    A product of two 32-bit words fills 64 bits; int64 wraps around to the same bits, and masks undo the sign.
+    A product of two 32-bit words fills 64 bits, and int64 wraps around to the same ones. What is above a word is
+    masked away just before it is multiplied, for only there it matters.
     """
-    c0, c1 = counter & _LOW_WORD, counter >> 32
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    k0, k1 = seed & _LOW_WORD, (seed >> 32) & _LOW_WORD
-    for _ in range(10):
-        p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _LOW_WORD) ^ c1 ^ k0,
-            p1 & _LOW_WORD,
-            ((p0 >> 32) & _LOW_WORD) ^ c3 ^ k1,
-            p0 & _LOW_WORD,
-        )
-        k0, k1 = (k0 + _PHILOX_KEY_STEPS[0]) & _LOW_WORD, (k1 + _PHILOX_KEY_STEPS[1]) & _LOW_WORD
-    return c0, c1, c2, c3
+    m0, m1 = _PHILOX_MULTIPLIERS
+    multipliers = torch.arange(2, dtype=torch.int64, device=counter.device).mul_(m1 - m0).add_(m0).unsqueeze(-1)
+    zeros = torch.zeros_like(counter)
+    even, odd = torch.stack([zeros, counter]), torch.stack([zeros, counter >> 32])
+    for key in keys.unbind():
+        products = even.flip(0).bitwise_and_(_LOW_WORD).mul_(multipliers)
+        even, odd = ((products >> 32) ^ key).bitwise_xor_(odd), products
+    return even, odd
