@@ -11,12 +11,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <dlfcn.h>
+
+#include <atomic>
 #include <cstddef>
 #include <string>
 #include <vector>
 
 #include "broadcast.h"
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 #include "math/formulas.h"
 #include "operand.h"
 #if defined(FUSEDVAE_WITH_CUDA)
@@ -271,6 +275,23 @@ auto launch(void (*kernel)(const Task&, const cuda::Launch&)) {
 }
 #endif
 
+// The file of the OpenMP runtime that the kernels are bound to; empty without one.
+std::string openmp_runtime() {
+  Dl_info found;
+  if (!GOMP_parallel || !dladdr(reinterpret_cast<void*>(GOMP_parallel), &found) || !found.dli_fname) return "";
+  return found.dli_fname;
+}
+
+// How many threads take part in a loop that asks for so many.
+int working_threads(int threads) {
+  std::atomic<int> shares{0};
+  const auto body = [&](int64_t, int64_t) { ++shares; };
+  const scalar::Loop loop{threads, body};
+  const scalar::Loop* const loops[] = {&loop};
+  scalar::parallel_for(threads, loops, 1);
+  return shares;
+}
+
 template <class List>
 py::tuple names_of() {
   py::tuple names(List::kSize);
@@ -283,6 +304,9 @@ py::tuple names_of() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedvae's compiled kernels";
   m.def("cpu_isa", [] { return kernels().isa; }, "The instruction set that the CPU kernels use.");
+  m.def("openmp_runtime", &openmp_runtime, "The file of the OpenMP runtime that they run on; empty without one.");
+  m.def("working_threads", &working_threads, py::call_guard<py::gil_scoped_release>(),
+        "How many threads a loop gets that asks for so many.");
   m.def("formulas", &names_of<scalar::Formulas>, "The names of the formulas that the kernels know.");
   m.def("divergences", &names_of<scalar::Divergences>, "The names of those that they take beside a sample.");
   m.def("can_sum", &can_sum_strides, "Whether the kernels can sum a value and gradients of these strides.");

@@ -13,6 +13,7 @@ import torch
 
 import fusedvae
 from fusedvae import backend
+from fusedvae.backend import native
 from fusedvae.cli import info, main
 
 RECORD = {
@@ -52,10 +53,12 @@ def test_versions_threads_and_devices(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(shown(capsys, "--json"))
-    assert set(found) == {"versions", "build", "platform", "threads", "environment", "devices"}
+    assert set(found) == {"versions", "build", "platform", "threads", "openmp", "environment", "devices"}
     assert found["versions"]["fusedvae"] == fusedvae.__version__
     assert found["versions"]["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
+    runtime, working = native.BACKEND.openmp()
+    assert found["openmp"] == {"runtime": runtime, "working": working}
     assert set(found["devices"]) == set(backend.device_types())
     cpu = found["devices"]["cpu"]
     assert cpu["uses"] == backend.resolve("cpu")
@@ -75,6 +78,22 @@ def test_the_instruction_set_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     if "native" not in fusedvae.backends():
         pytest.skip("no compiled extension here")
     assert f"native     {backend.describe('native', 'cpu')}\n" in shown(capsys)
+
+
+@pytest.mark.parametrize(
+    ("openmp", "line"),
+    [
+        (("/lib/libgomp.so.1", 2), "2 of them work in the C++ kernels: of /lib/libgomp.so.1"),
+        ((None, 1), "1 of them work in the C++ kernels: no OpenMP runtime was found in the process"),
+    ],
+)
+def test_the_threads_that_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, openmp: tuple[str | None, int], line: str
+) -> None:
+    if "native" not in fusedvae.backends():
+        pytest.skip("no compiled extension here")
+    monkeypatch.setattr(native.BACKEND, "openmp", lambda: openmp, raising=True)
+    assert f"\n  {line}\n" in shown(capsys)
 
 
 def test_what_was_compiled_in(

@@ -2,7 +2,7 @@
 
 Works out from sizes, strides and dtypes how the kernels walk a call's operands: a task of csrc/tasks.h. What is left to
 a launch is to hand over the sources. The extension knows nothing of torch; torch is imported first, so that it finds
-torch's OpenMP runtime in the process.
+torch's OpenMP runtime in the process, where `openmp` has put it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from fusedvae.layout import Strides
 from fusedvae.torch_private import current_gpu, current_stream_address
 from fusedvae.version import __version__
 
-from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork
+from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork, openmp
 from .reference import GIVEN, Form
 from .walk import Copy, Walk, walk_latent, walk_term, with_copies
 
+openmp.share_runtime()
 try:
     from fusedvae import _C
 except ImportError as error:
@@ -163,6 +164,14 @@ class _Native:
             return f"C++ kernels, {_C.cpu_isa()}"
         except RuntimeError as error:  # a wrong FUSEDVAE_CPU_ISA: whatever runs a kernel raises this
             return f"C++ kernels: {error}"
+
+    def openmp(self) -> tuple[str | None, int]:
+        """The file of the OpenMP runtime that runs the CPU kernels, and how many threads they get if they ask for all.
+
+        Without a runtime None, and 1."""
+        if _C is None:
+            return None, 1
+        return _C.openmp_runtime() or None, _C.working_threads(torch.get_num_threads())
 
     def normal(self, out: Tensor, seed: Tensor) -> None:
         arguments = out.data_ptr(), _DTYPES[out.dtype], out.numel(), seed.data_ptr()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..backend import NAMES, describe, device_types, resolve, unavailable
-from ..backend.native import BUILD_RECORD, install_command
+from ..backend.native import BACKEND, BUILD_RECORD, install_command
 from ..version import __version__
 
 
@@ -42,6 +42,7 @@ def collect() -> dict[str, Any]:
         "build": _build_record(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "openmp": _openmp(),
         "environment": {
             name: os.environ[name]
             for name in ("FUSEDVAE_BACKEND", "FUSEDVAE_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -49,6 +50,12 @@ def collect() -> dict[str, Any]:
         },
         "devices": {device: _device(device) for device in device_types()},
     }
+
+
+def _openmp() -> dict[str, Any]:
+    """What runs the CPU kernels' threads, and how many really work when all are asked for."""
+    runtime, working = BACKEND.openmp()
+    return {"runtime": runtime, "working": working}
 
 
 def _version_of(package: str) -> str | None:
@@ -106,6 +113,10 @@ def _as_text(found: dict[str, Any]) -> str:
         f"  {found['platform']}",
         f"  {found['threads']} CPU threads (torch.set_num_threads, OMP_NUM_THREADS)",
     ]
+    runtime, working = found["openmp"]["runtime"], found["openmp"]["working"]
+    if found["devices"]["cpu"]["backends"]["native"]["available"]:
+        by = f"of {runtime}" if runtime else "no OpenMP runtime was found in the process"
+        lines.append(f"  {working} of them work in the C++ kernels: {by}")
     lines += [f"  {name}={value}" for name, value in found["environment"].items()]
     lines += ["", "compiled in", *(f"  {line}" for line in _build_lines(found["build"]))]
     for device_type, device in found["devices"].items():
