@@ -9,7 +9,7 @@ from . import distributions, functional, networks, random, typing
 from .backend import BackendInfo, backends, use_backend
 from .dropins import Patch, patch
 from .functional import ELBOTerms, Latent
-from .losses import ELBOLoss, GaussianNLLLoss
+from .losses import ELBOLoss, GaussianNLLLoss, LinearLikelihood
 from .vae import (
     VAE,
     Bernoulli,
@@ -34,6 +34,7 @@ __all__ = [
     "ELBOTerms",
     "GaussianNLLLoss",
     "Latent",
+    "LinearLikelihood",
     "NegativeBinomial",
     "Patch",
     "Poisson",

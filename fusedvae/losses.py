@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from . import functional
 from .backend import checked_name
-from .backend.reference import FORMULAS, Form
+from .backend.reference import FORMULAS, LIKELIHOODS, Form
 from .functional import ELBOTerms
 from .typing import Backend, Bounds, LikelihoodName, LikelihoodScale, NormalScale, Reduction
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar, Unpack
 
-    from .typing import ELBOOperands, ELBOOptions
+    from .typing import ELBOOperands, ELBOOptions, LinearELBOArguments
 
     _Returned = TypeVar("_Returned", bound=Tensor | ELBOTerms, default=Tensor)
 else:
@@ -265,6 +266,127 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
             value = getattr(self, name)
             if isinstance(value, Tensor) or value != default:
                 shown.append(f"{name}={_shown(value)}")
+        return ", ".join(shown)
+
+
+class LinearLikelihood(nn.Linear):
+    """The last linear layer of a decoder, and the likelihood of x under what it gives, in one.
+
+    A `torch.nn.Linear` that, called with x, returns the loss and never stores its own output as a whole: see
+    `functional.linear_elbo`. Called without x it is the layer, for samples and reconstructions; the state_dict is the
+    layer's.
+
+    Args:
+        in_features: of the layer's input.
+        out_features: of x.
+        bias: whether the layer has one.
+        likelihood: that of x, as `ELBOLoss` has it.
+        recon_logvar: where the likelihood's log-variance comes from, or what else ``recon_scale`` says. None (default):
+            the layer gives it, in out_features further outputs behind the means, if the likelihood has a scale. Or a
+            number, a tensor (fixed) or an ``nn.Parameter`` (learned): of shape (out_features,) for one a column.
+        recon_scale, recon_clamp, recon_eps: the form of that scale, as `ELBOLoss` has it.
+        full: add the likelihood's constant.
+        reduction: as `ELBOLoss` has it.
+        block: how many columns are computed at a time, as `functional.linear_elbo` has it.
+        backend: overrides the process's choice.
+        device, dtype: of the layer's parameters.
+
+    Example:
+        >>> decoder = nn.Sequential(nn.Linear(10, 128), nn.ReLU())
+        >>> likelihood = fusedvae.LinearLikelihood(128, 20_000)
+        >>> z, kl = fusedvae.functional.latent(mu, logvar)
+        >>> loss = likelihood(decoder(z), x, kl=kl)
+
+    Raises:
+        ValueError, TypeError: for an option or operand that cannot be, naming it.
+    """
+
+    recon_logvar: Tensor | float | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        likelihood: LikelihoodName = "gaussian",
+        recon_logvar: Tensor | float | None = None,
+        recon_scale: LikelihoodScale | None = None,
+        recon_clamp: Bounds = None,
+        recon_eps: float = 0.0,
+        full: bool = False,
+        reduction: Reduction = "batchmean",
+        block: int | None = None,
+        backend: Backend | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        functional._checked_reductions(reduction)
+        checked_recon_form(likelihood, recon_scale, recon_clamp, recon_eps)
+        functional._check_block(block)
+        if backend is not None:
+            checked_name(backend)
+        has_scale = len(LIKELIHOODS[likelihood].pairs) > 0
+        if recon_logvar is not None:
+            if not has_scale:
+                raise ValueError(f"recon_logvar: expected None, as the {likelihood} likelihood has no scale")
+            if isinstance(recon_logvar, Tensor):
+                functional._check_broadcast("recon_logvar", recon_logvar, torch.Size((1, out_features)))
+            elif not isinstance(recon_logvar, (int, float)) or isinstance(recon_logvar, bool):
+                raise TypeError(f"recon_logvar: expected None, a number or a tensor, got {type(recon_logvar).__name__}")
+        rows = 2 * out_features if has_scale and recon_logvar is None else out_features
+        super().__init__(in_features, rows, bias, device, dtype)
+        self.out_features = out_features
+        self.likelihood = likelihood
+        self.recon_scale, self.recon_clamp, self.recon_eps = recon_scale, recon_clamp, recon_eps
+        self.full, self.reduction, self.block, self.backend = full, reduction, block, backend
+        if isinstance(recon_logvar, Tensor) and not isinstance(recon_logvar, nn.Parameter):
+            self.register_buffer("recon_logvar", recon_logvar)
+        else:
+            self.recon_logvar = recon_logvar
+
+    def forward(
+        self,
+        hidden: Tensor,
+        x: Tensor | None = None,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = functional._FORGOTTEN,
+        **arguments: Unpack[LinearELBOArguments],
+    ) -> Any:
+        """The loss of a batch: the negative bound, or without ``mu`` and ``kl`` the negative log-likelihood alone.
+
+        Args:
+            hidden: the layer's input, shape (batch, ..., in_features).
+            x: data, shape (batch, ..., out_features); without it, what the layer gives is returned, a packed mean and
+                scale along the last dimension if it gives both.
+            mu, logvar, arguments: as `functional.linear_elbo` takes them; of the likelihood alone ``weight``,
+                ``extra``, ``pos_weight``, ``zi_logits`` and ``grad_scale``.
+        """
+        if x is None:
+            return super().forward(hidden)
+        options: Any = {"full": self.full, "block": self.block, "backend": self.backend, **arguments}
+        layer = hidden, self.weight, self.bias, x
+        scale = self.recon_logvar if self.recon_logvar is not None or LIKELIHOODS[self.likelihood].pairs else 0.0
+        if mu is None and options.get("kl") is None and logvar is functional._FORGOTTEN:
+            written = functional._written(self.recon_scale, self.recon_clamp, self.recon_eps)
+            options = {"reduction": functional._checked_reductions(self.reduction)[0], **options}
+            return functional._linear_likelihood(*layer, scale, likelihood=self.likelihood, written=written, **options)
+        return functional.linear_elbo(
+            *layer,
+            mu,
+            logvar,
+            scale,
+            likelihood=self.likelihood,
+            recon_scale=self.recon_scale,
+            recon_clamp=self.recon_clamp,
+            recon_eps=self.recon_eps,
+            **{"reduction": self.reduction, **options},
+        )
+
+    def extra_repr(self) -> str:
+        shown = [super().extra_repr(), f"likelihood={self.likelihood!r}"]
+        if LIKELIHOODS[self.likelihood].pairs:
+            shown.append(f"recon_logvar={_shown(self.recon_logvar)}")
         return ", ".join(shown)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "LaplaceScale",
     "LikelihoodName",
     "LikelihoodScale",
+    "LinearELBOOptions",
     "NormalScale",
     "Rate",
     "Reduction",
@@ -66,8 +67,8 @@ Bound = Literal["elbo", "iwae"]
 Generator = TorchGenerator | Sequence[TorchGenerator] | None
 
 
-class ELBOOptions(TypedDict, total=False):
-    """Keywords of `fusedvae.ELBOLoss` and `fusedvae.functional.elbo_loss`: what goes for every batch."""
+class LinearELBOOptions(TypedDict, total=False):
+    """Keywords of `fusedvae.functional.linear_elbo`: what goes for every batch."""
 
     likelihood: LikelihoodName
     scale: NormalScale
@@ -81,9 +82,14 @@ class ELBOOptions(TypedDict, total=False):
     prior_eps: float | None
     full: bool
     grad_scale: float | Tensor | None
-    inplace: bool
     packed_dim: int
     backend: Backend | None
+
+
+class ELBOOptions(LinearELBOOptions, total=False):
+    """Keywords of `fusedvae.ELBOLoss` and `fusedvae.functional.elbo_loss`: what goes for every batch."""
+
+    inplace: bool
 
 
 class ELBOOperands(TypedDict, total=False):
@@ -104,3 +110,11 @@ class ELBOArguments(ELBOOptions, ELBOOperands, total=False):
 
     beta: float | Tensor
     reduction: Reduction
+
+
+class LinearELBOArguments(LinearELBOOptions, ELBOOperands, total=False):
+    """All keywords of `fusedvae.functional.linear_elbo` but ``return_terms``, which says what it returns."""
+
+    beta: float | Tensor
+    reduction: Reduction
+    block: int | None
