@@ -1326,9 +1326,10 @@ def elbo_loss(
         logvar: log-variance of q, mu's shape; or what ``scale`` says.
         recon_logvar: decoder log-variance, or what ``recon_scale`` says of a likelihood that has a scale: a tensor that
             broadcasts to x's shape, or a number. Of a negative binomial likelihood it is theta.
-        likelihood: "gaussian"; "laplace"; "bernoulli" of logits, "bernoulli_probs" of probabilities; "mse" for the
-            squared error, without a half; "l1" for the absolute error; "poisson", "negative_binomial" and
-            "zero_inflated_negative_binomial" of counts; "discretized_logistic" of pixels in [-1, 1].
+        likelihood: "gaussian", of variance 1 half the squared error; "mse" for the squared error, without a half;
+            "laplace"; "l1" for the absolute error; "bernoulli" of logits, "bernoulli_probs" of probabilities;
+            "poisson", "negative_binomial" and "zero_inflated_negative_binomial" of counts;
+            "discretized_logistic" of pixels in [-1, 1].
         scale, clamp, eps: the form of q's scale: see above.
         recon_scale, recon_clamp, recon_eps: the form of the likelihood's: by default "logvar", or "logscale", "theta",
             "rate" (of recon_x itself).

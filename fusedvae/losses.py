@@ -37,7 +37,8 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
             in place anneals inside compiled and captured programs too.
         reduction: "batchmean" (default), "sum", "mean" (over elements), "weighted_mean", or "none" (one value per
             sample); or a pair, of the likelihood's and of the KL's.
-        likelihood: that of x: "gaussian" (default), "laplace", "bernoulli" (of logits), "bernoulli_probs", "mse", "l1",
+        likelihood: that of x: "gaussian" (default; of variance 1 half the squared error), "mse" (all of it, what
+            ``mse_loss(..., reduction="sum")`` sums up), "laplace", "l1", "bernoulli" (of logits), "bernoulli_probs",
             "poisson", "negative_binomial", "zero_inflated_negative_binomial", "discretized_logistic".
         scale, clamp, eps: the form of q's scale, the tensor beside mu: "logvar" (default), "logstd", "std", "var" or
             "softplus"; the bounds it is clamped to; what is added to what the form names.

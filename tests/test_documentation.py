@@ -11,7 +11,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import matplotlib
 import pytest
 import torch
 from pages import DOCS, PAGES, ROOT, blocks
@@ -31,7 +30,6 @@ WITH_COMMANDS = [param for param in EACH if blocks(param.values[0].read_text(), 
 def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block after the other, as a reader would run them; what is not served here is compiled."""
     monkeypatch.chdir(tmp_path)
-    matplotlib.use("agg")
     torch.manual_seed(0)
     names = {"__name__": "__main__"}
     try:
