@@ -292,7 +292,7 @@ class LinearLikelihood(nn.Linear):
         backend: overrides the process's choice.
         device, dtype: of the layer's parameters.
 
-    Example:
+    Examples:
         >>> decoder = nn.Sequential(nn.Linear(10, 128), nn.ReLU())
         >>> likelihood = fusedvae.LinearLikelihood(128, 20_000)
         >>> z, kl = fusedvae.functional.latent(mu, logvar)
