@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,6 +148,45 @@ def test_timing_leaves_the_model_as_it_is(array: Path, recon_logvar: str | float
     assert (times is None) == (fusedvae.backend.resolve("cpu") == "reference")
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
     assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+def test_timing_takes_no_more_memory_than_a_step(array: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fusedvae.backend.resolve("cpu") == "reference":
+        pytest.skip("nothing to time")
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    saved: list[weakref.ref] = []
+
+    def pack(tensor: torch.Tensor) -> Saved:
+        kept = Saved(tensor)
+        saved.append(weakref.ref(kept))
+        return kept
+
+    left = []
+
+    def compare(*args: object) -> timing.Comparison:
+        left.append(sum(kept() is not None for kept in saved))
+        return timing.Comparison(1.0, 1.0)
+
+    monkeypatch.setattr(timing, "_compare", compare)
+    settings = Settings(arch="mlp", width=8, latent=2, device="cpu")
+    run = Trainer(settings, data.split(data.load(str(array)), 0.1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        timing.step_times(run.model, run.train_samples.batch(slice(8)), settings)
+    assert saved
+    assert left == [0, 0]  # nothing of the pass that found the shapes
+
+
+def test_what_is_timed_is_what_is_computed_at_a_time(array: Path) -> None:
+    samples = data.split(data.load(str(array)), 0.1)
+    for batch, parts, expected in ((7, 1, 7), (7, 3, 3), (10**6, 1, len(samples.train))):
+        settings = Settings(arch="mlp", width=8, latent=2, batch=batch, grad_accum=parts, device="cpu")
+        x, labels = Trainer(settings, samples).first_part()
+        assert (len(x), labels) == (expected, None)
+        assert torch.equal(x, samples.train.batch(slice(expected)))
 
 
 def test_the_metrics_are_means_over_samples_of_the_bound(array: Path) -> None:

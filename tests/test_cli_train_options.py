@@ -153,7 +153,7 @@ def test_the_importance_weighted_bound_is_above_the_other(samples: data.Data) ->
     run = Trainer(Settings(**SMALL, epochs=1, bound="iwae", samples=20), samples)
     loss, nll, kl = run.evaluate(run.train_samples)
     assert loss < nll + kl - 1e-3
-    terms = run._train_step(run.first_batch())
+    terms = run._train_step(run.first_part())
     assert terms[1].isnan()
     assert terms[[0, 2]].isfinite().all()
 
@@ -163,11 +163,11 @@ def test_gradients_of_float16_are_scaled_and_steps_that_overflow_are_left_out(sa
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
     run.scaler.scale(torch.ones(()))  # makes its factor
     run.scaler.update(2.0**40)
-    run._train_step(run.first_batch())
+    run._train_step(run.first_part())
     assert all(torch.equal(one, same) for one, same in zip(run.model.parameters(), before, strict=True))
     assert run.scaler.get_scale() == 2.0**39
     run.scaler.update(2.0**4)
-    run._train_step(run.first_batch())
+    run._train_step(run.first_part())
     assert not torch.equal(next(run.model.parameters()), before[0])
     state = run.state()
     again = Trainer(run.settings, samples)

@@ -76,6 +76,10 @@ def step_times(model: VAE, x: Tensor, settings: Settings, condition: Tensor | No
 
     operands = (out.mu, out.logvar, out.recon_x, out.recon_logvar)
     mu, logvar, recon_x, recon_logvar = (o.detach().requires_grad_(o.requires_grad) for o in operands)
+    # Without the graph, which has all that the networks remember, and would make the steps take twice their memory.
+    detached: dict[str, Any] = {name: o.detach() for name, o in out._asdict().items() if isinstance(o, Tensor)}
+    out = out._replace(**detached)
+    del operands
     # A log-variance that is fixed takes no gradient.
     leaves = [operand for operand in (mu, logvar, recon_x, recon_logvar) if operand.requires_grad]
     ones = [torch.ones((), device=x.device), torch.ones_like(out.z)]

@@ -274,9 +274,10 @@ class Trainer:
         """What the model is told of samples with these labels."""
         return labels if self.settings.condition == "labels" else None
 
-    def first_batch(self) -> Batch:
-        """Of the training samples, in their own order."""
-        return next(self._batches(self.train_samples, [np.arange(min(self.settings.batch, len(self.train_samples)))]))
+    def first_part(self) -> Batch:
+        """Of the training samples in their own order, as many as are computed at a time."""
+        size = min(-(-self.settings.batch // self.settings.grad_accum), len(self.train_samples))
+        return next(self._batches(self.train_samples, [np.arange(size)]))
 
     def _train_step(self, batch: Batch) -> Tensor:
         """One step of the optimizer; returns (loss, NLL, KL) summed over this process's rows, without waiting for

@@ -95,7 +95,7 @@ def print_end(trainer: Trainer, evaluation: str) -> None:
     print(evaluation)
     if trainer.settings.fsdp:
         return
-    x, labels = trainer.first_batch()
+    x, labels = trainer.first_part()
     times = step_times(trainer.trained_model(), x, trainer.settings, trainer.condition(labels))
     if times is None:
         print("a step takes what the reference takes: no fused kernels are in use (see fusedvae info)")
