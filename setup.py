@@ -269,7 +269,8 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     if cuda:
         # The CUDA runtime is linked in: the extension then works beside whichever one torch came with.
         link = [*nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
-    ldflags = [f"-Xcompiler={flag}" for flag in ldflags] if cuda else ldflags
+    if cuda:  # to which commas separate options
+        ldflags = ["-Xcompiler=" + flag.replace(",", "\\,") for flag in ldflags]
     ninja.rule("link", [*link, "$in", "-o", "$out", *ldflags], description="link $out")
     ninja.build(library, "link", objects)
 

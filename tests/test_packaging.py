@@ -54,6 +54,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist and the wheel made from it, each in an isolated build environment."""
     folder = tmp_path_factory.mktemp("dist")
     checkout = shutil.copytree(ROOT, folder / "checkout", ignore=GENERATED)
+    glibc = ""
+    if shutil.which("gcc") and shutil.which("readelf") and sys.platform == "linux":
+        glibc = run(sys.executable, checkout / "scripts" / "old_glibc.py", folder / "glibc", "2.28").strip()
     run(
         sys.executable,
         "-m",
@@ -62,6 +65,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         checkout,
         FUSEDVAE_REQUIRE_EXT="1",
+        LDFLAGS=glibc,
         **({"FUSEDVAE_CUDA_ARCHS": ONE_CHIP} if shutil.which("nvcc") else {}),
     )
     return folder
@@ -130,6 +134,24 @@ def test_constraints_cover_the_requirements():
     assert required - {"fusedvae"} == pinned
 
 
+def test_what_is_said_of_pythons_and_releases_agrees():
+    tomllib = pytest.importorskip("tomllib")
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    said = re.findall(r"Python :: (3\.\d+)", "\n".join(pyproject["project"]["classifiers"]))
+    assert pyproject["project"]["requires-python"] == f">={said[0]}"
+    assert pyproject["tool"]["mypy"]["python_version"] == said[0]
+    assert pyproject["tool"]["ruff"]["target-version"] == f"py{said[0].replace('.', '')}"
+    wheels = pyproject["tool"]["cibuildwheel"]
+    assert wheels["build"] == [f"cp{version.replace('.', '')}-*" for version in said]
+    commands = " ".join(value for value in wheels.values() if isinstance(value, str))
+    if not (ROOT / ".github").exists():  # it is in no sdist
+        return
+    texts = [commands, *(path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml"))]
+    named = {name for text in texts for name in re.findall(r"scripts/\w+\.\w+", text)}
+    assert named >= {"scripts/test.sh", "scripts/test_torch.sh", "scripts/audit_wheel.sh", "scripts/try_wheel.py"}
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 @pytest.mark.slow
 def test_sdist_has_what_a_build_and_a_reader_need(dist: Path):
     (sdist,) = dist.glob("*.tar.gz")
@@ -138,6 +160,15 @@ def test_sdist_has_what_a_build_and_a_reader_need(dist: Path):
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     assert names >= sources | {"LICENSE", "README.md", "CHANGELOG.md", "constraints.txt", "scripts/test.sh"}
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build.json"))]
+
+
+@pytest.mark.slow
+def test_an_sdist_needs_no_network_but_for_its_requirements(small_checkout: Path, tmp_path: Path):
+    """These are here: an index that is asked all the same, or anything else, is not."""
+    offline = {"PIP_NO_INDEX": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, small_checkout)
+    run(*build, **offline, FUSEDVAE_REQUIRE_EXT="0", FUSEDVAE_CUDA="0", FUSEDVAE_CUDA_ARCHS="")
+    assert {path.suffix for path in tmp_path.glob("fusedvae-*")} == {".gz", ".whl"}
 
 
 @pytest.mark.slow
@@ -167,7 +198,7 @@ def test_wheel_works_where_it_is_installed(wheel: Path, venv: Venv):
     file, loss = venv.run("python", "-c", LOSS).split()
     assert Path(file).is_relative_to(venv.bin.parent)
     assert float(loss) == pytest.approx(3 * (1 + 2.718281828 - 1 - 1) / 2, rel=1e-6)
-    info = venv.run("fusedvae", "info")
+    info = venv.run("python", ROOT / "scripts" / "try_wheel.py")
     assert "CPU kernels for baseline" in info
     assert "uses native" in info
 
@@ -217,6 +248,22 @@ def test_install_without_a_compiler(case: str, checkout: Path, venv: Venv, tmp_p
     # Unless it must not.
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, checkout]
     assert reason in run(*build, fails=True, **environment, FUSEDVAE_REQUIRE_EXT="1")
+
+
+@pytest.mark.slow
+def test_wheel_runs_on_the_distributions_that_a_release_is_for(wheel: Path, extension: Path):
+    pytest.importorskip("auditwheel")
+    if not shutil.which("readelf") or sys.platform != "linux":
+        pytest.skip("needs binutils and Linux")
+    said = run(sys.executable, "-m", "auditwheel", "show", wheel)
+    tag = re.search(r'following platform\s+tag:\s+"manylinux_2_(\d+)_', said)
+    assert tag, said
+    assert int(tag[1]) <= 28, said
+    # What has no version auditwheel does not see; the interpreter has its own names, and nobody else.
+    symbols = [line.split() for line in run("readelf", "--dyn-syms", "--wide", extension).splitlines()]
+    missing = [words[7] for words in symbols if words[4:5] == ["GLOBAL"] and words[6:7] == ["UND"]]
+    assert missing
+    assert not [name for name in missing if "@" not in name and not name.startswith(("Py", "_Py"))]
 
 
 @pytest.mark.slow
