@@ -112,6 +112,13 @@ def test_commands_of_a_page_are_understood(page: Path) -> None:
                 assert set(extra[1].split(",")) <= set(extras), word
 
 
+def test_the_readme_is_a_page() -> None:
+    """What is long has a page of its own in docs/."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert {"docs/tutorial.md", "docs/losses.md", "docs/benchmarks.md"} <= set(re.findall(r"\]\(([^)]+)\)", text))
+
+
 # --- links, and the site ----------------------------------------------------------------------------------------
 
 
