@@ -1726,7 +1726,8 @@ def _linear_likelihood(
     operands = (hidden, linear_weight, linear_bias, x, *inputs[2:], weight)
     name = _backend_for(operands, backend)
     is_weight_learned = weight is not None and weight.requires_grad
-    if name == "reference" or is_weight_learned or ops.needs_dispatcher(operands):
+    block = block or usual_block(x.shape[:-1].numel(), x.device.type)
+    if name == "reference" or is_weight_learned or ops.needs_dispatcher(operands) or block >= x.shape[-1]:
         out = torch.nn.functional.linear(hidden, linear_weight, linear_bias)
         options = (written, full, weight, reduction, None, max(out.dim() - 1, 1), backend)
         nll = _likelihood(likelihood, (out, *inputs[1:]), *options)
@@ -1756,7 +1757,7 @@ def _linear_likelihood(
     taken = (hidden.reshape(-1, hidden.shape[-1]), linear_weight, linear_bias, *rows)
     call = LinearLikelihoodCall(
         spec,
-        block or usual_block(lead.numel(), x.device.type),
+        block,
         [enabled and isinstance(t, Tensor) and t.requires_grad for t in taken],
         is_deferred=reduction == "none" or (hidden.dtype == torch.float16 and grad_scale is None),
     )
