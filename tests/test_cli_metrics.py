@@ -100,3 +100,12 @@ def test_ssim_is_1_of_the_same_images_and_less_of_others() -> None:
     assert metrics.ssim(mirrored, samples_of(x)) < 0.5
     with pytest.raises(ValueError, match="expected images of at least 11x11, got shape"):
         metrics.ssim(same, samples_of(torch.rand(4, 1, 8, 16)))
+
+
+def test_ssim_of_a_few_at_a_time_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(5, 1, 12, 13)
+    model = vae(lambda x: x.flip(3).flatten(1), lambda z: z.unflatten(-1, (1, 12, 13)), 12 * 13)
+    whole = metrics.ssim(model, samples_of(x))
+    for images in (1, 2):
+        monkeypatch.setattr(metrics, "PIXELS_AT_A_TIME", images * 12 * 13)
+        assert metrics.ssim(model, samples_of(x)) == pytest.approx(whole, rel=1e-5)

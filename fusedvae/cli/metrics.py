@@ -3,6 +3,7 @@ images and their reconstructions are."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,9 @@ from .errors import require
 
 ACTIVE = 0.01
 """The variance from which on a posterior mean is said to depend on the data: Burda et al. 2016, section 5.2."""
+
+PIXELS_AT_A_TIME = 2**19
+"""Of which `ssim` takes some fifty times the memory."""
 
 SMALLEST_FOR_SSIM = 11
 """Pixels of a side: the window of Wang et al. 2004 must lie within the image."""
@@ -101,8 +105,10 @@ def ssim(
         )
     measure = require("torchmetrics.functional.image").structural_similarity_index_measure
     total = 0.0
-    for reconstruction, x in _reconstructions(model, samples, batch, workers, conditional):
-        total += measure(reconstruction, x, data_range=1.0, reduction="none").double().sum().item()
+    few = max(1, PIXELS_AT_A_TIME // math.prod(samples.shape))
+    for pair in _reconstructions(model, samples, batch, workers, conditional):
+        for reconstruction, x in zip(*(images.split(few) for images in pair), strict=True):
+            total += measure(reconstruction, x, data_range=1.0, reduction="none").double().sum().item()
     return total / len(samples)
 
 
