@@ -71,7 +71,7 @@ def channels_last(t: Tensor) -> Tensor:
         ((3, 5, 7, 9), torch.Tensor.contiguous),
         ((3, 5, 7, 9), channels_last),
         pytest.param((130, 1030), torch.Tensor.contiguous, marks=pytest.mark.large),
-        ((7, 65, 130), lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
+        ((2, 9, 130), lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
         ((0, 4), torch.Tensor.contiguous),
         ((5, 0), torch.Tensor.contiguous),
         ((1, 1), torch.Tensor.contiguous),
