@@ -749,7 +749,10 @@ def _weighting(
         return (weight,)
     times = shape.numel() / max(weight.numel(), 1)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # there is no other on Apple's GPUs
-    return weight, 1.0 / (weight.sum(dtype=dtype) * times)
+    total = weight.sum(dtype=dtype)
+    if is_sharded((total,)):  # PyTorch 2.6 would take the reciprocal of each process's part
+        total = total.full_tensor()  # type: ignore[attr-defined]
+    return weight, 1.0 / (total * times)
 
 
 def _divergence_call(
