@@ -171,10 +171,10 @@ static inline double get(const Operand& op, int64_t offset) {
 static inline void put(const Operand& op, int64_t offset, double value) {
   with_type(op.dtype, [&](auto* type) { narrow(value, static_cast<decltype(type)>(op.data) + offset); });
 }
-// The same for `count` values, `step` elements apart.
-static inline void put_array(const Operand& op, int64_t step, const double* values, int64_t count) {
+// The same for `count` values, the first at element `first * step`, and each `step` elements past the one before.
+static inline void put_array(const Operand& op, int64_t first, int64_t step, const double* values, int64_t count) {
   with_type(op.dtype, [&](auto* type) {
-    auto* data = static_cast<decltype(type)>(op.data);
+    auto* data = static_cast<decltype(type)>(op.data) + first * step;
     if (step == 1)
       narrow_array(values, data, count);
     else

@@ -83,36 +83,62 @@ int64_t values_of(const ObjectiveTask& task) {
   return task.terms[0].given_count;
 }
 
-// A term's values from its sums, or from the values that are given.
-void finish_term(const Term& term, bool by_sample, double* totals, int64_t values) {
-  if (term.elements.formula < 0) {
-    for (int64_t b = 0; b < term.given_count; ++b)
-      totals[by_sample ? b : 0] += get(term.given, b * term.given.stride[0]);
-  }
+// Some of the values that are given for a term, or what they are all summed to.
+void sum_given(const Term& term, bool by_sample, double* totals, int64_t first, int64_t last) {
+  for (int64_t b = first; b < last; ++b) totals[b] = by_sample ? get(term.given, b * term.given.stride[0]) : 0;
+  if (by_sample) return;
+  for (int64_t b = 0; b < term.given_count; ++b) totals[0] += get(term.given, b * term.given.stride[0]);
+}
+
+// Some of a term's values, from its sums or from the values that are given.
+void finish_term(const Term& term, bool by_sample, double* totals, int64_t first, int64_t last) {
+  if (term.elements.formula < 0) sum_given(term, by_sample, totals, first, last);
   const Extent& e = term.elements.extent;
   const double elements = static_cast<double>(by_sample ? e.sample() : e.count());
   const double constant = term.elements.weight ? 0 : term.constant * elements;  // what is weighted has it already
   const double factor = term.factor * factor_at(term.normalizer);
   if (factor != 1 || constant != 0)
-    for (int64_t b = 0; b < values; ++b) totals[b] = factor * (totals[b] + constant);
-  if (term.out) put_array(term.out, term.out.stride[0], totals, values);
+    for (int64_t b = first; b < last; ++b) totals[b] = factor * (totals[b] + constant);
+  if (term.out) put_array(term.out, first, term.out.stride[0], totals + first, last - first);
+}
+
+// Some of an objective's values, from the sums of its terms.
+void finish(const ObjectiveTask& task, Doubles* totals, int64_t first, int64_t last) {
+  for (int k = 0; k < task.count; ++k)
+    finish_term(task.terms[k], task.values == Values::sample, totals[k].at(0), first, last);
+  double* const loss = totals[0].at(0);
+  for (int k = 0; k < task.count; ++k) {
+    const double coefficient = factor_at(task.terms[k].coefficient);
+    if (k == 0 && coefficient == 1) continue;
+    for (int64_t b = first; b < last; ++b) loss[b] = (k ? loss[b] : 0) + coefficient * totals[k][b];
+  }
+  put_array(task.loss, first, task.loss.stride[0], loss + first, last - first);
+}
+
+// Whether the values of samples are just those of a term's elements: there is one of each, and nothing is made of it.
+bool has_values_of_elements(const ObjectiveTask& task) {
+  const Term& term = task.terms[0];
+  return task.values == Values::sample && task.count == 1 && term.elements.formula >= 0 &&
+         term.elements.extent.sample() == 1 && !term.out &&
+         term.factor * factor_at(term.normalizer) * factor_at(term.coefficient) == 1;
 }
 
 void objective(const ObjectiveTask& task, int threads) {
+  if (has_values_of_elements(task)) {
+    ObjectiveTask as_elements = task;
+    as_elements.values = Values::element;
+    as_elements.terms[0].elements.value = task.loss;
+    return objective(as_elements, threads);
+  }
   const Loop* loops[ObjectiveTask::kMostTerms];
   if (task.values == Values::element) return run_terms(task, 0, nullptr, loops, 0, 0, threads);
   const int64_t values = values_of(task);
   Doubles totals[ObjectiveTask::kMostTerms] = {Doubles(values), Doubles(task.count > 1 ? values : 0)};
   run_terms(task, 0, totals, loops, 0, 0, threads);
-  for (int k = 0; k < task.count; ++k)
-    finish_term(task.terms[k], task.values == Values::sample, totals[k].at(0), values);
-  double* const loss = totals[0].at(0);
-  for (int k = 0; k < task.count; ++k) {
-    const double coefficient = factor_at(task.terms[k].coefficient);
-    if (k == 0 && coefficient == 1) continue;
-    for (int64_t b = 0; b < values; ++b) loss[b] = (k ? loss[b] : 0) + coefficient * totals[k][b];
-  }
-  put_array(task.loss, task.loss.stride[0], loss, values);
+  const auto body = [&](int64_t first, int64_t last) {
+    finish(task, totals, first * kTile, min_of(values, last * kTile));
+  };
+  on_threads(threads)({ceil_div(values, kTile), body}, values);
 }
 
 template <class T, class S>

@@ -14,12 +14,12 @@
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
-// Scratch memory, zero at first; not std::vector, whose code the linker would share between instruction sets.
+// Scratch memory; not std::vector, whose code the linker would share between instruction sets.
 class Doubles {
  public:
   explicit Doubles(int64_t count = 0) {
     if (count <= kFew) return;
-    data_ = static_cast<double*>(std::calloc(static_cast<size_t>(count), sizeof(double)));
+    data_ = static_cast<double*>(std::malloc(static_cast<size_t>(count) * sizeof(double)));
     if (!data_) out_of_memory();
   }
   ~Doubles() {
@@ -29,10 +29,11 @@ class Doubles {
   Doubles& operator=(const Doubles&) = delete;
   double& operator[](int64_t i) { return data_[i]; }
   double* at(int64_t i) { return data_ + i; }
+  void zero(int64_t count) { __builtin_memset(data_, 0, static_cast<size_t>(count) * sizeof(double)); }
 
  private:
   static constexpr int64_t kFew = 32;
-  double few_[kFew] = {};
+  double few_[kFew];
   double* data_ = few_;
 };
 

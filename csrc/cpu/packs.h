@@ -73,11 +73,18 @@ inline double sum(const T* v, int64_t count) {
 // Rows so short that a call for each would take longer than adding them up.
 constexpr int64_t kShort = 8;
 
-template <class T>
+// The sums of rows of `length` elements, at most `most`. To compilers, who go over many rows at a time where they can,
+// each length is a constant.
+template <int64_t most = kShort, class T>
 inline void sum_short_rows(const T* v, int64_t rows, int64_t length, double* sums) {
-  for (int64_t r = 0; r < rows; ++r) sums[r] = static_cast<double>(v[r * length]);
-  for (int64_t i = 1; i < length; ++i)
-    for (int64_t r = 0; r < rows; ++r) sums[r] += static_cast<double>(v[r * length + i]);
+  if constexpr (most > 1)
+    if (length < most) return sum_short_rows<most - 1>(v, rows, length, sums);
+  for (int64_t r = 0; r < rows; ++r) {
+    double total = static_cast<double>(v[r * most]);
+#pragma GCC unroll 8
+    for (int64_t i = 1; i < most; ++i) total += static_cast<double>(v[r * most + i]);
+    sums[r] = total;
+  }
 }
 
 }  // namespace FUSEDVAE_NAMESPACE

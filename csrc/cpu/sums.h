@@ -92,7 +92,9 @@ class OutputSum {
                   : kind == Output::sample ? tiling.max_samples()
                   : kind == Output::total  ? 1
                                            : 0),
-        slots_(kind == Output::column ? blocks.count * e.inner : tiling.count() * per_tile_) {}
+        slots_(kind == Output::column ? blocks.count * e.inner : tiling.count() * per_tile_) {
+    if (kind == Output::column) slots_.zero(blocks.count * e.inner);  // other slots are written once
+  }
 
   bool wanted() const { return kind_ != Output::none && kind_ != Output::element; }
 
@@ -155,16 +157,18 @@ class OutputSum {
       const double* const more = slots_.at(block * e_.inner);
       for (int64_t i = 0; i < e_.inner; ++i) total[i] += more[i];
     }
-    put_array(out_, 1, total, e_.inner);
+    put_array(out_, 0, 1, total, e_.inner);
   }
 
   void add_up_slots() {
     const int64_t* const step = out_.stride;
     if (kind_ == Output::sample && tiling_.holds_whole_samples() && tiling_.count() > 0) {
-      put_array(out_, step[0], slots_.at(0), e_.batch);  // each slot is a sample's
+      put_array(out_, 0, step[0], slots_.at(0), e_.batch);  // each slot is a sample's
       return;
     }
-    Doubles sums((e_.batch - 1) * step[0] + (e_.outer - 1) * step[1] + 1);
+    const int64_t count = max_of(0, (e_.batch - 1) * step[0] + (e_.outer - 1) * step[1] + 1);
+    Doubles sums(count);
+    sums.zero(count);
     for (int64_t k = 0; k < tiling_.count(); ++k) {
       const Tile t = tiling_[k];
       const int64_t rows = kind_ == Output::row ? t.no : 1, samples = kind_ == Output::total ? 1 : t.nb;
