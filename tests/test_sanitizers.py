@@ -1,8 +1,12 @@
-"""The CPU kernels under the sanitizers: sanitizers/driver.cpp, on every instruction set that this machine has."""
+"""The CPU kernels under the sanitizers: sanitizers/driver.cpp, on every instruction set that this machine has.
+
+And, where there are a compiler and an emulator for it, on aarch64.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -37,11 +41,11 @@ const Kernels table = {""};
 """
 
 
-class Sanitized:
-    """The driver, compiled with a sanitizer and otherwise as the extension is, with the kernels of some instruction
+class Driver:
+    """The driver, compiled with some options and otherwise as the extension is, with the kernels of some instruction
     sets, or of all."""
 
-    def __init__(self, sanitizer: str, folder: Path, *isas: str) -> None:
+    def __init__(self, folder: Path, options: list[str], *isas: str) -> None:
         build = runpy.run_path(str(ROOT / "setup.py"))
         try:
             compiler = build["find_compiler"]()
@@ -49,16 +53,17 @@ class Sanitized:
             pytest.skip(str(reason))
         # -w: the sanitizers' own code keeps GCC from seeing what is initialised. Without the attribute, functions are
         # called; inlined with all that sanitizers add to them, they would take minutes to compile.
-        options = ["-O1", "-g1", "-w", "-Dalways_inline="]
-        compile_ = [*compiler.command, *build["CXX_FLAGS"], *options, *SANITIZERS[sanitizer]]
+        common = ["-O1", "-g1", "-w", "-Dalways_inline="]
+        compile_ = [*compiler.command, *build["CXX_FLAGS"], *common, *options]
         no_kernels = folder / "no_kernels.cpp"
         no_kernels.write_text(NO_KERNELS)
         sources = []  # the longest first
-        for isa, flags in build["instruction_sets"](compiler).items():
+        for isa, flags in build["instruction_sets"](compiler.target).items():
             path = CPU / "kernels.cpp" if not isas or isa in isas else no_kernels
             sources.append((path, [f"-DFUSEDVAE_ISA={isa}", *flags]))
         sources += [(DRIVER, []), *((path, []) for path in CPU.glob("*.cpp") if path.name != "kernels.cpp")]
         objects = [folder / f"{number}.o" for number in range(len(sources))]
+        self.kernels = objects[0]
 
         def compile_source(source: tuple[Path, list[str]], output: Path) -> None:
             path, flags = source
@@ -69,13 +74,13 @@ class Sanitized:
         self._driver = folder / "driver"
         _succeed([*compile_, "-pthread", *map(str, objects), "-o", str(self._driver)])
 
-    def run(self, isa: str, cases: int) -> None:
-        command = [str(self._driver), str(cases)]
-        if setarch := shutil.which("setarch"):
+    def run(self, isa: str, cases: int, *emulator: str) -> None:
+        command = [*emulator, str(self._driver), str(cases)]
+        if (setarch := shutil.which("setarch")) and not emulator:
             # The thread sanitizer needs fixed address ranges free, which randomised addresses may be in.
             command = [setarch, "--addr-no-randomize", *command]
         environment = {**os.environ, "FUSEDVAE_CPU_ISA": isa, "TSAN_OPTIONS": "halt_on_error=1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
         if done.returncode == NO_SUCH_KERNELS:
             pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stdout + done.stderr
@@ -88,19 +93,41 @@ def _succeed(command: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def memory(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized("memory", tmp_path_factory.mktemp("memory"))
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    return Driver(tmp_path_factory.mktemp("memory"), SANITIZERS["memory"])
 
 
 @pytest.fixture(scope="module")
-def threads(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized("threads", tmp_path_factory.mktemp("threads"), "baseline")
+def threads(tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    return Driver(tmp_path_factory.mktemp("threads"), SANITIZERS["threads"], "baseline")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_memory_and_undefined_behaviour(memory: Sanitized, isa: str):
+def test_memory_and_undefined_behaviour(memory: Driver, isa: str):
     memory.run(isa, cases=2000)
 
 
-def test_threads(threads: Sanitized):
+def test_threads(threads: Driver):
     threads.run("baseline", cases=300)
+
+
+AARCH64 = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64")
+VECTOR_INSTRUCTIONS = {
+    "multiply and add": r"\sfml[as]\s+v\d+\.4s",
+    "two words to their product": r"\sumull\s+v\d+\.2d",
+    "half precision to float32": r"\sfcvtl\s+v\d+\.4s, v\d+\.4h",
+    "float32 to half precision": r"\sfcvtn\s+v\d+\.4h, v\d+\.4s",
+}
+
+
+def test_aarch64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = [tool for tool in AARCH64 if not shutil.which(tool)]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)} (on Debian: apt install g++-aarch64-linux-gnu qemu-user)")
+    compiler, disassembler, emulator = AARCH64
+    monkeypatch.setenv("CXX", compiler)
+    driver = Driver(tmp_path, ["-static", "-fexpensive-optimizations"])  # as -O3 has it, to multiply and add at once
+    driver.run("baseline", 100, emulator)
+    command = [disassembler, "-d", str(driver.kernels)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert [name for name, pattern in VECTOR_INSTRUCTIONS.items() if not re.search(pattern, code)] == []

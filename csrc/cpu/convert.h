@@ -41,6 +41,10 @@ FUSEDVAE_INLINE float widen(Bf16 v) {
 FUSEDVAE_INLINE float widen(F16 v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  __builtin_memcpy(&half, &v.bits, sizeof half);
+  return half;
 #else
   // Exponent and mantissa, rebased by a multiplication that gets subnormals right; infinity and NaN apart.
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7FFF) << 13;
@@ -72,6 +76,9 @@ FUSEDVAE_INLINE void narrow(float v, Bf16* out) {
 FUSEDVAE_INLINE void narrow(float v, F16* out) {
 #if defined(__F16C__)
   out->bits = static_cast<uint16_t>(_cvtss_sh(v, 0));
+#elif defined(__aarch64__)
+  const __fp16 half = static_cast<__fp16>(v);
+  __builtin_memcpy(&out->bits, &half, sizeof half);
 #else
   const uint32_t bits = as_bits(v), magnitude = bits & 0x7FFFFFFFu;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
@@ -128,6 +135,19 @@ FUSEDVAE_INLINE void narrow_array(const float* in, F16* out, int64_t count) {
 #endif
   for (; i + 8 <= count; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+  for (; i < count; ++i) narrow(in[i], out + i);
+}
+#elif defined(__aarch64__)
+FUSEDVAE_INLINE void widen_array(const F16* in, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(in + i)))));
+  for (; i < count; ++i) out[i] = widen(in[i]);
+}
+FUSEDVAE_INLINE void narrow_array(const float* in, F16* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    vst1_u16(reinterpret_cast<uint16_t*>(out + i), vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(in + i))));
   for (; i < count; ++i) narrow(in[i], out + i);
 }
 #endif

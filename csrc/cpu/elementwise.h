@@ -313,7 +313,7 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
     prefer_huge_pages(task.grads[k], e);
   }
   if (latent) prefer_huge_pages(latent->z, e);
-  const bool past_caches = written >= kPastCachesBytes;
+  const bool past_caches = kHasStreamingStores && written >= kPastCachesBytes;
   const bool unbuffered = !past_caches && !(totals && by_sample) && is_unbuffered<Work, T>(task, outputs);
   const Tiling tiling(e, unbuffered ? kUnbufferedTile : kTile);
   const Blocks blocks(e, tiling, outputs.any(Output::column));

@@ -334,7 +334,7 @@ FUSEDVAE_INLINE void sincos_turns(vf u, vf* sine, vf* cosine) {
 
 // The full product of each 64-bit lane's low half and m.
 FUSEDVAE_INLINE vq mul32(vq a, uint32_t m) {
-  const vq b = vq{} + static_cast<uint64_t>(m);
+  [[maybe_unused]] const vq b = vq{} + static_cast<uint64_t>(m);
 #if defined(__AVX512F__)
   return reinterpret_cast<vq>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)

@@ -128,25 +128,36 @@ inline T* array_for(const Operand& op, const Tile& t, T* buffer, bool past_cache
   return buffer;
 }
 
-inline void copy_past_caches(const float* in, float* out, int64_t count) {
-#if defined(__AVX512F__) || defined(__AVX2__)
+// Whether there are stores that go past the caches.
+#if defined(__x86_64__)
+constexpr bool kHasStreamingStores = true;
+
+template <class T>
+inline void copy_past_caches(const T* in, T* out, int64_t count) {
+  constexpr int64_t w = sizeof(vf) / sizeof(T);
   int64_t i = 0;
   for (; i < count && (reinterpret_cast<uintptr_t>(out + i) & (sizeof(vf) - 1)); ++i) out[i] = in[i];
-  for (; i + kLanes <= count; i += kLanes) {
+  for (; i + w <= count; i += w) {
+    float* const to = reinterpret_cast<float*>(out + i);
+    const vf bits = load<vf>(in + i);
 #if defined(__AVX512F__)
-    _mm512_stream_ps(out + i, load<vf>(in + i));
+    _mm512_stream_ps(to, bits);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, bits);
 #else
-    _mm256_stream_ps(out + i, load<vf>(in + i));
+    _mm_stream_ps(to, bits);
 #endif
   }
   for (; i < count; ++i) out[i] = in[i];
+}
 #else
-  __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
+constexpr bool kHasStreamingStores = false;
+
+template <class T>
+inline void copy_past_caches(const T* in, T* out, int64_t count) {
+  __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(T));
+}
 #endif
-}
-inline void copy_past_caches(const double* in, double* out, int64_t count) {
-  __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(double));
-}
 
 template <class T>
 inline void write(const Operand& op, const Tile& t, const T* from, const T* buffer, bool past_caches) {
