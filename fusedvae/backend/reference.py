@@ -930,8 +930,13 @@ def _box_muller(w0: Tensor, w1: Tensor) -> Tensor:
 
 
 def _bits(tensor: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
-    """The same bits; copied for torch.jit.trace, which has no word for such a view."""
-    return torch.view_copy(tensor, dtype=dtype) if is_traced() else tensor.view(dtype)
+    """The same bits; copied for torch.jit.trace, which has no word for such a view, and PyTorch 2.6's vmap likewise."""
+    if not is_traced():
+        try:
+            return tensor.view(dtype)
+        except RuntimeError:
+            pass
+    return torch.view_copy(tensor, dtype=dtype)
 
 
 def _unit_interval(word: Tensor) -> Tensor:
