@@ -222,7 +222,7 @@ _CARD = """---
 {{ card_data }}
 ---
 
-A variational autoencoder of [fusedvae](https://pypi.org/project/fusedvae/):
+A variational autoencoder of [fusedvae](https://github.com/fusedvae/fusedvae):
 
 ```python
 model = fusedvae.VAE.from_pretrained("NAME")
