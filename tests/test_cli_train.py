@@ -904,7 +904,7 @@ BAD_INPUT = {
     "another checkpoint": (
         lambda folder: ((folder / "r").mkdir(), torch.save({"epoch": 1}, folder / "r" / "checkpoint.pt")),
         ["--resume", "r"],
-        "r/checkpoint.pt is not a checkpoint that this version",
+        "r/checkpoint.pt is not a checkpoint: this version of fusedvae continues those of format 2",
     ),
 }
 

@@ -278,7 +278,9 @@ def test_extension_links_neither_torch_nor_openmp(extension: Path):
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
 def test_extension_exports_only_its_entry(extension: Path):
     symbols = [line.split(maxsplit=2)[2] for line in run("nm", "-DC", "--defined-only", extension).splitlines()]
-    assert [name for name in symbols if "std::" not in name] == ["PyInit__C"]
+    # What a type is has one name in every library, and does not differ between them.
+    own = [name for name in symbols if "std::" not in name and not name.startswith("typeinfo ")]
+    assert own == ["PyInit__C"]
 
 
 @pytest.mark.slow
@@ -462,7 +464,7 @@ def test_a_missing_build_requirement_is_named_and_the_package_installs_without_i
 def test_a_build_repeats_only_what_an_edit_reaches(small_checkout: Path):
     def compiled() -> set[str]:
         command = f"cd '{small_checkout}' && exec '{sys.executable}' -W ignore setup.py build_ext --inplace"
-        return set(re.findall(r"compile .*/(\w+)\.o", run("bash", "-c", command)))
+        return set(re.findall(r"compile .*/(\w+)\.o", run("bash", "-c", command, FUSEDVAE_CUDA_ARCHS="")))
 
     everything = compiled()
     assert everything >= {"bindings", "cpu_dispatch", "cpu_kernels_baseline"}
