@@ -92,6 +92,12 @@ _FORGOTTEN: Any = object()
 """Stands for a log-variance that was not given: None says that it is packed in the mean."""
 
 
+def _check_forgotten(kl: Tensor | None) -> None:
+    """Whether a bound may do without a log-variance: only where its KL is given."""
+    if kl is None:
+        raise TypeError("logvar: expected a tensor beside mu, or None if both are packed in mu; got nothing")
+
+
 class Latent(NamedTuple):
     """What `latent` returns."""
 
@@ -1362,8 +1368,7 @@ def elbo_loss(
     """
     inputs = _inputs_of(likelihood, recon_x, x, recon_logvar, extra, pos_weight, zi_logits)
     if logvar is _FORGOTTEN:
-        if kl is None:
-            raise TypeError("logvar: expected a tensor beside mu, or None if both are packed in mu; got nothing")
+        _check_forgotten(kl)
         logvar = None
     weightings = 0, 0
     if weight is not None or latent_weight is not None:
@@ -1631,8 +1636,7 @@ def linear_elbo(
     Under autocast, the products are in its dtype, as those of `torch.nn.functional.linear`.
     """
     if logvar is _FORGOTTEN:
-        if kl is None:
-            raise TypeError("logvar: expected a tensor beside mu, or None if both are packed in mu; got nothing")
+        _check_forgotten(kl)
         logvar = None
     of_nll, of_kl = _checked_reductions(reduction)
     _check_number("beta", beta)
