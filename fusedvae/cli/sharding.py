@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .objective import Objective
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def shard(objective: Objective, device: torch.device) -> None:
     """Spread an objective's weights over all processes; a layer's are whole while it computes, and no longer."""
+    # Imported where it is needed: it takes PyTorch a second, and every command would wait for it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in [*_layers(objective.model.encoder), *_layers(objective.model.decoder)]:
         fully_shard(layer, mesh=mesh)
@@ -30,10 +36,16 @@ def _layers(network: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def _is_spread(value: Tensor) -> TypeGuard[DTensor]:
+    """Whether a process has a part of it only. Where nothing has imported DTensors, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
 def whole(value: Tensor, *, keep: bool) -> Tensor:
     """All of a tensor, which every process must ask for: of one that is spread, on the CPU; and, of processes that are
     not to ``keep`` it, nothing."""
-    if not isinstance(value, DTensor):
+    if not _is_spread(value):
         return value
     gathered = value.full_tensor()
     return gathered.cpu() if keep else torch.empty(0)
@@ -41,7 +53,9 @@ def whole(value: Tensor, *, keep: bool) -> Tensor:
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, spread as ``parameter`` is if it has its shape."""
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+    if _is_spread(parameter) and value.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value
 
