@@ -80,10 +80,12 @@ def test_few_data_are_gone_through_more_often(count: int, shape: tuple[int, ...]
 
 
 def test_the_default_width_is_that_of_the_images_and_is_kept():
-    widths = {(1, 28, 28): 32, (3, 32, 32): 32, (3, 64, 64): 16, (3, 20, 40): 16, (784,): 512, (1, 1, 1): 512}
+    widths = {(1, 28, 28): 32, (3, 32, 32): 32, (3, 64, 64): 16, (3, 20, 40): 16, (3, 65, 9): 8, (3, 300, 300): 8}
+    widths |= {(784,): 512, (1, 1, 1): 512}
     assert {shape: Settings().width_of(shape) for shape in widths} == widths
     assert Settings(width=8).width_of((3, 64, 64)) == 8
     assert Settings(arch="mlp").width_of((3, 64, 64)) == 512
+    assert Settings(arch="conv").width_of((784,)) == 32
     run = Trainer(Settings(device="cpu"), data.split(data.load("digits"), 0.1))
     assert run.state()["settings"]["width"] == 32
     assert run.model.encoder.arguments["width"] == 32

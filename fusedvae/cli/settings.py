@@ -31,8 +31,9 @@ LOGGERS = ("none", "tensorboard", "wandb")
 EPOCHS, STEPS_A_RESOLUTION = 30, 375
 """Of a run that says nothing of them: through the data so often at least, and so many steps for each resolution at
 which the convolutional networks see an image."""
-CONV_WIDTH, CONV_WIDTH_OF_LARGE, LARGE = 32, 16, 32
-"""Channels at full resolution, where a step spends its time: half of them for images of more pixels a side."""
+CONV_WIDTH, LEAST_CONV_WIDTH, SMALL = 32, 8, 32
+"""Channels at full resolution, where a step spends its time and memory: those of small images, of so many pixels a
+side, and half of them with each doubling, down to the least."""
 MLP_WIDTH = 512
 PER_PIXEL: Final = "per-pixel"
 LEARNED: Final = "learned"
@@ -166,7 +167,8 @@ class Settings:
             return self.width
         if self.arch_of(shape) == "mlp":
             return MLP_WIDTH
-        return CONV_WIDTH if max(shape[1:], default=0) <= LARGE else CONV_WIDTH_OF_LARGE
+        doublings = math.ceil(math.log2(max([*shape[1:], SMALL]) / SMALL))
+        return max(CONV_WIDTH >> doublings, LEAST_CONV_WIDTH)
 
     def build_model(self, shape: tuple[int, ...], classes: int = 0) -> VAE:
         """A new model for samples of ``shape``, on the CPU; ``classes`` are how many labels there are to be told."""

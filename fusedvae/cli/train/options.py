@@ -19,11 +19,10 @@ from ..settings import (
     BOUNDS,
     CONDITIONS,
     CONV_WIDTH,
-    CONV_WIDTH_OF_LARGE,
     DTYPES,
     EPOCHS,
-    LARGE,
     LEARNED,
+    LEAST_CONV_WIDTH,
     LIKELIHOODS,
     LOGGERS,
     LR_SCHEDULES,
@@ -31,6 +30,7 @@ from ..settings import (
     PER_PIXEL,
     RECON_SCALES,
     SCALES,
+    SMALL,
     Settings,
 )
 
@@ -152,8 +152,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     option(
         model,
         "--width",
-        f"channels at full resolution (conv; default: {CONV_WIDTH}, or {CONV_WIDTH_OF_LARGE} of images above {LARGE} "
-        f"pixels) or units of the first layer (mlp; default: {MLP_WIDTH})",
+        f"channels at full resolution (conv; default: {CONV_WIDTH}, half of them with each doubling of images above "
+        f"{SMALL} pixels, down to {LEAST_CONV_WIDTH}) or units of the first layer (mlp; default: {MLP_WIDTH})",
         type=integer(1, MOST_UNITS),
         metavar="N",
     )
