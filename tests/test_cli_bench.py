@@ -187,6 +187,7 @@ def test_a_copy_moves_as_many_bytes_as_it_says() -> None:
         (Case("mnist-mlp", "nll-mse"), 3 * 128 * 784),
         (Case("mnist-mlp", "nll-l1", direction="evaluate"), 2 * 128 * 784),
         (Case("mnist-mlp", "nll-gaussian-weight"), 6 * 128 * 784),
+        (Case("mnist-mlp", "nll-gaussian-none"), 8 * 128 * 784),  # 3N forward, 3N + 2N backward
         (Case("mnist-mlp", "kl-prior"), 8 * 128 * 20),
         (Case("mnist-mlp", "latent-prior-sample"), 14 * 128 * 20),  # 4M + M forward, 5M + 4M backward
         (Case("mnist-mlp", "latent-softplus"), 8 * 128 * 20),
@@ -322,13 +323,27 @@ def test_every_contestant_gives_the_right_answer_to_the_rest(preset: str, dtype:
 
 
 def test_values_alone_are_checked_too() -> None:
-    for operation in ("kl-prior", "latent-prior-sample", "nll-gaussian-softplus", "nll-l1-weighted-mean"):
+    for operation in (
+        "kl-prior",
+        "latent-prior-sample",
+        "nll-gaussian-softplus",
+        "nll-l1-weighted-mean",
+        "nll-gaussian-none",
+    ):
         assert_every_contestant_is_right(Case("2^8", operation, direction="evaluate"))
 
 
 def test_large_batches_are_checked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "_CHUNK", 3000)
-    for operation in ("latent", "kl", "elbo", "latent-prior-sample", "nll-gaussian-std", "nll-l1-weighted-mean"):
+    for operation in (
+        "latent",
+        "kl",
+        "elbo",
+        "latent-prior-sample",
+        "nll-gaussian-std",
+        "nll-l1-weighted-mean",
+        "nll-gaussian-none",
+    ):
         for preset in ("mnist-mlp", "single-cell-2k"):
             assert max(entered(Case(preset, operation)).values()) <= checking.TOLERANCES["float32"]
 
@@ -441,6 +456,13 @@ WRONG = {
         r"size: the gradient of prior_mu \(0\.\d+\)$",
     ),
     "no mask": ("nll-gaussian-weight", lambda right, *a: right(*a[:8], torch.ones_like(a[8])), "the value"),
+    "a mean for a sum": ("nll-gaussian-sum", lambda right, *a: (right(*a)[0] / 128,), "the value"),
+    "values in another order": ("nll-gaussian-none", lambda right, *a: (right(*a)[0].flip(0),), "the values"),
+    "gradient of a sum for one per sample": (
+        "nll-gaussian-none",
+        lambda right, *a: ((v := right(*a)[0]).detach() + (v - v.detach()).mean(),),
+        r"the gradient of recon_x .*, the gradient of recon_logvar",
+    ),
     "another mean": ("nll-gaussian-mean", lambda right, *a: (right(*a)[0] * 784,), "the value"),
 }
 

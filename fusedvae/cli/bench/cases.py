@@ -43,7 +43,7 @@ class Operation(NamedTuple):
     """Whether it is that at the sample, log q(z) - log p(z)."""
     weighted: bool = False
     """Whether elements have weights: a mask, of the data's shape."""
-    reduction: Literal["batchmean", "mean", "weighted_mean"] = "batchmean"
+    reduction: Literal["batchmean", "sum", "mean", "weighted_mean", "none"] = "batchmean"
 
     @property
     def form(self) -> str | None:
@@ -132,6 +132,12 @@ def operations() -> dict[str, Operation]:
         ),
         "nll-gaussian-mean": Operation(
             "nll", "Gaussian negative log-likelihood, mean over the elements", GAUSSIAN, reduction="mean"
+        ),
+        "nll-gaussian-sum": Operation(
+            "nll", "Gaussian negative log-likelihood, sum over everything", GAUSSIAN, reduction="sum"
+        ),
+        "nll-gaussian-none": Operation(
+            "nll", "Gaussian negative log-likelihood, a value per sample", GAUSSIAN, reduction="none"
         ),
         "nll-mse-mean": Operation("nll", "squared error, mean over the elements", "mse", None, reduction="mean"),
         "nll-l1-weighted-mean": Operation(
@@ -354,8 +360,8 @@ class Case:
         """Bytes that a perfect implementation moves; None where that has no simple answer.
 
         Losses make their gradients in the forward pass: they read each operand once and write each gradient once.
-        Samples read mu and logvar and write z; their backward pass reads what it needs again. Values that are fewer
-        than the elements (a loss, a log-variance per feature) count as nothing.
+        Samples read mu and logvar and write z; their backward pass reads what it needs again, and so does that of
+        values per sample. What is fewer than the elements (a loss, a log-variance per feature) counts as nothing.
         """
         kind = self.spec.kind
         if kind == "step" or self.direction in ("forward", "backward"):
@@ -376,7 +382,8 @@ class Case:
             # recon_x and maybe the scale, which want gradients; x and maybe a weight.
             learned = 2 if self.formula.pairs and self.shapes.recon_logvar == "each" else 1
             read = learned + 1 + self.spec.weighted
-            count += (read, read + learned)[which] * n
+            again = read if self.spec.reduction == "none" else 0
+            count += (read, read + again + learned)[which] * n
         return count * DTYPES[self.dtype].itemsize
 
     def possible(self) -> bool:
@@ -433,6 +440,8 @@ class Operands:
     weight: Tensor | None = None
     grad_z: Tensor | None = None
     grad_kl: Tensor | None = None
+    grad_nll: Tensor | None = None
+    """Of values per sample, as the one above."""
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -457,7 +466,7 @@ class Operands:
 
     def grads_of(self, outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
         """The gradients that come back to some outputs of the case, in their dtypes; None for the 1 of a loss."""
-        given = [grad for grad in (self.grad_z, self.grad_kl) if grad is not None]
+        given = [grad for grad in (self.grad_z, self.grad_kl, self.grad_nll) if grad is not None]
         if not given:
             return [None] * len(outputs)
         return [grad.to(output.dtype) for grad, output in zip(given, outputs, strict=True)]
@@ -550,7 +559,10 @@ def operands(case: Case, generator: torch.Generator) -> Operands:
             made.weight = arranged((torch.rand(shapes.x, generator=generator, device=device) < 0.8).to(dtype))
     if case.samples:
         made.grad_z = normal(shapes.latent)
+    # Of the precision that losses are computed in.
+    per_sample = torch.rand(shapes.latent[:1], generator=generator, device=device)
     if case.spec.kind == "latent":
-        # Of the precision that losses are computed in.
-        made.grad_kl = torch.rand(shapes.latent[:1], generator=generator, device=device)
+        made.grad_kl = per_sample
+    if case.spec.reduction == "none":
+        made.grad_nll = per_sample
     return made

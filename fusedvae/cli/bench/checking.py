@@ -79,8 +79,13 @@ def check(
                 elements, gradients = elements * weight, {name: g * weight for name, g in gradients.items()}
             loss += elements.sum().item() * factor
             loss_size += elements.abs().sum().item() * factor
+            incoming: float | Tensor = factor
+            if part.grad_nll is not None:
+                per_sample, terms = (t.flatten(1).sum(1) for t in (elements, elements.abs()))
+                errors.compare("the values", outputs[0][start:end], per_sample, size=terms)
+                incoming = part.grad_nll.double().view(-1, *[1] * (elements.dim() - 1))
             for name, per_element in gradients.items():
-                gradient, shape = per_element * factor, part.leaves[name].shape
+                gradient, shape = per_element * incoming, part.leaves[name].shape
                 if shape == gradient.shape:
                     expected[name] = gradient
                     continue
@@ -97,7 +102,7 @@ def check(
                 )
     if noise:
         _check_noise(torch.cat(noise))
-    if not case.samples:
+    if not case.samples and operands.grad_nll is None:
         expected_loss, terms = (outputs[0].new_tensor(value, dtype=torch.float64) for value in (loss, loss_size))
         errors.compare("the value", outputs[0], expected_loss, size=terms)
     if grads is not None:
@@ -107,11 +112,11 @@ def check(
 
 
 def _factor(case: Case, operands: Operands) -> float:
-    """What the sum over everything is multiplied by."""
+    """What the sum over everything is multiplied by; values per sample are not."""
     if case.spec.reduction == "weighted_mean":
         assert operands.weight is not None
         return 1.0 / operands.weight.double().sum().item()
-    return 1.0 / (case.elements if case.spec.reduction == "mean" else case.batch)
+    return {"batchmean": 1.0 / case.batch, "mean": 1.0 / case.elements}.get(case.spec.reduction, 1.0)
 
 
 def _logarithm(scale: Tensor, form: Form) -> tuple[Tensor, Tensor]:

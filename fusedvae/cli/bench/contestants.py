@@ -359,13 +359,14 @@ def _moments(mu: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _reduced_as(operation: Operation, likelihood: Callable[[str], Tensor], weight: Tensor | None, batch: int) -> Tensor:
     """The value of an operation, of a likelihood that takes what torch.nn.functional calls reduction."""
+    reduction = operation.reduction
     if weight is None:
-        return likelihood("mean") if operation.reduction == "mean" else likelihood("sum") / batch
+        if reduction in ("sum", "mean"):
+            return likelihood(reduction)
+        return likelihood("none").flatten(1).sum(1) if reduction == "none" else likelihood("sum") / batch
     (weight,) = _in_working_precision(weight)
     elements = weight * likelihood("none")
-    if operation.reduction == "weighted_mean":
-        return elements.sum() / weight.sum()
-    return elements.mean() if operation.reduction == "mean" else elements.sum() / batch
+    return elements.sum() / (weight.sum() if reduction == "weighted_mean" else batch)
 
 
 def idiomatic(idiom: Idiom, operation: str) -> Function:
