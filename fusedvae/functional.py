@@ -1677,13 +1677,16 @@ def linear_elbo(
         _check_tensor("kl", kl)
         if kl.dim() != 1:
             raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}")
-        divergence = kl if of_kl == "none" else kl.sum() if of_kl == "sum" else kl.mean()
+        _check_same_device("kl", kl, "x", x)
         name, batch = "kl", len(kl)
+        kl = kl.to(torch.promote_types(kl.dtype, torch.float32))
+        divergence = kl if of_kl == "none" else kl.sum() if of_kl == "sum" else kl.mean()
     if batch != x.shape[0]:
         raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {batch}")
-    if grad_scale is not None:
-        divergence = with_gradient_times(divergence, grad_scale)
-    loss = nll + (divergence * beta).to(divergence.dtype)
+    weighted = (divergence * beta).to(divergence.dtype)
+    if grad_scale is not None:  # of beta, too
+        weighted, divergence = [with_gradient_times(value, grad_scale) for value in (weighted, divergence)]
+    loss = nll + weighted
     return ELBOTerms(loss, nll, divergence) if return_terms else loss
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,16 +118,38 @@ def test_priors_and_given_divergences() -> None:
     operands.mu = operands.logvar = None  # type: ignore[assignment]
     for reduction in ("batchmean", "sum", "mean", "none"):
         assert_same(operands, {"kl": kl.detach(), "reduction": reduction}, 10)
+    with pytest.raises(ValueError, match="kl: expected on"):
+        operands.fused(kl=kl.to("meta"))
+
+
+@kernel_target
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_divergence_in_half_precision_is_added_up_in_float32(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(6, 4).to(dtype), torch.randn(9, 4).to(dtype)
+    x, kl = torch.zeros(6, 9), (torch.rand(6) * 1e4 + 5e4).to(dtype).requires_grad_()
+    for reduction in ("sum", "mean", "none"):
+        terms = functional.linear_elbo(
+            hidden, weight, None, x, None, kl=kl, block=4, reduction=reduction, return_terms=True
+        )
+        assert terms.kl.dtype == torch.float32
+        expected = kl.double() if reduction == "none" else getattr(kl.double(), reduction)()
+        torch.testing.assert_close(terms.kl.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(terms.loss, terms.nll + terms.kl)
+        (gradient,) = torch.autograd.grad(terms.loss.sum(), kl)
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(
+            gradient.float(), torch.full((6,), 1 / 6 if reduction == "mean" else 1.0).to(dtype).float()
+        )
 
 
 @kernel_target
 def test_terms_and_a_learned_beta() -> None:
     operands, beta = Operands("gaussian"), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     leaves = [*operands.leaves(), beta]
-    for k in range(3):
+    for k, grad_scale in itertools.product(range(3), (None, 8.0)):
         gradients = []
         for run in (operands.fused, operands.apart):
-            terms = run(beta=beta, return_terms=True)
+            terms = run(beta=beta, return_terms=True, grad_scale=grad_scale)
             assert isinstance(terms, functional.ELBOTerms)
             gradients.append([*terms, *torch.autograd.grad(terms[k], leaves, allow_unused=True)])
         for found, expected in zip(*gradients, strict=True):
