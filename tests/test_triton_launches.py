@@ -31,7 +31,9 @@ class Driver:
         self.launches: list[tuple[Any, ...]] = []
         """Programs, the function, and the arguments, with addresses for tensors."""
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 1 << 18}, load_binary=self.load_binary
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 18},
+            load_binary=self.load_binary,
+            unload_module=lambda module: None,  # of Triton from 3.9 on
         )
 
     def get_current_target(self) -> GPUTarget:
