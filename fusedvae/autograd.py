@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 from . import ops
 from .backend import reference
-from .backend.reference import GIVEN, Objective, Placed, Sampling, factor_of, form_fields
+from .backend.reference import GIVEN, Objective, Placed, Sampling, factor_of, form_fields, replaced
 from .calls import (
     KERNEL_DTYPES,
     LatentCall,
@@ -176,7 +176,7 @@ def _sharded_latent(spec: Sampling, operands: Operands) -> Sequence[Tensor]:
         return latent(find(RecordedLatent, operands, spec), operands)
 
     values = sharded.latent(spec, operands, run)
-    return _latent_without_call(spec._replace(backend="reference"), operands) if values is None else values
+    return _latent_without_call(replaced(spec, backend="reference"), operands) if values is None else values
 
 
 class _LatentFunction(torch.autograd.Function):
@@ -310,7 +310,7 @@ def made_in_forward(
             )
         )
     )
-    return spec._replace(needed=(False,) * len(spec.needed)) if deferred else spec
+    return replaced(spec, needed=(False,) * len(spec.needed)) if deferred else spec
 
 
 def _deferred(made: Sequence[bool], operands: Operands, *, in_place: bool = False) -> Deferred:
@@ -377,7 +377,7 @@ def _sharded_objective(spec: Objective, operands: Operands) -> Sequence[Tensor]:
         return objective(find(RecordedObjective, operands, spec), operands)
 
     values = sharded.objective(spec, operands, run)
-    return _objective_without_call(spec._replace(backend="reference"), operands) if values is None else values
+    return _objective_without_call(replaced(spec, backend="reference"), operands) if values is None else values
 
 
 class _Objective(torch.autograd.Function):

@@ -14,7 +14,7 @@ Common to all:
   a transformer): pass it in the mean's place and None, said out loud, in the scale's.
 * ``scale`` says what the tensor beside a mean holds: "logvar" (sigma^2 = e^s), "logstd" (sigma = e^s), "std" (sigma =
   s), "var" (sigma^2 = s), "softplus" (sigma = softplus(s)); of a Laplace distribution "logscale" (b = e^s), "scale" (b
-  = s), "softplus". ``clamp=(low, high)`` bounds s first, as torch.clamp does: no gradient outside; either may be None.
+  = s), "softplus". ``clamp=(low, high)`` bounds s first, with no gradient outside; either may be None.
   ``eps`` is then added to what the form names (sigma^2 for "logvar" and "var", else sigma, or b).
 * reductions: "batchmean" (sum over everything, divided by the batch size), "sum", "mean" (over elements),
   "weighted_mean" (sum of the weighted values, divided by the sum of the weights), "none" (sums over ``dim``: by default
@@ -57,6 +57,7 @@ from .backend.reference import (
     factor_of,
     form_fields,
     half_of,
+    replaced,
     with_gradient_times,
 )
 from .calls import Operand, Operands, find
@@ -235,7 +236,7 @@ def _checked_form(names: tuple[str, str, str], written: _Written | None, formula
         raise TypeError(f"{names[2]}: expected a number, got {type(eps).__name__}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"{names[2]}: expected at least 0, got {eps}")
-    return form._replace(low=low, high=high, eps=form.eps + float(eps))
+    return replaced(form, low=low, high=high, eps=form.eps + float(eps))
 
 
 def _checked_recon_form(formula: Formula, written: _Written | None) -> Form | None:
@@ -263,7 +264,8 @@ def _checked_forms(
             is_alike = posterior.scale == prior.scale and (prior_scale is None or isinstance(prior_scale, Tensor))
             eps = posterior.eps if is_alike else 0.0
         eps = 0.0 if eps is None else eps
-        forms.append(_checked_form(("prior_scale", "prior_clamp", "prior_eps"), prior._replace(eps=eps), formula))
+        prior = replaced(prior, eps=eps)
+        forms.append(_checked_form(("prior_scale", "prior_clamp", "prior_eps"), prior, formula))
     return forms
 
 

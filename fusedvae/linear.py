@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from . import autograd
 from .backend import reference
-from .backend.reference import Number, Objective, form_fields, working_dtype
+from .backend.reference import Number, Objective, form_fields, replaced, working_dtype
 from .calls import ObjectiveCall, Operand, Operands, ScaleCall, TermGradient, TermGradientCall, find, positions
 from .torch_private import is_transformed
 
@@ -180,7 +180,7 @@ def _forward(
     assert isinstance(x, Tensor)
     makes = any(call.needed) and not call.is_deferred
     needed = _needed_of_block(call) if makes else (False,) * len(_needed_of_block(call))
-    spec = spec._replace(needed=(*needed, *[False] * (len(spec.needed) - len(needed))))
+    spec = replaced(spec, needed=(*needed, *[False] * (len(spec.needed) - len(needed))))
     total = torch.zeros(x.shape[:1] if spec.values == "sample" else (), dtype=torch.float64, device=x.device)
     gradients = _Gradients(call.needed, operands) if makes else None
     for block in _blocks(call, operands):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from .backend.reference import Objective, Sampling, factor_of, unpacked
+from .backend.reference import Objective, Sampling, factor_of, replaced, unpacked
 from .calls import Operand, Operands
 from .layout import dense_strides
 
@@ -127,7 +127,7 @@ def objective(
     if factors[-1] != factors[0]:
         local[spec.beta] = local[spec.beta] * (factors[-1] / factors[0])  # type: ignore[operator]
     sums = tuple([r if r == "weighted_mean" else "sum" for r in spec.reductions])
-    values = run(spec._replace(reductions=sums), local)
+    values = run(replaced(spec, reductions=sums), local)
     of_terms = (factors[0], factors[0], factors[-1])  # the loss, the likelihood, the divergence
     return [batch.total(v * f) for v, f in zip(values, of_terms[: len(values)], strict=True)]
 

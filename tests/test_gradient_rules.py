@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -244,6 +245,7 @@ def test_checkpointing_makes_the_same_noise_again() -> None:
         assert torch.equal(f, e)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # PyTorch 2.15
 def test_operators_pass_opcheck(target: Target) -> None:
     ops, seed = torch.ops.fusedvae, torch.tensor(5)
     recon_x, x, mu, logvar, spread = (t.detach() for t in operands(torch.float32))
@@ -296,6 +298,36 @@ def test_a_compiled_training_step_is_one_graph_and_agrees_with_eager() -> None:
             found = run(compiled)
         for f, e in zip(found, run(step), strict=True):
             torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
+
+
+COMPILED: dict[str, dict[str, Any]] = {
+    "values per sample": {"reduction": "none"},
+    "terms": {"return_terms": True},
+    "forms": {"scale": "std", "clamp": (0.1, 3.0), "eps": 1e-3, "recon_scale": "softplus", "recon_clamp": (None, 2.0)},
+    "a prior": {"prior_mu": 0.5, "prior_logvar": 0.3, "prior_clamp": (-1.0, 1.0), "eps": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_way_to_a_call_compiles_into_one_graph(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """What checks arguments and makes calls is traced, with what the compiler of every release of PyTorch knows."""
+    recon_x, x, mu, spread, recon_logvar = (t.detach().to(dtype) for t in operands(torch.float32))
+    spread = spread.abs() + 0.2
+
+    def loss(recon_x: Tensor, mu: Tensor) -> Tensor:
+        found = functional.elbo_loss(recon_x, x, mu, spread, recon_logvar, **options)
+        return sum(found) if isinstance(found, tuple) else found.sum()
+
+    def run(function: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (recon_x, mu)]
+        value = function(*leaves)
+        return [value, *torch.autograd.grad(value, leaves)]
+
+    torch._dynamo.reset()
+    found = run(torch.compile(loss, backend="eager", fullgraph=True))
+    for f, e in zip(found, run(loss), strict=True):
+        torch.testing.assert_close(f, e)
 
 
 # --- what only GPUs do, as far as it can be seen without one ----------------------------------------------------------

@@ -35,7 +35,7 @@ FUSEDVAE_INLINE Derived<T> softplus(T x) {
   return {x < 0.0f ? log : x + log, x < 0.0f ? t * inverse : inverse};
 }
 
-// x within its bounds, and 1 if it was. NaN stays NaN; where there are bounds it counts as outside, as for torch.clamp.
+// x within its bounds, and 1 if it was: at the bounds, too. NaN stays NaN; where there are bounds it counts as outside.
 template <class T>
 FUSEDVAE_INLINE Derived<T> bounded(const Form& form, T x) {
   if (form.low == -INFINITY && form.high == INFINITY) return {x, number<T>(1)};

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,13 +65,24 @@ def _inverse(x: Any) -> Any:
     return 1.0 / x if isinstance(x, Tensor) or x != 0 else math.copysign(math.inf, x)
 
 
+# --- records ----------------------------------------------------------------------------------------------------------
+
+_Record = TypeVar("_Record", bound=NamedTuple)
+
+
+def replaced(record: _Record, **fields: Any) -> _Record:
+    """``record._replace(**fields)``, into which the compiler of PyTorch 2.6 does not see."""
+    kind = type(record)
+    return kind(*(fields.get(name, value) for name, value in zip(kind._fields, record, strict=True)))
+
+
 # --- the forms of a scale ---------------------------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
     """What the tensor beside a mean holds: how it becomes the scale that a formula is written in.
 
-    It is bounded by ``low`` and ``high`` first, as torch.clamp does it. The base is e^x, x or softplus(x), plus eps, or
+    It is bounded by ``low`` and ``high`` first. The base is e^x, x or softplus(x), plus eps, or
     ("bounded") the larger of x and eps, of which the derivative knows nothing. The scale is the base, or its square.
     """
 
@@ -107,6 +118,11 @@ DISPERSION_FORMS = {"theta": Form("linear"), "logtheta": PLAIN, "softplus": Form
 """Of the inverse dispersion of a negative binomial distribution."""
 
 
+def _bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """torch.clamp, with the derivative 1 at the bounds themselves, where PyTorch has 0 from 2.15 on."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 class Scale:
     """A scale as formulas take it: of a variance sigma^2, say, its logarithm, itself and its inverse."""
 
@@ -115,8 +131,7 @@ class Scale:
         self._form = form
         if isinstance(x, Tensor):
             if form.low != -math.inf or form.high != math.inf:
-                low, high = (None if math.isinf(bound) else bound for bound in (form.low, form.high))
-                x = torch.clamp(x, low, high) if low is not None or high is not None else x
+                x = _bounded(x, form.low, form.high)
         else:
             x = max(form.low, min(form.high, x))
         self._x = x
