@@ -53,6 +53,8 @@ def _second_order(formula: Callable[..., Any], inputs: Operands, grads: Sequence
     ``formula`` takes the inputs and returns as many tensors as there are incoming ``grads``.
     """
     with torch.enable_grad():
+        # Views: inputs may be one tensor, or computed from each other, and no derivative may go on to the next.
+        inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]
         wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
         outputs = formula(*inputs)
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]

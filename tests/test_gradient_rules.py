@@ -163,6 +163,45 @@ def test_learned_beta() -> None:
     assert_all_close(list(found), list(torch.autograd.grad(written_out(*t, beta=beta)[0], [beta, *t])))
 
 
+def _gradients_in_three_ways(value: Tensor, leaves: list[Tensor]) -> list[list[Tensor]]:
+    """Of a scalar: by the kernels, by formulas that can be differentiated again, and in a batch."""
+    plain = torch.autograd.grad(value, leaves, retain_graph=True)
+    again = torch.autograd.grad(value, leaves, create_graph=True)
+    ones = torch.ones(1, dtype=value.dtype)
+    batched = torch.autograd.grad(value, leaves, ones, is_grads_batched=True, retain_graph=True)
+    return [list(plain), list(again), [g[0] for g in batched]]
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_inputs_that_are_computed_from_each_other(reduction: str) -> None:
+    """As recon_x is from mu: no derivative by one goes on through another, and no hook is called twice."""
+    x, noise = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    leaves = [torch.randn(4, 6, dtype=torch.float64).requires_grad_() for _ in range(2)]
+
+    def fused(mu: Tensor, logvar: Tensor) -> Tensor:
+        z, kl = functional.latent(mu, logvar, 0.5 * mu, 0.1 * logvar, noise=noise)
+        loss = functional.elbo_loss(2.0 * z, x, mu, mu, 0.3 * mu, beta=0.7, reduction=reduction)
+        assert isinstance(loss, Tensor)
+        return loss.sum() + kl.sum()
+
+    def apart(mu: Tensor, logvar: Tensor) -> Tensor:
+        z, difference = mu + torch.exp(0.5 * logvar) * noise, 0.9 * logvar
+        kl = 0.5 * (torch.expm1(difference) - difference + (0.5 * mu) ** 2 * torch.exp(-0.1 * logvar))
+        return written_out(2.0 * z, x, mu, mu, 0.3 * mu)[0] * (4 if reduction == "none" else 1) + kl.sum()
+
+    expected = torch.autograd.grad(apart(*leaves), leaves, create_graph=True)
+    found = _gradients_in_three_ways(fused(*leaves), leaves)
+    for gradients in found:
+        assert_all_close(gradients, list(expected))
+    second = [torch.autograd.grad(sum(g.square().sum() for g in first), leaves) for first in (found[1], expected)]
+    assert_all_close(*map(list, second))
+
+    hooked = [leaf.clone() for leaf in leaves]
+    hooked[0].register_hook(lambda g: 2.0 * g)
+    for gradients in _gradients_in_three_ways(fused(*hooked), leaves):
+        assert_all_close(gradients, [2.0 * expected[0], expected[1]])
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
 def test_first_and_second_derivatives_numerically(reduction: str) -> None:

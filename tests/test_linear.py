@@ -247,6 +247,18 @@ def test_second_derivatives_and_gradients_in_batches() -> None:
 
 
 @kernel_target
+def test_inputs_that_are_computed_from_each_other() -> None:
+    """No derivative by one of them goes on through another."""
+    operands = Operands("gaussian")
+    leaves = [operands.hidden.requires_grad_(), operands.weight.requires_grad_()]
+    operands.bias, operands.recon_logvar = operands.weight.sum(1), operands.hidden.sum(1, keepdim=True)
+    expected = torch.autograd.grad(operands.apart(), leaves, retain_graph=True)
+    for options in ({"create_graph": True}, {"is_grads_batched": True, "grad_outputs": torch.ones(1)}):
+        found = torch.autograd.grad(operands.fused(block=16), leaves, retain_graph=True, **options)
+        torch.testing.assert_close([g.view_as(e) for g, e in zip(found, expected, strict=True)], list(expected))
+
+
+@kernel_target
 def test_a_kept_graph() -> None:
     operands = Operands("gaussian")
     leaves = operands.leaves()
