@@ -200,7 +200,7 @@ class DiagonalGaussianDistribution:
         """The moments of another one and the bounds of its log-variance, as `functional.kl_normal` takes them."""
         if other is None:
             return None, None, None
-        if other.deterministic:
+        if getattr(other, "deterministic", False):
             raise ValueError("other: expected a distribution that has a density, got a deterministic one")
         if not isinstance(other, DiagonalGaussianDistribution):
             return other.mean, other.logvar, None
@@ -246,7 +246,7 @@ class Normal(torch.distributions.Normal):
         shape = self._extended_shape(sample_shape)
         draws = torch.Size(sample_shape).numel()
         if draws == 0:
-            return self.loc.expand(shape)
+            return (self.loc + self.scale).expand(shape)
         z = functional.reparameterize(
             _batched(self.loc),
             _batched(self.scale),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def test_diagonal_gaussian(target: Target, shape: tuple[int, ...], dtype: torch.
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     _agree(p.kl(), expected.kl().sum(dims), kept)
     _agree(p.kl(q), expected.kl(other).sum(dims), kept)
+    _agree(p.kl(SimpleNamespace(mean=q.mean, logvar=q.logvar)), expected.kl(other).sum(dims), kept)
     _agree(p.kl(reduction="mean"), expected.kl().mean(dims), kept)
     _agree(p.kl(q, (1,)), expected.kl(other).sum(1), kept)
     _agree(p.kl(dims=-1, reduction="mean"), expected.kl().mean(-1), kept)
@@ -238,6 +240,7 @@ def test_samples_of_a_normal(
     torch.manual_seed(3)
     noise = Normal(torch.zeros_like(loc), torch.ones_like(scale)).sample(torch.Size(sample_shape))
     assert not noise.requires_grad
+    assert not Normal(loc, scale).sample(torch.Size(sample_shape)).requires_grad
     expected = loc + scale * noise
     _agree(z, expected, dtype)
     incoming = torch.randn(z.shape, dtype=dtype)
