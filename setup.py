@@ -19,6 +19,7 @@ Environment:
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -41,7 +42,9 @@ KERNELS = CSRC / "cpu" / "kernels.cpp"
 
 IS_WRITABLE = os.access(".", os.W_OK)
 BUILD = Path("build") if IS_WRITABLE else Path(tempfile.mkdtemp(prefix="fusedvae-"))
-"""What builds leave: beside the sources, so that the next build is incremental, unless that is read-only."""
+"""What builds leave: beside the sources, so that the next build is incremental; nothing if these are read-only."""
+if not IS_WRITABLE:
+    atexit.register(shutil.rmtree, BUILD, ignore_errors=True)
 
 # csrc/cpu/kernels.cpp is compiled once an instruction set; csrc/cpu/dispatch.cpp chooses between them at run time.
 BASELINE = {"baseline": []}

@@ -410,11 +410,16 @@ def test_what_only_looks_like_a_compiler_or_ninja_is_said(small_checkout: Path) 
 
 def test_sources_that_cannot_be_written_to_are_built_elsewhere(small_checkout: Path, tmp_path: Path) -> None:
     before = {str(path) for path in small_checkout.rglob("*")}
-    elsewhere = tmp_path / "elsewhere"
+    elsewhere, wheels = tmp_path / "elsewhere", tmp_path / "wheels"
     elsewhere.mkdir()
-    built(small_checkout, "os.access = lambda path, mode: False", TMPDIR=str(elsewhere))
+    read_only = f"os.access = lambda path, mode: path != '.'; sys.argv[1:] = ['bdist_wheel', '-d', {str(wheels)!r}]"
+    said = built(small_checkout, read_only, TMPDIR=str(elsewhere), FUSEDVAE_REQUIRE_EXT="1")
+    assert str(elsewhere) in said
     assert {str(path) for path in small_checkout.rglob("*")} == before
-    assert list(elsewhere.glob("fusedvae-*/lib*/fusedvae/_build.json"))
+    assert list(elsewhere.iterdir()) == []
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert any(re.fullmatch(r"fusedvae/_C\..*\.so", name) for name in archive.namelist())
 
 
 @pytest.mark.slow
