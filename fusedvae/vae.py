@@ -663,7 +663,8 @@ class VAE(nn.Module):
             # A function of the parameter: wrappers find out from outputs what was used, and may take it away then.
             recon_logvar = recon_logvar.clone()
         elif not isinstance(recon_logvar, Tensor):
-            recon_logvar = recon_x.new_full((), recon_logvar)
+            # Half precision would round it: the loss of the output is that of the module.
+            recon_logvar = recon_x.new_full((), recon_logvar, dtype=torch.promote_types(recon_x.dtype, torch.float32))
         return VAEOutput(
             recon_x, recon_logvar, *self._gaussian(posterior), latent.z, latent.kl, p.kind.numbers(), p.zi_logits
         )

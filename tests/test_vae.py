@@ -224,6 +224,13 @@ def test_a_mean_only_decoder_takes_its_log_variance_from_the_vae(
         torch.testing.assert_close(vae.recon_logvar.grad, expected.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_of_an_output_is_the_modules_in_every_dtype(x: Tensor, dtype: torch.dtype) -> None:
+    vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=-5.3).to(dtype)
+    x, noise = x.to(dtype), torch.randn(BATCH, LATENT).to(dtype)
+    torch.testing.assert_close(vae(x, noise=noise).loss(x), vae.loss(x, noise=noise))
+
+
 def test_a_pair_may_hold_a_log_variance_that_broadcasts(x: Tensor) -> None:
     class PerChannel(nn.Module):
         def __init__(self) -> None:
