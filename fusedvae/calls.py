@@ -234,7 +234,7 @@ class ObjectiveCall:
         self._values = _likes(outputs[:values])
         # Not on a GPU, where a compiler may record the call in a graph and owns all memory that is made meanwhile.
         is_plain = self._values[0].shape == () and self.device.type == "cpu"
-        self._total = torch.empty((), dtype=spec.dtype) if is_plain else None
+        self._total = torch.empty((), dtype=spec.dtype, device=self.device) if is_plain else None
         sources = [*operands, *outputs]
         _check_devices(operands)
         work = _objective_work(spec, operands, parts_of(sources), values)

@@ -607,7 +607,7 @@ def _noise_of_each(
     if len(generators) != mu.shape[0]:
         raise ValueError(f"generator: expected one for each of {mu.shape[0]} samples, got {len(generators)}")
     shape = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
-    noise = torch.empty(shape, device=mu.device)
+    noise = torch.empty(shape, dtype=torch.float32, device=mu.device)
     for own, generator in zip(noise, generators, strict=True):
         seed = ops.draw_seed(mu.device, generator, by_dispatcher=False)
         own.copy_(normal(tuple(own.shape), seed, device=mu.device, backend=backend))

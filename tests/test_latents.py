@@ -131,6 +131,13 @@ def test_a_generator_for_each_sample() -> None:
         torch.testing.assert_close(kl[k : k + 1], alone.kl)
     (found,) = torch.autograd.grad(z.sum(), s)
     torch.testing.assert_close(found, (z - mu).detach() / 2)
+    generators = [torch.Generator(mu.device).manual_seed(k) for k in (3, 1, 2)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(functional.reparameterize(mu, s, generator=generators), z)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(
