@@ -142,12 +142,12 @@ def test_broadcast_scales_in_any_layout(target: Target, likelihood: str, pattern
 
 
 @every_likelihood
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_inputs_that_are_broadcast_in_different_ways(target: Target, likelihood: str, reduction: str) -> None:
+def test_inputs_that_are_broadcast_in_different_ways(target: Target, likelihood: str) -> None:
     """One launch makes all their sums, or what it cannot sum is added up afterwards."""
     patterns = ["each", "scalar", "channel", "sample", "column", "row"]
-    for pattern, other in itertools.product(patterns, patterns if len(OTHERS[likelihood]) > 1 else patterns[:1]):
-        compare(target, likelihood, inputs_of(likelihood, pattern, other), reduction, 4e-6)
+    others = patterns if len(OTHERS[likelihood]) > 1 else patterns[:1]
+    for (k, pattern), (n, other) in itertools.product(enumerate(patterns), enumerate(others)):
+        compare(target, likelihood, inputs_of(likelihood, pattern, other), ["sum", "none"][(k + n) % 2], 4e-6)
 
 
 @every_likelihood
@@ -212,9 +212,9 @@ def test_any_subset_of_inputs(target: Target, likelihood: str) -> None:
             continue
         inputs = [t.detach().requires_grad_(w) for t, w in zip(made, wanted, strict=True)]
         some = [t for t in inputs if t.requires_grad]
-        for reduction in ("batchmean", "none"):
-            found = with_gradients(loss_of(likelihood, inputs, reduction, target.backend), some)
-            check(found, with_gradients(exact(likelihood, inputs, reduction), some), 1e-13)
+        reduction = ["batchmean", "none"][len(some) % 2]
+        found = with_gradients(loss_of(likelihood, inputs, reduction, target.backend), some)
+        check(found, with_gradients(exact(likelihood, inputs, reduction), some), 1e-13)
 
 
 @pytest.mark.large
