@@ -244,12 +244,20 @@ _ISA_SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 from fusedvae import _C
-from test_operations import run_everything
+from test_operations import functional, run_everything
 assert _C.cpu_isa() == sys.argv[1], _C.cpu_isa()
 native, reference = run_everything("native"), run_everything("reference")
 for a, b in zip(native, reference, strict=True):
     scale = b.abs().max().item()
     torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6 * scale)
+
+# Exponentials in float64, from those that overflow to those that are nothing: the gradient where the error is 1.
+logvar = torch.cat([torch.linspace(-746, 746, 20_011).double(), torch.randn(1000).double()])
+logvar[5:9] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+recon_x = torch.ones_like(logvar)[None].requires_grad_()
+value = functional.gaussian_nll(recon_x, torch.zeros_like(recon_x), logvar[None], reduction="sum", backend="native")
+(found,) = torch.autograd.grad(value, recon_x)
+torch.testing.assert_close(found[0], torch.exp(-logvar), rtol=6e-16, atol=1e-323, equal_nan=True)
 """
 
 

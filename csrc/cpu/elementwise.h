@@ -23,6 +23,7 @@ struct Arrays {
   bool is_plain, has_gains;      // the task
   const T* inputs[kMostInputs];  // the uniform one has one element
   const T* weight;               // in value and gradients; null for a weight of 1
+  const T* ones;                 // what the one instance of a dtype takes then
   bool selects;                  // whether a weight of 0 does away with what it weights, whatever that is
   T* value;                      // null where only their sum is wanted, as are gradients that are not
   T* grads[kMostInputs];
@@ -37,10 +38,10 @@ struct Arrays {
 // How scales come: as formulas are written (one input, it may be, the same for all elements), or in any form.
 enum class Scales { plain, uniform, any };
 
-// float64 is here for exactness, not speed: it has one instance of `apply`, which takes weights for all elements and
-// scales in any form, and sums and writes values.
+// float64 is here for exactness more than speed: beside that of the usual loss it has one instance of `apply`, which
+// takes weights for all elements and scales in any form, and sums and writes values.
 template <class T>
-constexpr bool kHasOneInstance = Pack<T>::lanes == 1;
+constexpr bool kHasOneInstance = std::is_same_v<T, double>;
 
 // What a formula derives of its scales, and the derivatives of their logarithms by what they are forms of.
 template <class Formula, class P>
@@ -208,7 +209,10 @@ struct OfElements {
   template <class T>
   static double apply_for(const Arrays<T>& a, int64_t count, bool is_uniform, bool sums) {
     if constexpr (kHasOneInstance<T>) {
-      return apply<T, true, Scales::any, true>(a, count);
+      if (sums && a.is_plain && !a.weight) return apply<T, false, Scales::plain, true>(a, count);
+      Arrays<T> weighted = a;
+      if (!a.weight) weighted.weight = a.ones;
+      return apply<T, true, Scales::any, true>(weighted, count);
     } else {
       if constexpr (Formula::kUniform >= 0)
         if (is_uniform) return with_scales<T, Scales::uniform>(a, count, sums);
@@ -266,9 +270,9 @@ bool is_unbuffered(const ElementwiseTask& task, const Outputs& outputs) {
 }
 
 // The weights of a tile, null where there are none: a product, in which what is weighted with 0 stays away.
-template <class Work, class T>
+template <class T>
 const T* read_weights(const ElementwiseTask& task, const Tile& t, Buffers<T>& buffers) {
-  if (!task.weight && !task.incoming) return kHasOneInstance<T> && !Work::kSamples ? buffers.weight : nullptr;
+  if (!task.weight && !task.incoming) return nullptr;
   const T* const weight = task.weight ? read(task.weight, t, buffers.weight) : nullptr;
   const T* const incoming = task.incoming ? read(task.incoming, t, buffers.incoming) : nullptr;
   if (!weight || !incoming) return weight ? weight : incoming;
@@ -329,9 +333,11 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
     std::conditional_t<Work::kSamples, SampleBuffers<T>, NoBuffers> sample_buffers;
     ScaleBuffers<T> scale_buffers[Formula::kScales + 1];  // (none of a formula without: not an array of 0)
     Columns<T> columns[n + 1];
-    if (kHasOneInstance<T>)
-      for (T& weight : buffers.weight) weight = 1;
     Arrays<T> a = {};
+    if (kHasOneInstance<T> && !task.weight && !task.incoming) {
+      for (T& weight : buffers.weight) weight = 1;
+      a.ones = buffers.weight;
+    }
     a.task = &task;
     a.is_plain = task.is_plain();
     a.has_gains = task.has_gains();
@@ -364,7 +370,7 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
             is_uniform && j == Formula::kUniform ? buffers.inputs[j] : read(task.inputs[j], t, buffers.inputs[j]);
       if constexpr (Work::kSamples) sample_operands(*latent, t, sample_buffers, &a);
       if (!a.is_plain && !is_uniform) map_scales<Formula>(task, t.count(), scale_buffers, &a);
-      a.weight = read_weights<Work>(task, t, buffers);
+      a.weight = read_weights(task, t, buffers);
       const bool needs_values = values.needs_values(t);
       a.value = needs_values ? buffers.value : place(outputs.value, task.value, t, buffers.value, false);
       for (int j = 0; j < n; ++j) a.grads[j] = place(outputs.grads[j], task.grads[j], t, buffers.grads[j], past_caches);

@@ -53,7 +53,7 @@ FUSEDVAE_INLINE double sum_of_packs(int64_t count, const Fetch& fetch, const App
   typename Pack<T>::type total = {};
   for (int64_t start = 0; start < count; start += span)
     total += for_packs<T, sums>(start, count - start < span ? count : start + span, fetch, apply);
-  return sums ? static_cast<double>(sum_lanes(total)) : 0;
+  return sums ? static_cast<double>(sum_lanes<T>(total)) : 0;
 }
 
 // The sum of an array, in an order that depends on its length alone.

@@ -38,20 +38,25 @@ constexpr int kLanes = 4;
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
-typedef uint64_t vq __attribute__((vector_size(kLanes * 4)));  // half as many lanes, of 64 bits
+typedef double vd __attribute__((vector_size(kLanes * 4)));  // half as many lanes, of 64 bits
+typedef uint64_t vq __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi_half __attribute__((vector_size(kLanes * 2)));
 
-// The vector that a number type is processed in. float64 is here for exactness, not speed: one at a time.
+// The vector that a number type is processed in.
 template <class T>
-struct Pack {
-  typedef T type;
-  static constexpr int lanes = 1;
-};
+struct Pack;
 template <>
 struct Pack<float> {
   typedef vf type;
   static constexpr int lanes = kLanes;
 };
+template <>
+struct Pack<double> {
+  typedef vd type;
+  static constexpr int lanes = kLanes / 2;
+};
+template <>
+constexpr bool kIsDouble<vd> = true;
 
 template <class V, class T>
 FUSEDVAE_INLINE V load(const T* p) {
@@ -63,7 +68,7 @@ template <class V, class T>
 FUSEDVAE_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
-// The same for the first `count` lanes, which are fewer than all (with one lane, none: never called).
+// The same for the first `count` lanes, which are fewer than all.
 template <class V, class T>
 FUSEDVAE_INLINE V load_part(const T* p, int64_t count) {
   T lanes[sizeof(V) / sizeof(T)] = {};
@@ -82,8 +87,8 @@ FUSEDVAE_INLINE vf number<vf>(double value) {
   return vf{} + static_cast<float>(value);
 }
 template <>
-FUSEDVAE_INLINE double number<double>(double value) {
-  return value;
+FUSEDVAE_INLINE vd number<vd>(double value) {
+  return vd{} + value;
 }
 
 FUSEDVAE_INLINE vf bits_to_float(vi v) {
@@ -99,16 +104,22 @@ FUSEDVAE_INLINE vf to_float(vi v) {
   return __builtin_convertvector(v, vf);
 }
 
-FUSEDVAE_INLINE float sum_lanes(vf v) {
-  float lanes[kLanes], total = 0;
+template <class T>
+FUSEDVAE_INLINE T sum_lanes(typename Pack<T>::type v) {
+  T lanes[Pack<T>::lanes];
   store(lanes, v);
-  for (int step = kLanes / 2; step; step /= 2)
+  for (int step = Pack<T>::lanes / 2; step; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  total = lanes[0];
-  return total;
+  return lanes[0];
 }
-FUSEDVAE_INLINE double sum_lanes(double v) {
-  return v;
+
+// A function of the C library, lane by lane: what float64 has for all that is not worth more.
+template <class Function>
+FUSEDVAE_INLINE vd by_lane(vd v, const Function& function) {
+  double lanes[Pack<double>::lanes];
+  store(lanes, v);
+  for (double& lane : lanes) lane = function(lane);
+  return load<vd>(lanes);
 }
 
 FUSEDVAE_INLINE vf root(vf v) {
@@ -126,8 +137,8 @@ FUSEDVAE_INLINE vf root(vf v) {
 #endif
 }
 
-FUSEDVAE_INLINE double root(double v) {
-  return std::sqrt(v);
+FUSEDVAE_INLINE vd root(vd v) {
+  return by_lane(v, [](double x) FUSEDVAE_LAMBDA { return __builtin_sqrt(x); });
 }
 
 // x between two bounds; NaN stays NaN (x86's minimum and maximum return their second operand if either is one).
@@ -215,14 +226,39 @@ FUSEDVAE_INLINE vf exponential_minus_1(vf x) {
   return exp_pair(x).expm1;
 }
 
-FUSEDVAE_INLINE double exponential(double x) {
-  return std::exp(x);
+// In float64: x = n ln 2 + r as above, and e^r by its series. Past the bounds e^x is 0 or infinity.
+FUSEDVAE_INLINE vd exponential(vd x) {
+  x = x < -746.0 ? number<vd>(-746.0) : x;
+  x = x > 710.0 ? number<vd>(710.0) : x;
+  const vd magic = number<vd>(6755399441055744.0);  // adding 1.5 * 2^52 rounds to an integer, counted by the low bits
+  const vd rounded = x * 1.4426950408889634 + magic, n = rounded - magic;
+  vd r = x - n * 0.693147180369123816490;  // ln 2 in two parts, of which the first times n is exact
+  r = r - n * 1.90821492927058770002e-10;
+  vd p = r * (1.0 / 6227020800) + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.0;
+#if defined(__AVX512F__)
+  return _mm512_scalef_pd(p, n);
+#else
+  // 2^n in two factors, as above: k is n + 2048, which is positive, and 1023 the exponent of 1.
+  const vq k = reinterpret_cast<vq>(rounded) - reinterpret_cast<vq>(magic) + 2048, k1 = k >> 1, k2 = k - k1;
+  return p * reinterpret_cast<vd>((k1 - 1) << 52) * reinterpret_cast<vd>((k2 - 1) << 52);
+#endif
 }
-FUSEDVAE_INLINE double exponential(double x, float factor) {
-  return static_cast<double>(factor) * std::exp(x);
+FUSEDVAE_INLINE vd exponential(vd x, float factor) {
+  return static_cast<double>(factor) * exponential(x);
 }
-FUSEDVAE_INLINE double exponential_minus_1(double x) {
-  return std::expm1(x);
+FUSEDVAE_INLINE vd exponential_minus_1(vd x) {
+  return by_lane(x, [](double lane) FUSEDVAE_LAMBDA { return std::expm1(lane); });
 }
 
 #if defined(__AVX512F__)
@@ -285,8 +321,8 @@ FUSEDVAE_INLINE vf logarithm(vf x) {
   return x == x ? y : x;
 }
 #endif
-FUSEDVAE_INLINE double logarithm(double x) {
-  return std::log(x);
+FUSEDVAE_INLINE vd logarithm(vd x) {
+  return by_lane(x, [](double lane) FUSEDVAE_LAMBDA { return std::log(lane); });
 }
 
 // sqrt(-2 ln u) for u in [2^-32, 1].
@@ -300,16 +336,16 @@ FUSEDVAE_INLINE vf logarithm_of_1_plus(vf x) {
   const vf y = log_normal(sum) + (x - (sum - 1.0f)) / sum;
   return sum > 0.0f ? y : sum == 0.0f ? number<vf>(-INFINITY) : number<vf>(NAN);
 }
-FUSEDVAE_INLINE double logarithm_of_1_plus(double x) {
-  return std::log1p(x);
+FUSEDVAE_INLINE vd logarithm_of_1_plus(vd x) {
+  return by_lane(x, [](double lane) FUSEDVAE_LAMBDA { return std::log1p(lane); });
 }
 // The same for x in [0, 1], with 1 / (1 + x).
 FUSEDVAE_INLINE vf logarithm_of_1_plus(vf x, vf inverse) {
   const vf sum = 1.0f + x;
   return log_normal(sum) + (x - (sum - 1.0f)) * inverse;
 }
-FUSEDVAE_INLINE double logarithm_of_1_plus(double x, double /*inverse*/) {
-  return std::log1p(x);
+FUSEDVAE_INLINE vd logarithm_of_1_plus(vd x, vd /*inverse*/) {
+  return logarithm_of_1_plus(x);
 }
 
 // sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is ever rounded.

@@ -2,8 +2,6 @@
 // been put together, and a logarithm that has not lost what it is to be compared with.
 #pragma once
 
-#include <type_traits>
-
 #include "math/target.h"
 
 namespace fusedvae {
@@ -33,7 +31,7 @@ template <class T>
 FUSEDVAE_INLINE Binet<T> binet(T inverse) {
   const T y = inverse * inverse;
   T value, slope;
-  if constexpr (std::is_same_v<T, double>) {
+  if constexpr (kIsDouble<T>) {
     value =
         polynomial(y, 0.083333333333333332708, 1.699568641901633913, 12.00390897360027098, 37.474827894949182812,
                    54.795764794216287449, 36.659076162591562041, 10.132052401473506168, 0.90399395566993606937,

@@ -1,6 +1,8 @@
 // What the formula headers need to know of the compiler that reads them.
 #pragma once
 
+#include <type_traits>
+
 #if defined(__CUDACC__)
 #define FUSEDVAE_INLINE __host__ __device__ __forceinline__
 #else
@@ -26,6 +28,10 @@
 
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
+
+// Whether T is float64, or a vector of it.
+template <class T>
+constexpr bool kIsDouble = std::is_same_v<T, double>;
 
 // A number, or a vector with this number in all lanes.
 template <class T>
