@@ -6,6 +6,7 @@ Each table stands between marks that name the file of its run, in benchmarks/res
 
     fusedvae bench --full --threads 2 --json benchmarks/results/cpu-avx512-2-threads.json
     python benchmarks/cpu_goals.py --json benchmarks/results/cpu-goals-avx512-2-threads.json
+    FUSEDVAE_CPU_ISA=avx2 python benchmarks/cpu_goals.py --json benchmarks/results/cpu-goals-avx2-2-threads.json
     OUT=results python benchmarks/gpu_check.py    # its gpu_check.json is gpu-h200.json
 
 A file by another name is shown once a mark on the page names it.

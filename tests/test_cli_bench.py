@@ -1128,7 +1128,7 @@ def test_the_page_has_the_figures_of_its_recorded_runs(monkeypatch: pytest.Monke
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     again, made = figures["generated"](text)
     assert again == text
-    assert len(figures["BLOCK"].findall(text)) == 3
+    assert len(figures["BLOCK"].findall(text)) == 4
     assert made
     for name in made:
         assert f"](figures/{name}.svg)" in text
