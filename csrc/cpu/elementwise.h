@@ -23,7 +23,7 @@ struct Arrays {
   bool is_plain, has_gains;      // the task
   const T* inputs[kMostInputs];  // the uniform one has one element
   const T* weight;               // in value and gradients; null for a weight of 1
-  const T* ones;                 // what the one instance of a dtype takes then
+  const T* ones;                 // what an instance for all tasks takes then
   bool selects;                  // whether a weight of 0 does away with what it weights, whatever that is
   T* value;                      // null where only their sum is wanted, as are gradients that are not
   T* grads[kMostInputs];
@@ -41,7 +41,7 @@ enum class Scales { plain, uniform, any };
 // float64 is here for exactness more than speed: beside that of the usual loss it has one instance of `apply`, which
 // takes weights for all elements and scales in any form, and sums and writes values.
 template <class T>
-constexpr bool kHasOneInstance = std::is_same_v<T, double>;
+constexpr bool kHasFewInstances = std::is_same_v<T, double>;
 
 // What a formula derives of its scales, and the derivatives of their logarithms by what they are forms of.
 template <class Formula, class P>
@@ -157,8 +157,8 @@ struct OfElements {
     constexpr bool is_uniform = kind == Scales::uniform;
     const P zero = {}, one = number<P>(1), factor = P{} + a.factor, constant = P{} + a.constant;
     const P none = number<P>(a.selects ? 0.0 : NAN);  // the weight that does away with an element
-    // (In one dtype's only instance it is not known before.)
-    const bool is_plain = kind == Scales::any       ? kHasOneInstance<T> && a.is_plain
+    // (In an instance for all tasks it is not known before.)
+    const bool is_plain = kind == Scales::any       ? kHasFewInstances<T> && a.is_plain
                           : kind == Scales::uniform ? Formula::kScales != 1 || a.is_plain
                                                     : true;
     struct Fetched {
@@ -196,7 +196,7 @@ struct OfElements {
 #pragma GCC unroll 4
         for (int k = 0; k < n; ++k) element.grads[k] = counts ? element.grads[k] : zero;
       }
-      if ((!sums || kHasOneInstance<T>) && a.value) store(a.value + i, has_weights ? value : value + constant);
+      if ((!sums || kHasFewInstances<T>) && a.value) store(a.value + i, has_weights ? value : value + constant);
 #pragma GCC unroll 4
       for (int k = 0; k < n; ++k)
         if (a.grads[k]) store(a.grads[k] + i, element.grads[k]);
@@ -208,7 +208,7 @@ struct OfElements {
   // The instance of `apply` for what is known at run time.
   template <class T>
   static double apply_for(const Arrays<T>& a, int64_t count, bool is_uniform, bool sums) {
-    if constexpr (kHasOneInstance<T>) {
+    if constexpr (kHasFewInstances<T>) {
       if (sums && a.is_plain && !a.weight) return apply<T, false, Scales::plain, true>(a, count);
       Arrays<T> weighted = a;
       if (!a.weight) weighted.weight = a.ones;
@@ -255,7 +255,7 @@ struct NoBuffers {};
 template <class Work, class T>
 bool is_unbuffered(const ElementwiseTask& task, const Outputs& outputs) {
   using Formula = typename Work::Formula;
-  if (kHasOneInstance<T> || Work::kSamples || (task.weight && task.incoming)) return false;
+  if (kHasFewInstances<T> || Work::kSamples || (task.weight && task.incoming)) return false;
   if (Formula::kScales > 0 && !task.is_plain()) return false;
   const Extent& e = task.extent;
   const auto fits = [&](Output kind, const Operand& operand) {
@@ -334,7 +334,7 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
     ScaleBuffers<T> scale_buffers[Formula::kScales + 1];  // (none of a formula without: not an array of 0)
     Columns<T> columns[n + 1];
     Arrays<T> a = {};
-    if (kHasOneInstance<T> && !task.weight && !task.incoming) {
+    if (kHasFewInstances<T> && !task.weight && !task.incoming) {
       for (T& weight : buffers.weight) weight = 1;
       a.ones = buffers.weight;
     }
@@ -360,7 +360,7 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
       bool is_uniform = false;
       if constexpr (Formula::kUniform >= 0 && !Work::kSamples) {
         const Operand& input = task.inputs[Formula::kUniform];
-        is_uniform = !kHasOneInstance<T> && (Formula::kScales < 2 || a.is_plain) &&
+        is_uniform = !kHasFewInstances<T> && (Formula::kScales < 2 || a.is_plain) &&
                      (input.is_uniform() || (t.nb == 1 && t.no == 1 && input.stride[2] == 0));
         if (is_uniform)
           buffers.inputs[Formula::kUniform][0] = static_cast<T>(get(input, input.data ? offset_of(input, t, 0, 0) : 0));

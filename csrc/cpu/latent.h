@@ -41,7 +41,7 @@ struct BesideSample {
     using P = typename Pack<T>::type;
     constexpr int n = Formula::kInputs;
     const P factor = P{} + a.factor;
-    const bool is_plain = plain || (kHasOneInstance<T> && a.is_plain);
+    const bool is_plain = plain || (kHasFewInstances<T> && a.is_plain);
     const bool has_gradients = a.grads[0] || a.grads[1] || (n == 4 && (a.grads[n - 2] || a.grads[n - 1]));
     struct Fetched {
       P inputs[n], incoming, noise, grad_z;
@@ -97,7 +97,7 @@ struct BesideSample {
 
   template <class T>
   static double apply_for(const Arrays<T>& a, int64_t count, bool /*is_uniform*/, bool /*sums*/) {
-    if constexpr (kHasOneInstance<T>) return apply<T, false>(a, count);
+    if constexpr (kHasFewInstances<T>) return apply<T, false>(a, count);
     return a.is_plain ? apply<T, true>(a, count) : apply<T, false>(a, count);
   }
 };
