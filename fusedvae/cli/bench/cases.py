@@ -439,9 +439,8 @@ class Operands:
     prior_logvar: Tensor | None = None
     weight: Tensor | None = None
     grad_z: Tensor | None = None
-    grad_kl: Tensor | None = None
-    grad_nll: Tensor | None = None
-    """Of values per sample, as the one above."""
+    grad_values: Tensor | None = None
+    """Of values per sample: a divergence's, or a likelihood's."""
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -466,7 +465,7 @@ class Operands:
 
     def grads_of(self, outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
         """The gradients that come back to some outputs of the case, in their dtypes; None for the 1 of a loss."""
-        given = [grad for grad in (self.grad_z, self.grad_kl, self.grad_nll) if grad is not None]
+        given = [grad for grad in (self.grad_z, self.grad_values) if grad is not None]
         if not given:
             return [None] * len(outputs)
         return [grad.to(output.dtype) for grad, output in zip(given, outputs, strict=True)]
@@ -559,10 +558,7 @@ def operands(case: Case, generator: torch.Generator) -> Operands:
             made.weight = arranged((torch.rand(shapes.x, generator=generator, device=device) < 0.8).to(dtype))
     if case.samples:
         made.grad_z = normal(shapes.latent)
-    # Of the precision that losses are computed in.
-    per_sample = torch.rand(shapes.latent[:1], generator=generator, device=device)
-    if case.spec.kind == "latent":
-        made.grad_kl = per_sample
-    if case.spec.reduction == "none":
-        made.grad_nll = per_sample
+    if case.spec.kind == "latent" or case.spec.reduction == "none":
+        # Of the precision that losses are computed in.
+        made.grad_values = torch.rand(shapes.latent[:1], generator=generator, device=device)
     return made

@@ -80,10 +80,10 @@ def check(
             loss += elements.sum().item() * factor
             loss_size += elements.abs().sum().item() * factor
             incoming: float | Tensor = factor
-            if part.grad_nll is not None:
+            if part.grad_values is not None:
                 per_sample, terms = (t.flatten(1).sum(1) for t in (elements, elements.abs()))
                 errors.compare("the values", outputs[0][start:end], per_sample, size=terms)
-                incoming = part.grad_nll.double().view(-1, *[1] * (elements.dim() - 1))
+                incoming = part.grad_values.double().view(-1, *[1] * (elements.dim() - 1))
             for name, per_element in gradients.items():
                 gradient, shape = per_element * incoming, part.leaves[name].shape
                 if shape == gradient.shape:
@@ -102,7 +102,7 @@ def check(
                 )
     if noise:
         _check_noise(torch.cat(noise))
-    if not case.samples and operands.grad_nll is None:
+    if not case.samples and operands.grad_values is None:
         expected_loss, terms = (outputs[0].new_tensor(value, dtype=torch.float64) for value in (loss, loss_size))
         errors.compare("the value", outputs[0], expected_loss, size=terms)
     if grads is not None:
@@ -155,8 +155,8 @@ def _latent(case: Case, part: Operands, sample: Tensor | None, factor: float) ->
         prior_logvar, prior_slope = _logarithm(prior_scale, form)
     precision = torch.exp(-prior_logvar)
     weight = torch.full((), 0.0 if case.samples else factor, dtype=mu.dtype, device=mu.device)
-    if part.grad_kl is not None:
-        weight = part.grad_kl.double().view(-1, *[1] * (mu.dim() - 1))
+    if part.grad_values is not None:
+        weight = part.grad_values.double().view(-1, *[1] * (mu.dim() - 1))
     z, noise, rounding, d_z = mu, *[torch.zeros_like(mu)] * 3
     if sample is not None:
         assert part.grad_z is not None

@@ -360,13 +360,15 @@ def _moments(mu: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 def _reduced_as(operation: Operation, likelihood: Callable[[str], Tensor], weight: Tensor | None, batch: int) -> Tensor:
     """The value of an operation, of a likelihood that takes what torch.nn.functional calls reduction."""
     reduction = operation.reduction
-    if weight is None:
-        if reduction in ("sum", "mean"):
-            return likelihood(reduction)
-        return likelihood("none").flatten(1).sum(1) if reduction == "none" else likelihood("sum") / batch
-    (weight,) = _in_working_precision(weight)
-    elements = weight * likelihood("none")
-    return elements.sum() / (weight.sum() if reduction == "weighted_mean" else batch)
+    if weight is not None:
+        (weight,) = _in_working_precision(weight)
+        elements = weight * likelihood("none")
+        if reduction == "weighted_mean":
+            return elements.sum() / weight.sum()
+        likelihood = partial(_reduced, elements)
+    if reduction == "none":
+        return likelihood("none").flatten(1).sum(1)
+    return likelihood("sum") / batch if reduction == "batchmean" else likelihood(reduction)
 
 
 def idiomatic(idiom: Idiom, operation: str) -> Function:
