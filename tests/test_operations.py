@@ -96,7 +96,7 @@ def test_sizes_around_the_edges_of_tiles(target: Target, batch: int, size: int) 
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("shape", [(2500, 48), (300, 3), (130, 1100), (9, 2, 2100)], ids=str)
+@pytest.mark.parametrize("shape", [(2500, 48), (300, 3), (1100, 1030), (9, 2, 2100), (40, 33_000)], ids=str)
 def test_a_spread_a_column_over_many_rows(target: Target, shape: tuple[int, ...]) -> None:
     latent = (shape[0], 2)
     t = [torch.randn(s) for s in (shape, shape, latent, latent, shape[-1:])]

@@ -320,9 +320,9 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
   const bool past_caches = kHasStreamingStores && written >= kPastCachesBytes;
   const bool unbuffered = !past_caches && !(totals && by_sample) && is_unbuffered<Work, T>(task, outputs);
   const Tiling tiling(e, unbuffered ? kUnbufferedTile : kTile);
-  const Blocks blocks(e, tiling, outputs.any(Output::column));
+  const Units units(e, tiling, outputs.any(Output::column));
   ValueSums<T> values(totals, by_sample, e, tiling);
-  const auto sum_of = [&](Output kind, const Operand& out) { return OutputSum<T>(kind, out, e, tiling, blocks); };
+  const auto sum_of = [&](Output kind, const Operand& out) { return OutputSum<T>(kind, out, e, tiling, units); };
   OutputSum<T> value_sum = sum_of(outputs.value, task.value);
   OutputSum<T> grad_sums[kMostInputs] = {
       sum_of(outputs.grads[0], task.grads[0]), sum_of(outputs.grads[1], task.grads[1]),
@@ -332,7 +332,6 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
     Buffers<T> buffers;
     std::conditional_t<Work::kSamples, SampleBuffers<T>, NoBuffers> sample_buffers;
     ScaleBuffers<T> scale_buffers[Formula::kScales + 1];  // (none of a formula without: not an array of 0)
-    Columns<T> columns[n + 1];
     Arrays<T> a = {};
     if (kHasFewInstances<T> && !task.weight && !task.incoming) {
       for (T& weight : buffers.weight) weight = 1;
@@ -348,15 +347,15 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
     const auto place = [&](Output kind, const Operand& out, const Tile& t, T* buffer, bool past) -> T* {
       return kind == Output::none ? nullptr : kind == Output::element ? array_for(out, t, buffer, past) : buffer;
     };
-    const auto deliver = [&](OutputSum<T>& sum, const Operand& out, int64_t k, const Tile& t, T* array, T* buffer,
-                             bool past, int64_t block, bool is_last, Columns<T>& own) {
+    const auto deliver = [&](OutputSum<T>& sum, const Operand& out, const Place& at, const Tile& t, T* array, T* buffer,
+                             bool past) {
       if (sum.wanted())
-        sum.take(k, t, array, block, is_last, own);
+        sum.take(at, t, array);
       else if (array && out)
         write(out, t, array, buffer, past);
     };
-    const auto visit = [&](int64_t k, int64_t block, bool is_last) {
-      const Tile t = tiling[k];
+    const auto visit = [&](const Place& at) {
+      const Tile t = tiling[at.tile];
       bool is_uniform = false;
       if constexpr (Formula::kUniform >= 0 && !Work::kSamples) {
         const Operand& input = task.inputs[Formula::kUniform];
@@ -375,20 +374,16 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
       a.value = needs_values ? buffers.value : place(outputs.value, task.value, t, buffers.value, false);
       for (int j = 0; j < n; ++j) a.grads[j] = place(outputs.grads[j], task.grads[j], t, buffers.grads[j], past_caches);
       const double total = Work::template apply_for<T>(a, t.count(), is_uniform, values.wanted() && !needs_values);
-      values.take(k, t, total, a.value);
-      deliver(value_sum, task.value, k, t, a.value, buffers.value, false, block, is_last, columns[n]);
+      values.take(at.tile, t, total, a.value);
+      deliver(value_sum, task.value, at, t, a.value, buffers.value, false);
       for (int j = 0; j < n; ++j)
-        deliver(grad_sums[j], task.grads[j], k, t, a.grads[j], buffers.grads[j], past_caches, block, is_last,
-                columns[j]);
+        deliver(grad_sums[j], task.grads[j], at, t, a.grads[j], buffers.grads[j], past_caches);
       if constexpr (Work::kSamples)
         if (a.z) write(latent->z, t, a.z, sample_buffers.z, false);
     };
-    for (int64_t block = first; block < last; ++block)
-      for (int64_t group = 0; group < blocks.groups; ++group)
-        for (int64_t row = blocks.first_row(block), end = blocks.first_row(block + 1); row < end; ++row)
-          visit(row * blocks.groups + group, block, row + 1 == end);
+    for (int64_t unit = first; unit < last; ++unit) units.visit_tiles(unit, visit);
   };
-  run_loop({blocks.count, body}, e.count() * (latent && latent->seed ? 4 : 1));
+  run_loop({units.count(), body}, e.count() * (latent && latent->seed ? 4 : 1));
 
   values.add_up();
   value_sum.add_up();

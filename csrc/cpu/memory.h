@@ -14,28 +14,34 @@
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
+// Bytes of a cache line, and of the widest vectors.
+constexpr int64_t kLine = 64;
+
 // Scratch memory; not std::vector, whose code the linker would share between instruction sets.
-class Doubles {
+template <class T>
+class Scratch {
  public:
-  explicit Doubles(int64_t count = 0) {
+  explicit Scratch(int64_t count = 0) {
     if (count <= kFew) return;
-    data_ = static_cast<double*>(std::malloc(static_cast<size_t>(count) * sizeof(double)));
+    const size_t lines = (static_cast<size_t>(count) * sizeof(T) + kLine - 1) / kLine;
+    data_ = static_cast<T*>(std::aligned_alloc(kLine, lines * kLine));
     if (!data_) out_of_memory();
   }
-  ~Doubles() {
+  ~Scratch() {
     if (data_ != few_) std::free(data_);
   }
-  Doubles(const Doubles&) = delete;
-  Doubles& operator=(const Doubles&) = delete;
-  double& operator[](int64_t i) { return data_[i]; }
-  double* at(int64_t i) { return data_ + i; }
-  void zero(int64_t count) { __builtin_memset(data_, 0, static_cast<size_t>(count) * sizeof(double)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T& operator[](int64_t i) { return data_[i]; }
+  T* at(int64_t i) { return data_ + i; }
+  void zero(int64_t count) { __builtin_memset(data_, 0, static_cast<size_t>(count) * sizeof(T)); }
 
  private:
   static constexpr int64_t kFew = 32;
-  double few_[kFew];
-  double* data_ = few_;
+  alignas(kLine) T few_[kFew];
+  T* data_ = few_;
 };
+using Doubles = Scratch<double>;
 
 // Bytes of outputs from which on they are written past the caches: more than a cache could keep for their reader.
 constexpr int64_t kPastCachesBytes = int64_t{24} << 20;

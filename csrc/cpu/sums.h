@@ -59,59 +59,77 @@ class ValueSums {
 // Rows whose elements for each column are added up in float, before they are in double.
 constexpr int64_t kRowsInFloat = 64;
 
-// The way over the tiles. Sums for each column need a row of accumulators: a few blocks of rows of tiles have one each,
-// and go down a group of columns at a time. Without them, a block is a tile.
-struct Blocks {
-  int64_t count, groups, rows;
-
-  Blocks(const Extent& e, const Tiling& tiling, bool by_column)
-      : groups(by_column ? tiling.column_groups() : 1), rows(tiling.count() / groups) {
-    count = by_column ? max_of(1, min_of(16, min_of(rows, e.batch * e.outer / 8))) : tiling.count();
-  }
-  int64_t first_row(int64_t block) const { return rows * block / count; }
+// Where a tile is on the way over them: in which block of rows, which of the rows of tiles there, and whether the last.
+struct Place {
+  int64_t tile, block, row;
+  bool is_last;
 };
 
-// A thread's accumulators for the columns of the tiles that it goes down.
-template <class T>
-struct Columns {
-  alignas(kLine) T sums[kTile];
-  int64_t rows = 0;  // that are in them
+// The way over the tiles, in units of work: each is a tile, but where columns have sums. There it is a block of rows of
+// a band of columns, as wide as its sums stay in the L2 cache: memory is read ahead along the rows, not down columns.
+struct Units {
+  static constexpr int64_t kWidestBand = 32, kMostBlocks = 16, kFewestRows = 16;
+  int64_t groups, rows;  // of tiles
+  int64_t bands, blocks;
+
+  Units(const Extent& e, const Tiling& tiling, bool by_column)
+      : groups(by_column ? tiling.column_groups() : 1),
+        rows(tiling.count() / groups),
+        bands(ceil_div(groups, kWidestBand)),
+        blocks(rows) {
+    if (!by_column) return;
+    const int64_t most = min_of(ceil_div(kMostBlocks, bands), e.batch * e.outer / kFewestRows);
+    blocks = max_of(1, min_of(most, rows));
+  }
+  int64_t count() const { return blocks * bands; }
+
+  // Calls visit(place) for the tiles of a unit.
+  template <class Visit>
+  void visit_tiles(int64_t unit, const Visit& visit) const {
+    const int64_t block = unit / bands, band = unit % bands;
+    const int64_t first = rows * block / blocks, last = rows * (block + 1) / blocks;
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t group = groups * band / bands; group < groups * (band + 1) / bands; ++group)
+        visit(Place{row * groups + group, block, row - first, row + 1 == last});
+  }
 };
 
 // A value or gradient that is summed over what it does not keep.
 template <class T>
 class OutputSum {
  public:
-  OutputSum(Output kind, const Operand& out, const Extent& e, const Tiling& tiling, const Blocks& blocks)
+  OutputSum(Output kind, const Operand& out, const Extent& e, const Tiling& tiling, const Units& units)
       : kind_(kind),
         out_(out),
         e_(e),
         tiling_(tiling),
-        blocks_(blocks),
+        units_(units),
         per_tile_(kind == Output::row      ? tiling.max_rows()
                   : kind == Output::sample ? tiling.max_samples()
                   : kind == Output::total  ? 1
                                            : 0),
-        slots_(kind == Output::column ? blocks.count * e.inner : tiling.count() * per_tile_) {
-    if (kind == Output::column) slots_.zero(blocks.count * e.inner);  // other slots are written once
+        tiles_in_float_(max_of(1, kRowsInFloat / max_of(1, tiling.max_rows()))),
+        floats_(kind == Output::column ? units.blocks * e.inner : 0),
+        slots_(kind == Output::column ? units.blocks * e.inner : tiling.count() * per_tile_) {
+    if (kind == Output::column && tiling.count() == 0) slots_.zero(e.inner);  // else a block's first rows are put there
   }
 
   bool wanted() const { return kind_ != Output::none && kind_ != Output::element; }
 
-  // Takes the elements of tile k, of some block; `is_last` says that the block goes no further down these columns.
-  void take(int64_t k, const Tile& t, const T* elements, int64_t block, bool is_last, Columns<T>& columns) {
+  // Takes the elements of a tile.
+  void take(const Place& at, const Tile& t, const T* elements) {
     switch (kind_) {
       case Output::total:
-        slots_[k] = sum(elements, t.count());
+        slots_[at.tile] = sum(elements, t.count());
         break;
       case Output::sample:
-        take_rows(k, elements, t.nb, t.no * t.ni);
+        take_rows(at.tile, elements, t.nb, t.no * t.ni);
         break;
       case Output::row:
-        take_rows(k, elements, t.nb * t.no, t.ni);
+        take_rows(at.tile, elements, t.nb * t.no, t.ni);
         break;
       case Output::column:
-        take_columns(t, elements, block, is_last, columns);
+        take_columns(at, t, elements);
         break;
       default:
         break;
@@ -134,26 +152,28 @@ class OutputSum {
       for (int64_t r = 0; r < rows; ++r) into[r] = sum(elements + r * length, length);
   }
 
-  void take_columns(const Tile& t, const T* elements, int64_t block, bool is_last, Columns<T>& columns) {
-    double* const into = slots_.at(block * e_.inner + t.i0);
-    const auto add_up = [&] {
-      for (int64_t i = 0; i < t.ni; ++i) into[i] += static_cast<double>(columns.sums[i]);
-      columns.rows = 0;
-    };
-    for (int64_t r = 0; r < t.nb * t.no; ++r) {
-      const T* const from = elements + r * t.ni;
-      if (columns.rows == 0)
-        for (int64_t i = 0; i < t.ni; ++i) columns.sums[i] = from[i];
+  void take_columns(const Place& at, const Tile& t, const T* elements) {
+    const int64_t rows = t.nb * t.no, from = at.block * e_.inner + t.i0;
+    T* const sums = floats_.at(from);
+    double* const totals = slots_.at(from);
+    int64_t held = at.row % tiles_in_float_ * tiling_.max_rows();  // rows in `sums`, if not fewer
+    bool has_totals = at.row >= tiles_in_float_;
+    const bool is_last = at.is_last || (at.row + 1) % tiles_in_float_ == 0;
+    for (int64_t r = 0; r < rows; ++r, elements += t.ni) {
+      if (held == 0)
+        for (int64_t i = 0; i < t.ni; ++i) sums[i] = elements[i];
       else
-        for (int64_t i = 0; i < t.ni; ++i) columns.sums[i] += from[i];
-      if (++columns.rows == kRowsInFloat) add_up();
+        for (int64_t i = 0; i < t.ni; ++i) sums[i] += elements[i];
+      if (++held < kRowsInFloat && !(is_last && r + 1 == rows)) continue;
+      for (int64_t i = 0; i < t.ni; ++i) totals[i] = (has_totals ? totals[i] : 0) + static_cast<double>(sums[i]);
+      has_totals = true;
+      held = 0;
     }
-    if (is_last && columns.rows > 0) add_up();
   }
 
   void add_up_columns() {
     double* const total = slots_.at(0);
-    for (int64_t block = 1; block < blocks_.count; ++block) {
+    for (int64_t block = 1; block < units_.blocks; ++block) {
       const double* const more = slots_.at(block * e_.inner);
       for (int64_t i = 0; i < e_.inner; ++i) total[i] += more[i];
     }
@@ -187,8 +207,9 @@ class OutputSum {
   const Operand& out_;
   const Extent& e_;
   const Tiling& tiling_;
-  const Blocks& blocks_;
-  const int64_t per_tile_;
+  const Units& units_;
+  const int64_t per_tile_, tiles_in_float_;
+  Scratch<T> floats_;
   Doubles slots_;
 };
 

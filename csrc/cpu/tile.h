@@ -16,7 +16,6 @@ namespace FUSEDVAE_NAMESPACE {
 // adding up lanes) count for less the larger it is.
 constexpr int64_t kTile = 1024;
 constexpr int64_t kUnbufferedTile = 4096;
-constexpr int64_t kLine = 64;
 
 static inline int64_t min_of(int64_t a, int64_t b) {
   return a < b ? a : b;
