@@ -53,7 +53,7 @@ BLOCKS = {
     ("objective in general", "f4 mixed"): 2,
     ("objective in general", "d1 mixed"): 1,
     ("objective in general, by column", "f1 mixed"): 2,
-    ("objective in general, by column", "f4 mixed"): 1,
+    ("objective in general, by column", "f4 mixed"): 2,
     ("objective in general, by column", "d1 mixed"): 1,
 }
 FEWER_BLOCKS = ("LaplaceNll", "BernoulliNll", "KlNormal")

@@ -224,6 +224,12 @@ __device__ __forceinline__ Position position_of(int64_t element, const Extent& e
   return {batch, row - batch * extent.outer, element - row * extent.inner};
 }
 
+// The same column, a row further down.
+__device__ __forceinline__ Position below(const Position& at, const Extent& extent) {
+  const bool is_last = at.outer + 1 == extent.outer;
+  return {at.batch + (is_last ? 1 : 0), is_last ? 0 : at.outer + 1, at.inner};
+}
+
 __device__ __forceinline__ int64_t offset_of(const Operand& op, const Position& at) {
   return at.batch * op.stride[0] + at.outer * op.stride[1] + at.inner * op.stride[2];
 }

@@ -13,10 +13,9 @@ namespace cuda {
 // Blocks on a multiprocessor. Passes over flat operands leave room for four, or for three where a formula has four
 // inputs or a logistic function: with three inputs of 16 bytes for each thread, 48 KB or 36 KB are on their way. The
 // sums of columns, one for each input and element of an access, leave room for two, and so do vectors of any dtypes and
-// terms in general. Where all of that comes together, there is room for one.
-template <class A, Sums sums, bool general>
-constexpr int kBlocks =
-    general && !std::is_same_v<A, MixedFloatScalar> && (sums == Sums::of_columns || A::V == 1) ? 1 : 2;
+// terms in general; those in float64 for one.
+template <class A>
+constexpr int kBlocks = std::is_same_v<A, MixedDoubleScalar> ? 1 : 2;
 
 struct TermPlan : PassPlan {
   bool has_gradients = false;
@@ -166,7 +165,7 @@ __device__ __forceinline__ void run_term(const Term& term, const TermPlan& plan,
 }
 
 template <class A, Sums sums, bool general>
-__global__ void __launch_bounds__(kThreads, kBlocks<A, sums, general>)
+__global__ void __launch_bounds__(kThreads, kBlocks<A>)
     objective_kernel(const __grid_constant__ ObjectiveTask task, const __grid_constant__ Plan plan,
                      const Workspace workspace) {
   FUSEDVAE_UNROLL_BY(1)
@@ -185,8 +184,8 @@ void launch_general(const ObjectiveTask&, const Plan&, const Layouts&, const Lau
 
 template <class A, Sums sums, bool general>
 void launch_objective(const ObjectiveTask& task, const Plan& plan, const Launch& on) {
-  launch("objective", objective_kernel<A, sums, general>, grid_for(plan.blocks, kBlocks<A, sums, general>, on.device),
-         kThreads, 0, static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
+  launch("objective", objective_kernel<A, sums, general>, grid_for(plan.blocks, kBlocks<A>, on.device), kThreads, 0,
+         static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }
 
 }  // namespace cuda

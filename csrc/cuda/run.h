@@ -62,11 +62,8 @@ __device__ __forceinline__ void run_columns(Pass& pass, const PassPlan& plan, co
   for (int s = 0; s < ColumnChunks::kColumns / A::V; ++s, column += step) {
     if (column >= inner) break;
     pass.made.start_columns();
-    int64_t element = first_row * inner + column;
-    for (int row = 0; row < rows; ++row, element += inner) {
-      const Position at = position_of(element, extent);
-      pass.apply(at, pass.fetch(at));
-    }
+    Position at = position_of(first_row * inner + column, extent);
+    for (int row = 0; row < rows; ++row, at = below(at, extent)) pass.apply(at, pass.fetch(at));
     const auto leave = [&](Output output, const Lanes<A>& sums, typename A::T& sum, int64_t first) {
       FUSEDVAE_UNROLL
       for (int j = 0; j < A::V; ++j) {

@@ -51,7 +51,7 @@ struct Chunks {
 // The cut where columns have sums of their own: chunks of some rows and of a strip of columns. A group of rows is
 // within one segment. A thread of a team goes down the rows, and has its columns to itself.
 struct ColumnChunks {
-  static constexpr int kColumns = 8;  // a thread
+  static constexpr int kColumns = 4;  // a thread
   static constexpr int kFewRows = 4;
   int log_team = 0;
   int64_t strips = 0, rows = kFewRows;  // rows in a group
@@ -62,8 +62,9 @@ struct ColumnChunks {
   ColumnChunks(int64_t all_rows, int64_t segment_rows, int64_t columns) : segment(segment_rows) {
     while ((1 << log_team) < kWarp && width() < columns) ++log_team;
     strips = (columns + width() - 1) / width();
-    // Each group leaves a partial sum for every column: no more of them than fill a device.
-    while (rows < segment && (all_rows + rows - 1) / rows * strips > Chunks::kEnough / 2) rows *= 2;
+    // A row at a time is on its way: few rows, so that many threads wait at the same time. But each group leaves a
+    // partial sum for every column: no more of them than fill a device.
+    while (rows < segment && (all_rows + rows - 1) / rows * strips > Chunks::kEnough) rows *= 2;
     groups_per_segment = (segment + rows - 1) / rows;
     groups = all_rows / segment * groups_per_segment;
   }
