@@ -164,8 +164,11 @@ def test_what_has_a_goal_is_timed_first(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_goals_are_reached_missed_or_not_measured() -> None:
     script = runpy.run_path(str(SCRIPT))
     times = {"eager": 800.0, "compile": 140.0, "copy": 91.0, "native": 100.0, "triton": 130.0}
+    captured = {**times, "native, captured": 95.0, "triton, captured": 125.0}
     results = {
-        "speed": {"found": {"elbo float32 2^26": {"microseconds": times}}},
+        "speed": {
+            "found": {"elbo float32 2^26": {"microseconds": times}, "elbo bfloat16 2^26": {"microseconds": captured}}
+        },
         "training": {"found": {script["TRAINING"]: {"microseconds": {"eager": 26.0, "native": 20.0}}}},
     }
     lines = list(script["goals_table"](results))
@@ -178,6 +181,10 @@ def test_goals_are_reached_missed_or_not_measured() -> None:
         ("MISSED", "eager", "7.00", "6.15", "triton"),
     ):
         assert f"{verdict:8}{bound.format(*figures)}" in lines
+    # Kernels alone are a copy's rivals, where their time alone is known.
+    of_copy, of_eager = ([line for line in lines if f"elbo bfloat16 2^26, {r}" in line] for r in ("copy", "eager"))
+    assert [line.split(": ")[-1] for line in of_copy] == ["0.96 (native, captured)", "0.73 (triton, captured)"]
+    assert [line.split(": ")[-1] for line in of_eager] == ["8.00 (native)", "6.15 (triton)"]
     assert "?       latent bfloat16 2^26, copy's time over ours at least 0.85: not measured" in lines
     assert lines[-1].startswith("pass    training step")
     assert lines[-1].endswith(": 1.30 (native)")
