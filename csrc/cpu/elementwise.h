@@ -347,15 +347,15 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
     const auto place = [&](Output kind, const Operand& out, const Tile& t, T* buffer, bool past) -> T* {
       return kind == Output::none ? nullptr : kind == Output::element ? array_for(out, t, buffer, past) : buffer;
     };
-    const auto deliver = [&](OutputSum<T>& sum, const Operand& out, const Place& at, const Tile& t, T* array, T* buffer,
-                             bool past) {
+    const auto deliver = [&](OutputSum<T>& sum, const Operand& out, const Turn& turn, const Tile& t, T* array,
+                             T* buffer, bool past) {
       if (sum.wanted())
-        sum.take(at, t, array);
+        sum.take(turn, t, array);
       else if (array && out)
         write(out, t, array, buffer, past);
     };
-    const auto visit = [&](const Place& at) {
-      const Tile t = tiling[at.tile];
+    const auto visit = [&](const Turn& turn) {
+      const Tile t = tiling[turn.tile];
       bool is_uniform = false;
       if constexpr (Formula::kUniform >= 0 && !Work::kSamples) {
         const Operand& input = task.inputs[Formula::kUniform];
@@ -374,10 +374,10 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
       a.value = needs_values ? buffers.value : place(outputs.value, task.value, t, buffers.value, false);
       for (int j = 0; j < n; ++j) a.grads[j] = place(outputs.grads[j], task.grads[j], t, buffers.grads[j], past_caches);
       const double total = Work::template apply_for<T>(a, t.count(), is_uniform, values.wanted() && !needs_values);
-      values.take(at.tile, t, total, a.value);
-      deliver(value_sum, task.value, at, t, a.value, buffers.value, false);
+      values.take(turn.tile, t, total, a.value);
+      deliver(value_sum, task.value, turn, t, a.value, buffers.value, false);
       for (int j = 0; j < n; ++j)
-        deliver(grad_sums[j], task.grads[j], at, t, a.grads[j], buffers.grads[j], past_caches);
+        deliver(grad_sums[j], task.grads[j], turn, t, a.grads[j], buffers.grads[j], past_caches);
       if constexpr (Work::kSamples)
         if (a.z) write(latent->z, t, a.z, sample_buffers.z, false);
     };

@@ -59,8 +59,8 @@ class ValueSums {
 // Rows whose elements for each column are added up in float, before they are in double.
 constexpr int64_t kRowsInFloat = 64;
 
-// Where a tile is on the way over them: in which block of rows, which of the rows of tiles there, and whether the last.
-struct Place {
+// A tile on the way over them: in which block of rows it is, in which of the rows of tiles there, and whether the last.
+struct Turn {
   int64_t tile, block, row;
   bool is_last;
 };
@@ -83,14 +83,14 @@ struct Units {
   }
   int64_t count() const { return blocks * bands; }
 
-  // Calls visit(place) for the tiles of a unit.
+  // Calls visit(turn) for the tiles of a unit.
   template <class Visit>
   void visit_tiles(int64_t unit, const Visit& visit) const {
     const int64_t block = unit / bands, band = unit % bands;
     const int64_t first = rows * block / blocks, last = rows * (block + 1) / blocks;
     for (int64_t row = first; row < last; ++row)
       for (int64_t group = groups * band / bands; group < groups * (band + 1) / bands; ++group)
-        visit(Place{row * groups + group, block, row - first, row + 1 == last});
+        visit(Turn{row * groups + group, block, row - first, row + 1 == last});
   }
 };
 
@@ -117,19 +117,19 @@ class OutputSum {
   bool wanted() const { return kind_ != Output::none && kind_ != Output::element; }
 
   // Takes the elements of a tile.
-  void take(const Place& at, const Tile& t, const T* elements) {
+  void take(const Turn& turn, const Tile& t, const T* elements) {
     switch (kind_) {
       case Output::total:
-        slots_[at.tile] = sum(elements, t.count());
+        slots_[turn.tile] = sum(elements, t.count());
         break;
       case Output::sample:
-        take_rows(at.tile, elements, t.nb, t.no * t.ni);
+        take_rows(turn.tile, elements, t.nb, t.no * t.ni);
         break;
       case Output::row:
-        take_rows(at.tile, elements, t.nb * t.no, t.ni);
+        take_rows(turn.tile, elements, t.nb * t.no, t.ni);
         break;
       case Output::column:
-        take_columns(at, t, elements);
+        take_columns(turn, t, elements);
         break;
       default:
         break;
@@ -152,13 +152,13 @@ class OutputSum {
       for (int64_t r = 0; r < rows; ++r) into[r] = sum(elements + r * length, length);
   }
 
-  void take_columns(const Place& at, const Tile& t, const T* elements) {
-    const int64_t rows = t.nb * t.no, from = at.block * e_.inner + t.i0;
+  void take_columns(const Turn& turn, const Tile& t, const T* elements) {
+    const int64_t rows = t.nb * t.no, from = turn.block * e_.inner + t.i0;
     T* const sums = floats_.at(from);
     double* const totals = slots_.at(from);
-    int64_t held = at.row % tiles_in_float_ * tiling_.max_rows();  // rows in `sums`, if not fewer
-    bool has_totals = at.row >= tiles_in_float_;
-    const bool is_last = at.is_last || (at.row + 1) % tiles_in_float_ == 0;
+    int64_t held = turn.row % tiles_in_float_ * tiling_.max_rows();  // rows in `sums`, if not fewer
+    bool has_totals = turn.row >= tiles_in_float_;
+    const bool is_last = turn.is_last || (turn.row + 1) % tiles_in_float_ == 0;
     for (int64_t r = 0; r < rows; ++r, elements += t.ni) {
       if (held == 0)
         for (int64_t i = 0; i < t.ni; ++i) sums[i] = elements[i];
