@@ -215,7 +215,13 @@ def _write(path: Path, content: bytes) -> None:
 def downloaded(name: str, **options: Any) -> Path:
     """The directory where huggingface_hub has put the files of a model of that name."""
     hub = _required("huggingface_hub", f"for {name!r}, which is no directory")
-    return Path(hub.snapshot_download(name, allow_patterns=[CONFIG, SAFETENSORS, PICKLED], **options))
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=[CONFIG, SAFETENSORS, PICKLED], **options))
+    except (OSError, ValueError) as error:  # among them that it is no name of the Hub's, and that there is no network
+        raise FileNotFoundError(
+            f"directory: {name!r} is no directory, and no model of that name could be had from the Hugging Face Hub: "
+            f"{error}"
+        ) from error
 
 
 _CARD = """---

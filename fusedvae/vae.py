@@ -11,6 +11,7 @@ of several samples and the estimate of log p(x): Burda, Grosse & Salakhutdinov 2
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -944,10 +945,13 @@ class VAE(nn.Module):
             options: ``revision``, ``token``, ``cache_dir`` and others that ``huggingface_hub.snapshot_download`` takes.
 
         Raises:
-            FileNotFoundError: there is no model.
+            TypeError: ``directory`` is neither a path nor a name.
+            FileNotFoundError: there is no model, or the Hub cannot be asked for it.
             ValueError: it is damaged, or one of its modules must be passed: the message says which.
             RuntimeError: the tensors do not fit the modules.
         """
+        if not isinstance(directory, (str, os.PathLike)):
+            raise TypeError(f"directory: expected a path or a name, got {type(directory).__name__}")
         path = Path(directory)
         if options or not path.is_dir():
             path = pretrained.downloaded(str(directory), **options)

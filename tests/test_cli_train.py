@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -596,6 +597,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": b"new"}
 
 
+@pytest.mark.parametrize("count", [1000, 100_000])
+def test_what_the_system_refused_is_said_and_not_what_torch_makes_of_it(tmp_path: Path, count: int) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(CommandError, match=r"cannot write .*checkpoint\.pt: \[Errno 27\] File too large"):
+            checkpoint.save(tmp_path, {"value": torch.zeros(count)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == {}
+
+
 def test_a_process_killed_while_writing_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, {"epoch": 3})
     script = (
@@ -659,6 +672,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     state = checkpoint.load(out)
     assert (state["epoch"], state["step"]) == (0, 0)
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (["--recon-logvar", "-200"], "a lower --lr or a higher --recon-logvar ("),
+        (["--recon-logvar", "learned", "--lr", "1e30"], "a lower --lr or a --recon-clamp ("),
+        (["--likelihood", "mse", "--lr", "1e30"], "a lower --lr ("),
+    ],
+    ids=["number", "learned", "none"],
+)
+def test_remedies_are_those_of_the_runs_own_likelihood(
+    array: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    remedy: str,
+) -> None:
+    assert main(["train", "--data", str(array), "--out", str(tmp_path / "run"), *TINY, *options]) == 2
+    assert f"in epoch 1: try {remedy}" in one_line_error(capsys)
 
 
 def test_parameters_that_are_not_finite_never_replace_a_checkpoint(array: Path, tmp_path: Path) -> None:
@@ -804,6 +838,7 @@ BAD_INPUT = {
         ["--data", "a.npy"],
         "cannot read a.npy: Array can't be memory-mapped: Python objects",
     ),
+    "text file": (lambda folder: (folder / "a.npy").write_text("x"), ["--data", "a.npy"], "a.npy: it is no .npy file"),
     "text": (save("a.npy", np.array([["a"], ["b"]])), ["--data", "a.npy"], "expected an array of numbers"),
     "complex": (save("a.npy", np.zeros((4, 4), complex)), ["--data", "a.npy"], "numbers, got dtype complex128"),
     "too few dimensions": (save("a.npy", np.zeros(5)), ["--data", "a.npy"], "got (5,)"),

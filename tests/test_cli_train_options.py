@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from test_cli_train import TINY, array, interrupt_after, no_pictures, one_line_error, quick, rows  # noqa: F401
+from torch.distributions import Normal, kl_divergence
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import fusedvae
@@ -160,6 +161,20 @@ def test_the_importance_weighted_bound_is_above_the_other(samples: data.Data) ->
     assert terms[[0, 2]].isfinite().all()
 
 
+def test_the_importance_weighted_bound_of_one_sample_is_the_other_at_it(samples: data.Data) -> None:
+    run = Trainer(Settings(**SMALL, epochs=1, bound="iwae"), samples)
+    found = run.evaluate(run.heldout_samples)
+    x = run.heldout_samples.batch(slice(None))
+    noise = run._noise(len(x), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = run.model.eval()(x, noise=noise[0])
+    q, p = Normal(out.mu, (out.logvar / 2).exp()), Normal(out.recon_x, (out.recon_logvar / 2).exp())
+    nll = -p.log_prob(x).sum() / len(x)
+    kl = kl_divergence(q, Normal(0, 1)).sum() / len(x)
+    at_sample = (q.log_prob(out.z) - Normal(0, 1).log_prob(out.z)).sum() / len(x)
+    torch.testing.assert_close(found.float(), torch.stack([nll + at_sample, nll, kl]), rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_of_float16_are_scaled_and_steps_that_overflow_are_left_out(samples: data.Data) -> None:
     run = Trainer(Settings(**SMALL, epochs=1, dtype="float16"), samples)
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
@@ -226,6 +241,11 @@ def test_such_runs_go_on_bit_for_bit(
     [
         (["--bound", "iwae", "--beta", "2"], "--bound iwae is a bound for --beta 1 only"),
         (["--beta-schedule", "cyclical"], "--beta-schedule cyclical needs --warmup"),
+        (["--beta-schedule", "cosine"], "--beta-schedule cosine needs --warmup"),
+        (["--lr-final", "0.5"], "--lr-final 0.5 needs --lr-schedule"),
+        (["--likelihood", "mse", "--recon-logvar", "0.5"], "--recon-logvar 0.5: the mse likelihood has no scale"),
+        (["--likelihood", "l1", "--logvar-floor", "-6"], "--logvar-floor bounds a per-pixel log-variance, and the l1"),
+        (["--recon-logvar", "learned", "--logvar-floor", "-6"], "and --recon-logvar learned has none"),
         (["--condition", "labels"], "--condition labels needs labels"),
         (["--fsdp"], "--fsdp is for several processes"),
         (["--likelihood", "bernoulli", "--recon-scale", "logvar"], "--recon-scale: expected none, as the bernoulli"),
@@ -249,6 +269,23 @@ def test_options_that_do_not_go_together(
     assert main(["train", "--data", str(array), "--out", str(out), *TINY, *extra]) == 2
     assert message in one_line_error(capsys)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("--clamp", "-8,8", (-8.0, 8.0)),
+        ("--recon-clamp", "-.5,", (-0.5, None)),
+        ("--recon-logvar", "-1e-3", -0.001),
+        ("--logvar-floor", "-1.5e0", -1.5),
+    ],
+)
+def test_negative_values_are_no_options(
+    array: Path, tmp_path: Path, no_pictures: None, option: str, text: str, value: object
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY, option, text]) == 0
+    assert getattr(Settings(**checkpoint.load(out)["settings"]), option[2:].replace("-", "_")) == value
 
 
 # --- files of options -------------------------------------------------------------------------------------------
@@ -288,7 +325,8 @@ def test_options_in_yaml(tmp_path: Path) -> None:
         ("learning_rate: 1", "there is no option --learning-rate"),
         ("lr: [1, 2]", "argument --lr: expected a number above 0"),
         ("resume: x", "there is no option --resume"),
-        ("fsdp: 3", "argument --fsdp/--no-fsdp: ignored explicit argument '3'"),
+        ("fsdp: 3", "--fsdp: expected true or false, got 3"),
+        ("lr: yes", "--lr: expected a value, got True"),
         ("- lr", "expected a mapping of options to values, got list"),
         ("a: b: c", "mapping values are not allowed"),
     ],
@@ -393,9 +431,10 @@ def test_a_run_ends_with_more_than_its_loss(
     assert float(table[1]["psnr"]) == pytest.approx(metrics.psnr(model, heldout, batch=8), rel=1e-5)
     assert int(table[1]["active_units"]) == metrics.active_units(model, heldout, batch=8)
     assert table[1]["ssim"] == ""  # of 4x4 pixels
-    assert main(["train", "--resume", str(out), "--epochs", "4", "--quiet"]) == 0
-    with open(out / "evaluation.csv", newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["2", "3", "4"]
+    for _ in range(2):  # the second time it is at its end already
+        assert main(["train", "--resume", str(out), "--epochs", "4", "--quiet"]) == 0
+        with open(out / "evaluation.csv", newline="") as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == ["2", "3", "4"]
 
 
 def test_metrics_of_a_conditional_model_are_told_the_labels() -> None:

@@ -173,6 +173,18 @@ def test_what_is_no_model_says_so(tmp_path: Path) -> None:
         VAE.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["no/such/directory", "me/absent"])
+def test_a_model_that_is_nowhere_says_where_it_was_looked_for(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("huggingface_hub")
+    message = (
+        rf"directory: '{name}' is no directory, and no model of that name could be had from the Hugging Face Hub: "
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        VAE.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(TypeError, match="directory: expected a path or a name, got int"):
+        VAE.from_pretrained(3)  # type: ignore[arg-type]
+
+
 def test_no_code_of_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Mean:
         def __reduce__(self) -> tuple:

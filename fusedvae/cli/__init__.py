@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -28,6 +29,13 @@ COMMANDS = ("train", "bench", "info")
 
 class _Parser(argparse.ArgumentParser):
     """Bad arguments get one line: ``--help`` has the usage."""
+
+    # What begins so is a value: to argparse, before Python 3.14, -1e-3 and -8,8 are options that it does not know.
+    _NEGATIVE = re.compile(r"-[\d.]")
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = self._NEGATIVE
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(message)

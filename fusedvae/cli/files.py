@@ -51,7 +51,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             finally:
                 os.close(directory)
     except (OSError, RuntimeError) as error:  # a RuntimeError is how torch.save reports a full disk
-        raise CommandError(f"cannot write {path}: {error}") from error
+        raise CommandError(f"cannot write {path}: {_of_the_system(error)}") from error
+
+
+def _of_the_system(error: BaseException) -> BaseException:
+    """The error with which a failure began: torch.save has one of its own for that a disk is full."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
 
 
 def write_where_asked(path: Path, content: bytes) -> None:

@@ -99,6 +99,11 @@ class Settings:
         """Of what the networks give."""
         return MIXED.get(self.dtype, self.data_dtype)
 
+    @property
+    def has_scale(self) -> bool:
+        """Whether the likelihood has one."""
+        return self.likelihood in ("gaussian", "laplace")
+
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision, where that was asked for."""
         if self.dtype not in MIXED:
@@ -109,10 +114,15 @@ class Settings:
         """Refuse options that do not go together, or with data of so many classes."""
         if self.bound == "iwae" and (self.beta != 1 or self.warmup > 0):
             raise CommandError("--bound iwae is a bound for --beta 1 only, without --warmup")
-        if self.beta_schedule == "cyclical" and self.warmup == 0:
-            raise CommandError(
-                "--beta-schedule cyclical needs --warmup, the epochs over which beta grows in each cycle"
-            )
+        if self.beta_schedule != "linear" and self.warmup == 0:
+            raise CommandError(f"--beta-schedule {self.beta_schedule} needs --warmup, the epochs over which beta grows")
+        if self.lr_final != 0 and self.lr_schedule == "constant":
+            raise CommandError(f"--lr-final {self.lr_final} needs --lr-schedule linear or cosine")
+        if self.recon_logvar != PER_PIXEL and not self.has_scale:
+            raise CommandError(f"--recon-logvar {self.recon_logvar}: the {self.likelihood} likelihood has no scale")
+        if self.logvar_floor != networks.LOGVAR_FLOOR and (self.recon_logvar != PER_PIXEL or not self.has_scale):
+            given = f"--recon-logvar {self.recon_logvar}" if self.has_scale else f"the {self.likelihood} likelihood"
+            raise CommandError(f"--logvar-floor bounds a {PER_PIXEL} log-variance, and {given} has none")
         if self.condition == "labels" and classes == 0:
             raise CommandError(f"--condition labels needs labels, and {self.data} has none")
         if self.fsdp and self.compile:
@@ -172,10 +182,9 @@ class Settings:
 
     def build_model(self, shape: tuple[int, ...], classes: int = 0) -> VAE:
         """A new model for samples of ``shape``, on the CPU; ``classes`` are how many labels there are to be told."""
-        has_scale = self.likelihood in ("gaussian", "laplace")
-        recon_logvar = None if self.recon_logvar == PER_PIXEL or not has_scale else self.recon_logvar
+        recon_logvar = None if self.recon_logvar == PER_PIXEL else self.recon_logvar
         width = self.width_of(shape)
-        options: dict[str, Any] = {"mean_only": recon_logvar is not None or not has_scale}
+        options: dict[str, Any] = {"mean_only": recon_logvar is not None or not self.has_scale}
         options["logvar_floor"] = self.logvar_floor
         options["classes"] = classes if self.condition == "labels" else None
         if self.arch_of(shape) == "conv":

@@ -26,7 +26,7 @@ from .files import write_atomically
 from .interruption import Interruption
 from .objective import Objective
 from .processes import ALONE, Alone
-from .settings import Settings
+from .settings import LEARNED, PER_PIXEL, Settings
 
 METRICS = "metrics.csv"
 COLUMNS = (
@@ -264,6 +264,7 @@ class Trainer:
                 with self.settings.autocast():
                     terms = self.evaluated(x, condition, self.settings.beta, None, 0, noise)
                     if self.settings.bound == "iwae":
+                        noise = noise[0] if self.settings.samples == 1 else noise  # as a model takes that of one
                         out = self.evaluated.model(x, condition, samples=self.settings.samples, noise=noise)
                         parts = out.loss(x, reduction="sum", full=True, return_terms=True)
                         terms = terms._replace(nll=parts.nll, kl=parts.kl)
@@ -355,9 +356,13 @@ class Trainer:
 
     def _check_finite(self, *values: Tensor) -> None:
         if not all(torch.isfinite(value).all() for value in values):
+            remedies = ["a lower --lr"]
+            if self.settings.has_scale:
+                bounds = {PER_PIXEL: "a higher --logvar-floor", LEARNED: "a --recon-clamp"}
+                remedies.append(bounds.get(str(self.settings.recon_logvar), "a higher --recon-logvar"))
             raise CommandError(
-                f"the loss is not finite any more in epoch {self.epoch + 1}: try a lower --lr or a higher "
-                "--logvar-floor (the checkpoint on the disk is from before)"
+                f"the loss is not finite any more in epoch {self.epoch + 1}: try {' or '.join(remedies)} "
+                "(the checkpoint on the disk is from before)"
             )
 
     def _size_of(self, step: int) -> int:

@@ -22,6 +22,9 @@ CHANNELS = (1, 3, 4)
 _CHUNK = 2**23
 """Bytes that are read at a time."""
 
+_STARTS = (np.lib.format.MAGIC_PREFIX, b"PK")
+"""Of .npy and .npz files."""
+
 _HASHED_ROWS = 4096
 """Of data that are not held in memory, so many go into the fingerprint."""
 
@@ -131,6 +134,9 @@ def rows_of(path: Path, array: str | None) -> Rows:
         if path.suffix == ".h5ad":
             return CellsFile(path)
         with open(path, "rb") as file:
+            if not file.read(len(_STARTS[0])).startswith(_STARTS):  # NumPy would call it a pickle
+                raise CommandError(f"cannot read {path}: it is no {path.suffix} file")
+            file.seek(0)
             loaded = np.load(file, allow_pickle=False) if path.suffix == ".npz" else None
             if loaded is not None and not isinstance(loaded, np.ndarray):
                 return _chosen_array(path, loaded, array)

@@ -43,7 +43,8 @@ class Evaluations:
         with self.trainer.group.together():
             if self.trainer.group.is_first:
                 row = self._measured()
-                self.trainer.evaluations.append(row)
+                others = [other for other in self.trainer.evaluations if other["epoch"] != row["epoch"]]
+                self.trainer.evaluations = [*others, row]  # a run that was at its end is measured anew
                 write_csv(self.directory / EVALUATION, COLUMNS, self.trainer.evaluations)
         return row
 

@@ -335,12 +335,17 @@ def parsed(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: there is no such option, or it takes no such value.
     """
-    names = {field.name for field in fields(Settings)}
+    defaults = {field.name: field.default for field in fields(Settings)}
     words = []
     for name, value in values.items():
         field = str(name).replace("-", "_")
-        if field not in names:
+        if field not in defaults:
             raise ValueError(f"there is no option {option_name(field)}")
+        is_switch = isinstance(defaults[field], bool)
+        if value is not None and isinstance(value, bool) != is_switch:
+            raise ValueError(
+                f"{option_name(field)}: expected {'true or false' if is_switch else 'a value'}, got {value!r}"
+            )
         if isinstance(value, bool):
             words.append(option_name(field) if value else f"--no-{field.replace('_', '-')}")
         elif isinstance(value, (list, tuple)):
