@@ -81,6 +81,28 @@ def _check_input(module: nn.Module, name: str, given: Tensor, sizes: tuple[int, 
     if tuple(given.shape[1:]) != sizes:
         expected = ", ".join(("batch", *map(str, sizes)))
         raise ValueError(f"{name}: expected shape ({expected}) by {type(module).__name__}, got {tuple(given.shape)}")
+    if not given.is_floating_point():
+        raise TypeError(f"{name}: expected floating point by {type(module).__name__}, got {given.dtype}")
+
+
+def _of_labels(module: nn.Module, table: nn.Embedding, labels: Tensor, batch: int) -> Tensor:
+    """What a module knows of each label, ``(batch, width)``."""
+    by = f"by {type(module).__name__}"
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor {by}, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels: expected int64 or int32 {by}, got {labels.dtype}")
+    if tuple(labels.shape) != (batch,):
+        raise ValueError(f"labels: expected shape ({batch},) {by}, got {tuple(labels.shape)}")
+    if torch.compiler.is_compiling():
+        return table(labels)
+    try:
+        return table(labels)
+    except IndexError as error:
+        low, high = labels.min().item(), labels.max().item()
+        raise ValueError(
+            f"labels: expected from 0 to {table.num_embeddings - 1} {by}, got from {low} to {high}"
+        ) from error
 
 
 def _dense_stack(sizes: Sequence[int]) -> list[nn.Module]:
@@ -340,7 +362,7 @@ class LabelledEncoder(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         _check_input(self, "x", x, self.shape)
-        beside = self.labels(labels).unflatten(1, self.beside)
+        beside = _of_labels(self, self.labels, labels, x.shape[0]).unflatten(1, self.beside)
         return self.network(torch.cat([x, beside.to(x.dtype)], dim=1))
 
 
@@ -369,7 +391,7 @@ class LabelledDecoder(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         _check_input(self, "z", z, (self.latent_dim,))
-        return self.network(torch.cat([z, self.labels(labels).to(z.dtype)], dim=1))
+        return self.network(torch.cat([z, _of_labels(self, self.labels, labels, z.shape[0]).to(z.dtype)], dim=1))
 
 
 _WIDTH_OF_LABELS = 8

@@ -467,6 +467,18 @@ def test_shards_that_are_not_whole_are_one_line(tmp_path: Path) -> None:
     path.write_bytes(b"rubbish" * 200)
     with pytest.raises(CommandError, match=r"cannot read \S*a\.tar"):
         data.load(str(path))
+    shard(path, {f"{number}.png": png(noise(4, 4)) for number in range(4)})
+    whole = path.read_bytes()
+    assert len(data.load(str(path))) == 4
+    third = 2 * 1024  # a header and an image, each in blocks of 512 bytes
+    wrong = bytes([whole[third + 150] ^ 1])  # in that header's checksum
+    for content in (
+        *(whole[:end] for end in (third - 512, third, third + 100, third + 512)),
+        whole[: third + 150] + wrong + whole[third + 151 :],
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CommandError, match=r"cannot read \S*a\.tar: "):
+            data.load(str(path))
     shard(path, {"0.png": png(noise(4, 4)), "1.txt": b"no image"})
     with pytest.raises(CommandError, match=r"a\.tar: /1 has no image"):
         data.load(str(path))
@@ -570,6 +582,20 @@ def test_measuring_on_data_of_their_own(
     assert main(["train", "--resume", str(out), "--epochs", "2", "--quiet"]) == 0
     assert main(["train", "--resume", str(out), "--epochs", "3", "--quiet", "--test-data", learnt]) == 2
     assert "is not the data that this run was trained on" in capsys.readouterr().err
+
+
+def test_a_condition_needs_labels_of_the_data_to_measure_on_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("learnt/a", "learnt/b", "others/a", "others/c", "none"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / name / f"{number}.png").write_bytes(png(noise(4, 4)))
+    for name in ("others", "none"):
+        sources = ["--data", str(tmp_path / "learnt"), "--test-data", str(tmp_path / name)]
+        assert main(["train", *sources, "--condition", "labels", "--out", str(tmp_path / "run"), *QUICK]) == 2
+        message = f"--condition labels needs those of {tmp_path / 'learnt'}, and {tmp_path / name} has none or others"
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_that_reads_as_it_goes_is_that_in_memory(

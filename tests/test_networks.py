@@ -161,5 +161,28 @@ def test_wrong_inputs_are_named(name: str) -> None:
     encoder, decoder = BUILDERS[name]((1, 8, 8), 2)
     with pytest.raises(ValueError, match=r"x: expected shape \(batch, 1, 8, 8\) by \w+Encoder, got \(3, 8, 8\)"):
         encoder(torch.rand(3, 8, 8))
+    with pytest.raises(TypeError, match=r"x: expected floating point by \w+Encoder, got torch.uint8"):
+        encoder(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"z: expected shape \(batch, 2\) by \w+Decoder, got \(3, 4\)"):
         decoder(torch.rand(3, 4))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ([0, 1, 2], TypeError, "expected a tensor by LabelledEncoder, got list"),
+        (torch.zeros(3), TypeError, "expected int64 or int32 by LabelledEncoder, got torch.float32"),
+        (torch.tensor([0, 1]), ValueError, r"expected shape \(3,\) by LabelledEncoder, got \(2,\)"),
+        (torch.tensor([[0], [1], [2]]), ValueError, r"expected shape \(3,\) by LabelledEncoder, got \(3, 1\)"),
+        (torch.tensor([0, 1, 4]), ValueError, "expected from 0 to 3 by LabelledEncoder, got from 0 to 4"),
+        (torch.tensor([0, -1, 3]), ValueError, "expected from 0 to 3 by LabelledEncoder, got from -1 to 3"),
+    ],
+    ids=["list", "float", "short", "column", "high", "negative"],
+)
+def test_wrong_labels_are_named(name: str, labels: object, error: type[Exception], message: str) -> None:
+    vae = VAE(*BUILDERS[name]((1, 4, 4), 2, classes=4), 2)
+    with pytest.raises(error, match=f"labels: {message}"):
+        vae.loss(torch.rand(3, 1, 4, 4), labels)
+    with pytest.raises(error, match=f"labels: {message}".replace("Encoder", "Decoder")):
+        vae.generate(3, labels)

@@ -110,8 +110,9 @@ class Settings:
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, MIXED[self.dtype])
 
-    def check(self, classes: int) -> None:
-        """Refuse options that do not go together, or with data of so many classes."""
+    def check(self, classes: int, tested_on_labels: bool = True) -> None:
+        """Refuse options that do not go together, or with data of so many classes, of which those to test on may have
+        none."""
         if self.bound == "iwae" and (self.beta != 1 or self.warmup > 0):
             raise CommandError("--bound iwae is a bound for --beta 1 only, without --warmup")
         if self.beta_schedule != "linear" and self.warmup == 0:
@@ -125,6 +126,10 @@ class Settings:
             raise CommandError(f"--logvar-floor bounds a {PER_PIXEL} log-variance, and {given} has none")
         if self.condition == "labels" and classes == 0:
             raise CommandError(f"--condition labels needs labels, and {self.data} has none")
+        if self.condition == "labels" and not tested_on_labels:
+            raise CommandError(
+                f"--condition labels needs those of {self.data}, and {self.test_data} has none or others"
+            )
         if self.fsdp and self.compile:
             raise CommandError("--fsdp and --compile do not go together")
 

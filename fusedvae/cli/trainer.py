@@ -68,7 +68,7 @@ class Trainer:
         self.settings = settings = dataclasses.replace(settings, epochs=epochs, width=settings.width_of(data.shape))
         self.epochs = epochs
         self.data, self.group = data, group
-        settings.check(len(data.classes))
+        settings.check(len(data.classes), data.test.labels is not None)
         self.device = torch.device(settings.device)
         self.fingerprint = data.fingerprint()
         self.shape = data.shape

@@ -32,6 +32,7 @@ _GREY = ("1", "L", "LA", *_SIXTEEN_BITS)
 _TURNED_BY_A_QUARTER = (5, 6, 7, 8)
 _ORIENTATION = 0x0112
 _THREADS = 8
+_END_OF_TAR = bytes(tarfile.BLOCKSIZE)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -127,7 +128,7 @@ def _members(path: str) -> Iterator[tuple[str, tuple[int, int] | None, str | Non
     """Of every sample of a tar file its name, where its image lies (offset, size), and its class."""
     key, image, label = None, None, None
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # of a million it would remember every one
                 folder, _, name = member.name.rpartition("/")
@@ -145,6 +146,10 @@ def _members(path: str) -> Iterator[tuple[str, tuple[int, int] | None, str | Non
                 elif suffix == "cls":
                     text = archive.extractfile(member)
                     label = "" if text is None else text.read().decode().strip()
+            # At what is no header tarfile ends without a word, but for the first.
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != _END_OF_TAR:
+                raise CommandError(f"cannot read {path}: it is damaged or cut short at byte {archive.offset}")
     except CommandError:
         raise
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
