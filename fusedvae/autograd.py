@@ -133,6 +133,8 @@ class RecordedLatent:
         operands = _converted(self.conversions, operands)
         self.gradient = _gradient_of(spec, operands)
         self.numbers = _numbers(operands)
+        self.likes = _likes(operands)
+        """Of the operands that are tensors, all that matters but the values in them."""
         self.forward = None if self.is_dispatched or spec.backend == "reference" else LatentCall(operands, spec)
 
 
@@ -150,6 +152,10 @@ def _gradient_of(spec: Sampling, operands: Operands) -> SamplingGradient:
         needed,
         spec.backend,
     )
+
+
+def _likes(operands: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return [(t.shape, t.stride(), t.dtype, t.device) for t in operands if isinstance(t, Tensor)]
 
 
 def _numbers(operands: Operands) -> list[int]:
@@ -188,9 +194,7 @@ class _LatentFunction(torch.autograd.Function):
     def keep(
         ctx: Any, gradient: SamplingGradient, operands: Operands, numbers: list[int], call: RecordedLatent | None = None
     ) -> None:
-        ctx.gradient = gradient
-        # The call that the operands are those of, unless they may come back as something else.
-        ctx.call = None if has_hooks_on_saved_tensors() else call
+        ctx.gradient, ctx.call = gradient, call
         ctx.numbers = [(k, operands[k]) for k in numbers] if numbers else ()
         if numbers:
             operands = [None if k in numbers else t for k, t in enumerate(operands)]
@@ -200,10 +204,14 @@ class _LatentFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         operands = [*ctx.saved_tensors]
+        call = ctx.call
+        # Hooks may give back something else than was saved, and so may a parameter that was given other data meanwhile.
+        if call is not None and _likes(operands) != call.likes:
+            call = None
         for k, number in ctx.numbers:
             operands[k] = number
         grad_z, grad_kl = [None if g is None else g.resolve_neg() for g in (*incoming, None)[:2]]
-        return (None, *_latent_gradients(ctx.gradient, operands, grad_z, grad_kl, ctx.call))
+        return (None, *_latent_gradients(ctx.gradient, operands, grad_z, grad_kl, call))
 
 
 class _Latent(_LatentFunction):

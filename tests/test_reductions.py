@@ -199,6 +199,20 @@ def test_gradients_are_made_scaled(dtype: torch.dtype, reduction: Any, is_tensor
         torch.testing.assert_close(g, 8 * u, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_are_made_scaled_where_the_loss_is_infinite(create_graph: bool) -> None:
+    m, x, mu, s = operands = leaves((4, 5), (4, 5), (4, 2), (4, 2))
+    with torch.no_grad():
+        x[0, 0] = math.inf
+    loss = functional.elbo_loss(m, x, mu, s, likelihood="mse", reduction="sum", grad_scale=8.0)
+    assert isinstance(loss, Tensor)
+    assert loss == math.inf
+    of_m, _, of_mu, of_s = torch.autograd.grad(loss, operands, create_graph=create_graph)
+    torch.testing.assert_close(of_m, 16 * (m - x))
+    torch.testing.assert_close(of_mu, 8 * mu)
+    torch.testing.assert_close(of_s, 4 * torch.expm1(s))
+
+
 @pytest.mark.parametrize("balance", [0.0, 0.2, 0.8, 1.0])
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 def test_balanced_gradients(balance: float, reduction: str) -> None:

@@ -211,6 +211,32 @@ def test_hooks_that_give_back_something_else_do_no_harm() -> None:
     assert all(g.shape == (64, 64) for g in found)
 
 
+@pytest.mark.parametrize("change", [Tensor.double, lambda t: t.t().contiguous().t()], ids=["dtype", "strides"])
+def test_parameters_that_are_given_other_data_before_the_backward_pass(change: Callable[[Tensor], Tensor]) -> None:
+    """As `Module.to` gives it to them: the calls of steps before it are not those of the new data."""
+    for is_changed in (False, True):
+        mu, logvar = (torch.nn.Parameter(torch.randn(64, 64)) for _ in range(2))
+        z, divergence = functional.latent(mu, logvar)
+        total = (z.sum() + divergence.sum()) / 8
+        expected = (mu.detach() + 1) / 8
+        for parameter in (mu, logvar) if is_changed else ():
+            parameter.data = change(parameter.data)
+        total.backward()
+        assert mu.grad is not None
+        torch.testing.assert_close(mu.grad, expected, check_dtype=False)
+
+
+def test_parameters_that_lose_elements_before_the_backward_pass() -> None:
+    for is_changed in (False, True):
+        mu, logvar = (torch.nn.Parameter(torch.randn(64, 64)) for _ in range(2))
+        divergence = functional.latent(mu, logvar).kl
+        if not is_changed:
+            divergence.sum().backward()
+    mu.data, logvar.data = mu.data[:2, :2].clone(), logvar.data[:2, :2].clone()
+    with pytest.raises((RuntimeError, ValueError)):
+        divergence.sum().backward()
+
+
 def test_operands_may_change_once_their_gradients_are_made(target: Target) -> None:
     if target.backend == "reference":
         pytest.skip("the formulas read their operands again")

@@ -629,7 +629,10 @@ def with_gradient_times(value: Number, factor: Number) -> Any:
     if not isinstance(value, Tensor) or (not isinstance(factor, Tensor) and factor == 1.0):
         return value
     fixed = value.detach()
-    return torch.where(fixed.isfinite(), fixed + times(value - fixed, factor), value)
+    # What is infinite has no difference from itself, but may as well be multiplied (though not by 0).
+    size = factor.abs() if isinstance(factor, Tensor) else abs(factor)
+    infinite = fixed if not isinstance(size, Tensor) and size == 0.0 else times(value, size)
+    return torch.where(fixed.isfinite(), fixed + times(value - fixed, factor), infinite)
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------
