@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from conftest import Target, kl_elements, nll_elements, reduced
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -186,3 +187,106 @@ def test_latent(target: Target, data: st.DataObject, packed: bool, seed: int) ->
     )
     expected = mu + torch.exp(logvar / 2) * noise, reduced(kl_elements(mu, logvar), "none")
     check((z, kl), expected, inputs)
+
+
+# --- operands that are computed from each other -----------------------------------------------------------------------
+
+RELATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # of two that are there already: values stay small
+    "itself": lambda t, _: t,
+    "a view": lambda t, _: t.view_as(t),
+    "detached": lambda t, _: t.detach(),
+    "tanh": lambda t, _: torch.tanh(t),
+    "mean": lambda t, u: 0.5 * (t + u),
+    "product": lambda t, u: torch.tanh(t) * u,
+    "half of a packed one": lambda t, u: torch.cat([t, u], 1).chunk(2, 1)[1],
+    "every other element": lambda t, u: torch.stack([t, u], -1)[..., 0],
+    "expanded": lambda t, _: t.mean(0, keepdim=True).expand_as(t),
+    "in another order": lambda t, _: (1.5 * t).transpose(0, -1).contiguous().transpose(0, -1),
+}
+Plan = list[tuple[str, int, int]]
+PLANS = st.lists(st.tuples(st.sampled_from(list(RELATIONS)), *[st.integers(0, 9)] * 2), min_size=8, max_size=8)
+
+
+def relatives(plan: Plan, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    """Tensors of one shape, each computed from two of the leaves and those before it."""
+    found = list(leaves)
+    for name, first, second in plan:
+        found.append(RELATIONS[name](found[first % len(found)], found[second % len(found)]))
+    return found[len(leaves) :]
+
+
+def derivatives(function: Callable[..., Tensor], leaves: list[Tensor], way: str) -> list[Tensor]:
+    """The value, and gradients of it or, of the second order, of what gradients make."""
+    if way == "torch.func":
+        grads, value = torch.func.grad_and_value(function, tuple(range(len(leaves))))(*[t.detach() for t in leaves])
+        return [value, *grads]
+    value = function(*leaves)
+    if way == "batched":
+        factors = torch.tensor([1.0, -3.0], dtype=value.dtype)
+        grads = torch.autograd.grad(value, leaves, factors, is_grads_batched=True)
+        return [value, *[-g[1] / 3 for g in grads]]
+    if way == "twice":
+        torch.autograd.grad(value, leaves, retain_graph=True)
+    grads = torch.autograd.grad(value, leaves, create_graph=way == "second order")
+    if way == "second order":
+        return [value, *grads, *torch.autograd.grad(sum(g.sin().sum() for g in grads), leaves)]
+    return [value, *grads]
+
+
+@settings(max_examples=150)
+@given(
+    data=st.data(),
+    shape=st.lists(st.integers(1, 4), min_size=2, max_size=3).map(tuple),
+    dtype=st.sampled_from((torch.float64, torch.float64, torch.float32)),
+    plan=PLANS,
+    reduction=REDUCTIONS,
+    used=st.sets(st.integers(0, 2), min_size=1),
+    way=st.sampled_from(("plain", "twice", "second order", "batched", "torch.func")),
+)
+def test_operands_computed_from_each_other(
+    target: Target,
+    data: st.DataObject,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    plan: Plan,
+    reduction: str,
+    used: set[int],
+    way: str,
+) -> None:
+    """As recon_x is from mu in every autoencoder: no derivative by one is another's too, or is lost."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(data.draw(st.integers(0, 2**31)))
+    first, second, x, noise = (torch.randn(shape, dtype=dtype, generator=generator) for _ in range(4))
+    learned_beta, is_packed, has_weight = (data.draw(st.booleans()) for _ in range(3))
+
+    def total(values: tuple[Tensor, ...], z: Tensor, kl: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
+        found = sum((k + 1.0) * values[k].sum() for k in used) + (z * z).mean() + kl.square().mean()
+        return found + sum(leaf.square().sum() for leaf in leaves)  # each leaf has a gradient, and that another
+
+    def fused(*leaves: Tensor) -> Tensor:
+        mu, logvar, prior_mu, prior_logvar, mean, spread, mask, other = relatives(plan, leaves)
+        z, kl = functional.latent(mu, logvar, prior_mu, prior_logvar, noise=noise, backend=target.backend)
+        recon = (torch.cat([z, spread], 1), None) if is_packed else (z, spread)
+        values = functional.elbo_loss(
+            recon[0], x, mean, other, recon[1], beta=mean.mean() if learned_beta else 0.7,
+            weight=mask.detach() > -1.0 if has_weight else None, reduction=reduction, return_terms=True,
+            backend=target.backend,
+        )  # fmt: skip
+        return total(values, z, kl, leaves)
+
+    def exact(*leaves: Tensor) -> Tensor:
+        mu, logvar, prior_mu, prior_logvar, mean, spread, mask, other = relatives(plan, leaves)
+        z, precision = mu + torch.exp(logvar / 2) * noise, torch.exp(-prior_logvar)
+        difference = logvar - prior_logvar
+        kl = 0.5 * (torch.expm1(difference) - difference + (mu - prior_mu) ** 2 * precision)
+        nll = nll_elements(z, x, spread)
+        nll = torch.where(mask > -1.0, nll, 0.0) if has_weight else nll
+        nll, divergence = reduced(nll, reduction), reduced(kl_elements(mean, other), reduction)
+        loss = nll + (mean.mean() if learned_beta else 0.7) * divergence
+        return total((loss, nll, divergence), z, reduced(kl, "none"), leaves)
+
+    found = derivatives(fused, [t.clone().requires_grad_() for t in (first, second)], way)
+    expected = derivatives(exact, [t.double().requires_grad_() for t in (first, second)], way)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-3
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=tolerance, atol=tolerance * max(e.abs().max().item(), 1.0))

@@ -106,7 +106,8 @@ every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 @pytest.fixture(autouse=True)
 def _chosen(target: Target) -> Iterator[None]:
-    """What a test calls runs on the target's backend."""
+    """What a test calls runs on the target's backend, and what is worked out once is worked out there."""
+    calls._calls.clear()
     with fusedvae.use_backend(target.backend):
         yield
 
@@ -153,6 +154,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 CONTEXTS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "deterministic algorithms": deterministic,
     "float64 by default": lambda: default_dtype(torch.float64),
+    "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
     "another device by default": lambda: torch.device("meta"),
     "saved on the CPU": torch.autograd.graph.save_on_cpu,
     "anomalies detected": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
@@ -165,7 +167,6 @@ CONTEXTS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
 def test_contexts(target: Target, name: str, context: str) -> None:
     inputs = inputs_of(name)
     expected = reference_of(name, inputs)
-    calls._calls.clear()  # what is worked out once is worked out there
     for _ in range(2):  # the second time as the first
         with CONTEXTS[context]():
             found = results(FUNCTIONS[name][0], inputs)
