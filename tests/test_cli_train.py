@@ -1006,6 +1006,22 @@ def test_a_wrong_backend_in_the_environment_is_said_by_commands(command: str, st
     assert done.stderr.count("\n") == (status == 2)
 
 
+@pytest.mark.skipif("native" not in fusedvae.backends(), reason="no extension")
+def test_a_wrong_instruction_set_in_the_environment_is_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedvae", "train", "--out", str(tmp_path / "run")],
+        cwd=SOURCE,
+        env={**os.environ, "FUSEDVAE_CPU_ISA": "x"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("fusedvae train: error: --backend auto: FUSEDVAE_CPU_ISA: expected one of ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_backend_of_a_run_ends_with_it(array: Path, tmp_path: Path, no_pictures: None) -> None:
     before = fusedvae.backend.resolve("cpu")
     command = ["train", "--data", str(array), "--out", str(tmp_path / "a"), "--epochs", "1", *TINY]
@@ -1134,6 +1150,22 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "Train a VAE on digits, on an array, or on a folder of images." in shown
     assert "Show versions" in shown
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fusedvae {fusedvae.__version__}\n"
+
+
+def test_a_run_in_a_folder_that_may_not_be_entered_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)  # not by its mode: root enters every folder
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert f"cannot read {tmp_path}: Permission denied" in one_line_error(capsys)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")

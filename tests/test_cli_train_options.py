@@ -253,6 +253,7 @@ def test_such_runs_go_on_bit_for_bit(
         (["--clamp", "3,2"], "--clamp: expected LOW,HIGH"),
         (["--clamp", ","], "--clamp: expected LOW,HIGH"),
         (["--amp", "fp8"], "--amp: expected bf16 or fp16"),
+        (["--amp", "bf16", "--dtype", "float64"], "argument --dtype: not allowed with argument --amp"),
         (["--ema", "1"], "--ema: expected a number above 0 and below 1"),
         (["--grad-accum", "0"], "--grad-accum: expected an integer of at least 1"),
     ],

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..version import __version__
 from .errors import CommandError, LostProcessError
 from .processes import speaks
 from .streams import tolerant
@@ -43,6 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fusedvae", description="Fused kernels for variational autoencoders in PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fusedvae {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"fusedvae.cli.{name}")

@@ -24,7 +24,11 @@ def save(directory: Path, state: dict[str, Any]) -> None:
 
 
 def check_there_is_one(directory: Path) -> None:
-    if not (directory / CHECKPOINT).is_file():
+    try:
+        found = (directory / CHECKPOINT).is_file()
+    except OSError as error:  # a folder that may not be entered
+        raise CommandError(f"cannot read {directory}: {error.strerror}") from error
+    if not found:
         raise CommandError(f"{directory} holds no run to continue: there is no {CHECKPOINT}")
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ... import functional
 from ...backend import resolve, use_backend
 from .. import checkpoint, pictures
 from ..data import DIGITS, Data, Preparation, prepare
@@ -176,6 +177,9 @@ def _chosen_backend(settings: Settings) -> AbstractContextManager[object]:
     chosen = None if settings.backend == "auto" else settings.backend
     try:
         resolve(torch.device(settings.device).type, chosen)
+        if torch.device(settings.device).type == "cpu":  # a wrong FUSEDVAE_CPU_ISA shows when a kernel runs
+            zero = torch.zeros(1, 1)
+            functional.reparameterize(zero, zero, noise=zero, backend=chosen)
     except (RuntimeError, ValueError) as error:  # a ValueError is about the name in FUSEDVAE_BACKEND
         raise CommandError(f"--backend {settings.backend}: {error}") from error
     return nullcontext() if chosen is None else use_backend(chosen)

@@ -264,14 +264,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     option(watching, "--logger", "where metrics go beside metrics.csv", choices=LOGGERS)
 
     machine = parser.add_argument_group("machine")
+    precision = machine.add_mutually_exclusive_group()
     option(
-        machine,
+        precision,
         "--dtype",
         "bfloat16 and float16 are mixed precision: networks under torch.autocast, parameters in float32, with float16 "
         "a GradScaler",
         choices=DTYPES,
     )
-    machine.add_argument(
+    precision.add_argument(
         "--amp",
         dest="dtype",
         type=_amp,
