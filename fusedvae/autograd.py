@@ -133,8 +133,12 @@ class RecordedLatent:
         operands = _converted(self.conversions, operands)
         self.gradient = _gradient_of(spec, operands)
         self.numbers = _numbers(operands)
-        self.likes = _likes(operands)
-        """Of the operands that are tensors, all that matters but the values in them."""
+        self.likes = [
+            (k, t.shape, t.stride(), t.dtype, t.device)
+            for k, t in enumerate(operands)
+            if isinstance(t, Tensor) and k != len(inputs)
+        ]
+        """Of the operands that are tensors (but the seed, which nobody else has), all that matters but their values."""
         self.forward = None if self.is_dispatched or spec.backend == "reference" else LatentCall(operands, spec)
 
 
@@ -154,8 +158,13 @@ def _gradient_of(spec: Sampling, operands: Operands) -> SamplingGradient:
     )
 
 
-def _likes(operands: Sequence[Any]) -> list[tuple[Any, ...]]:
-    return [(t.shape, t.stride(), t.dtype, t.device) for t in operands if isinstance(t, Tensor)]
+def _is_made_for(call: RecordedLatent, operands: Sequence[Any]) -> bool:
+    """Whether a call serves these operands, too."""
+    for k, shape, strides, dtype, device in call.likes:
+        t = operands[k]
+        if t.shape != shape or t.stride() != strides or t.dtype != dtype or t.device != device or t.is_neg():
+            return False
+    return True
 
 
 def _numbers(operands: Operands) -> list[int]:
@@ -206,8 +215,9 @@ class _LatentFunction(torch.autograd.Function):
         operands = [*ctx.saved_tensors]
         call = ctx.call
         # Hooks may give back something else than was saved, and so may a parameter that was given other data meanwhile.
-        if call is not None and _likes(operands) != call.likes:
+        if call is not None and not _is_made_for(call, operands):
             call = None
+            operands = [None if t is None else t.resolve_neg() for t in operands]
         for k, number in ctx.numbers:
             operands[k] = number
         grad_z, grad_kl = [None if g is None else g.resolve_neg() for g in (*incoming, None)[:2]]
@@ -505,7 +515,7 @@ def _restored(ctx: Any, deferred: Deferred) -> tuple[list[Operand], Tensor | Non
     saved = ctx.saved_tensors
     operands: list[Operand] = [None] * deferred.operands
     for k, tensor in zip(deferred.tensors, saved, strict=False):
-        operands[k] = tensor
+        operands[k] = tensor.resolve_neg() if tensor.is_neg() else tensor  # hooks may give back such a view
     for k, number in zip(deferred.numbers, ctx.numbers, strict=True):
         operands[k] = number
     rest = saved[len(deferred.tensors) :]

@@ -82,15 +82,19 @@ def is_transformed(operands: Sequence[Any]) -> bool:
             _transforms() is not None
             or _tracing_state() is not None
             or any(map(has_tangent, operands))
-            or any(map(_is_made_of_others, operands))
+            or _are_made_of_others(operands)
         )
-    return any(map(_is_made_of_others, operands))
+    return _are_made_of_others(operands)
 
 
-def _is_made_of_others(operand: Any) -> bool:
-    if type(operand) is Tensor:
-        return not _has_storage(operand)
-    return isinstance(operand, Tensor) and is_traceable_wrapper_subclass(operand)
+def _are_made_of_others(operands: Sequence[Any]) -> bool:
+    for operand in operands:
+        if type(operand) is Tensor:
+            if not _has_storage(operand):
+                return True
+        elif isinstance(operand, Tensor) and is_traceable_wrapper_subclass(operand):
+            return True
+    return False
 
 
 def is_sharded(operands: Sequence[Any]) -> bool:

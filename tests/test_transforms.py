@@ -211,6 +211,22 @@ def test_hooks_that_give_back_something_else_do_no_harm() -> None:
     assert all(g.shape == (64, 64) for g in found)
 
 
+def test_hooks_that_give_back_views_with_the_other_sign() -> None:
+    def unpack(t: Tensor) -> Tensor:
+        return torch._neg_view(-t) if t.is_floating_point() else t
+
+    mu, logvar = (torch.randn(6, 5, requires_grad=True) for _ in range(2))
+    found = []
+    for unpacked in (lambda t: t, unpack):
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpacked):
+            z, divergence = functional.latent(mu, logvar)
+            nll = functional.gaussian_nll(mu, torch.ones(6, 5), logvar, reduction="none")
+        found.append(torch.autograd.grad(z.sum() + divergence.sum() + nll.sum(), (mu, logvar)))
+    assert unpack(mu).is_neg()
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("change", [Tensor.double, lambda t: t.t().contiguous().t()], ids=["dtype", "strides"])
 def test_parameters_that_are_given_other_data_before_the_backward_pass(change: Callable[[Tensor], Tensor]) -> None:
     """As `Module.to` gives it to them: the calls of steps before it are not those of the new data."""
