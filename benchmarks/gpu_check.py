@@ -683,7 +683,9 @@ class Goal(NamedTuple):
             return {}
         captured = [name for name in times if name.endswith(CAPTURED)]
         ours = [name for name in times if name not in RIVALS and name not in captured]
-        return {name: times[self.rival] / times[name] for name in (captured if self.rival == "copy" else []) or ours}
+        if self.rival == "copy" and captured:
+            ours = captured
+        return {name: times[self.rival] / times[name] for name in ours}
 
 
 GOALS = [

@@ -110,7 +110,7 @@ class Settings:
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, MIXED[self.dtype])
 
-    def check(self, classes: int, tested_on_labels: bool = True) -> None:
+    def check(self, classes: int, tested_on_labels: bool) -> None:
         """Refuse options that do not go together, or with data of so many classes, of which those to test on may have
         none."""
         if self.bound == "iwae" and (self.beta != 1 or self.warmup > 0):
