@@ -196,6 +196,27 @@ __device__ __forceinline__ void put(const Operand& op, int64_t offset, T value) 
   });
 }
 
+// The same, for what a block seldom comes to, apart from all other code: that of a small problem takes longer to fetch
+// than to run, and what is apart is fetched when it is run.
+inline __device__ __noinline__ double load_apart(void* data, DType dtype, int64_t offset) {
+  Operand op;
+  op.data = data;
+  op.dtype = dtype;
+  return get<double>(op, offset);
+}
+__device__ __forceinline__ double get_apart(const Operand& op, int64_t offset) {
+  return op.data == nullptr ? op.value : load_apart(op.data, op.dtype, offset);
+}
+inline __device__ __noinline__ void store_apart(void* data, DType dtype, int64_t offset, double value) {
+  Operand op;
+  op.data = data;
+  op.dtype = dtype;
+  put(op, offset, value);
+}
+__device__ __forceinline__ void put_apart(const Operand& op, int64_t offset, double value) {
+  store_apart(op.data, op.dtype, offset, value);
+}
+
 // --- places -----------------------------------------------------------------------------------------------------
 
 // Coordinates of an element.
@@ -256,7 +277,7 @@ constexpr int64_t kStorageBytes =
 // The address where a thread begins in a flat operand.
 template <class A>
 __device__ __forceinline__ char* begin_of(const Operand& op, const Start& chunk) {
-  return static_cast<char*>(op.data) + (chunk.sample * op.stride[0] + chunk.within) * kStorageBytes<A>;
+  return static_cast<char*>(op.data) + chunk.sample * kStorageBytes<A> * op.stride[0] + chunk.within * kStorageBytes<A>;
 }
 
 // How an operand lies in a chunk, as far as that is known when compiling.

@@ -21,11 +21,18 @@ FUSEDVAE_INLINE T number(double value) {
   return static_cast<T>(value);
 }
 
-// 2^x, to two ulp.
+// What results are rounded to: those that take 16 bits keep 8 or 11 of them, and of what comes before 15 are enough.
+enum class Rounding { to_32_bits, to_16_bits };
+
+// 2^x, to two ulp; what is subnormal becomes 0 if the result is rounded to 16 bits.
+template <Rounding rounding = Rounding::to_32_bits>
 FUSEDVAE_INLINE float power_of_2(float x) {
 #if defined(__CUDA_ARCH__)
   float power;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(x));
+  if constexpr (rounding == Rounding::to_32_bits)
+    asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(x));
+  else
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 #else
   return exp2f(x);
@@ -67,6 +74,7 @@ template <class T>
 struct ExpPair {
   T exp, expm1;
 };
+template <Rounding rounding = Rounding::to_32_bits>
 FUSEDVAE_INLINE ExpPair<float> exp_pair(float given) {
   constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
   const float x = at_least(-104.0f, given), n = fminf(fmaf(x, 1.44269504f, kRound) - kRound, 127.0f);
@@ -77,10 +85,11 @@ FUSEDVAE_INLINE ExpPair<float> exp_pair(float given) {
   p = fmaf(p, r, 1.6666665459e-1f);
   p = fmaf(p, r, 5.0000001201e-1f);
   p = fmaf(p, r * r, r);  // e^r - 1
-  const float power = power_of_2(n);
+  const float power = power_of_2<rounding>(n);
   return {fmaf(p, power, power), fmaf(p, power, power - 1.0f)};
 }
 
+template <Rounding rounding = Rounding::to_32_bits>
 FUSEDVAE_INLINE ExpPair<double> exp_pair(double x) {
   return {exp(x), expm1(x)};
 }
@@ -127,13 +136,16 @@ FUSEDVAE_INLINE float log_normal(float u) {
   return fmaf(static_cast<float>(e), 0.693147182f * 0x1p-23f, fmaf(q * m, m, m));
 }
 
-// sqrt(-2 ln u) for u in [2^-32, 1]: an approximation, and one step of Newton's. It is 1e-15 in the place of 0.
+// sqrt(-2 ln u) for u in [2^-32, 1]: an approximation, and one step of Newton's unless the result is rounded to 16
+// bits. It is 1e-15 in the place of 0.
+template <Rounding rounding = Rounding::to_32_bits>
 FUSEDVAE_INLINE float radius_of(float u) {
   const float square = fmaxf(-2.0f * log_normal(u), 1e-30f);
 #if defined(__CUDA_ARCH__)
   float inverse;
-  asm("rsqrt.approx.f32 %0, %1;" : "=f"(inverse) : "f"(square));
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(square));
   const float radius = square * inverse;
+  if constexpr (rounding == Rounding::to_16_bits) return radius;
   return fmaf(fmaf(-radius, radius, square), 0.5f * inverse, radius);
 #else
   return sqrtf(square);
@@ -149,8 +161,18 @@ FUSEDVAE_INLINE double logarithm_of_1_plus(double x, double /*inverse*/) {
   return log1p(x);
 }
 
-// sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is ever rounded.
+// sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is ever rounded. To
+// 2^-20 if the results are rounded to 16 bits.
+template <Rounding rounding = Rounding::to_32_bits>
 FUSEDVAE_INLINE void sincos_turns(float u, float* sine, float* cosine) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (rounding == Rounding::to_16_bits) {
+    const float angle = u * 6.28318531f;
+    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(*sine) : "f"(angle));
+    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(*cosine) : "f"(angle));
+    return;
+  }
+#endif
   constexpr float kRound = 12582912.0f;                                       // adding 1.5 * 2^23 rounds to an integer,
   const float turned = fmaf(u, 4.0f, kRound);                                 // which is then
   const int quarter = cuda::bits_as<int>(turned);                             // in the last bits

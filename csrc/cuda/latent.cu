@@ -45,8 +45,10 @@ LatentTask arranged(const LatentTask& given) {
 LatentPlan plan_of(const LatentTask& task, const Outputs& outputs, bool is_flat) {
   LatentPlan plan;
   const Order order = is_flat ? Order::flat : outputs.any(Output::column) ? Order::by_column : Order::any;
-  static_cast<PassPlan&>(plan) = plan_of_pass(task.divergence, outputs, order, plan.finish);
+  static_cast<PassPlan&>(plan) =
+      plan_of_pass(task.divergence, outputs, order, task.divergence.value.given, plan.finish);
   for (const Output grad : outputs.grads) plan.has_gradients |= grad != Output::none;
+  plan.last_block_finishes = plan.finish.is_needed && !plan.finish.is_large();
   if (task.offset && !task.offset.data) plan.offset = static_cast<int64_t>(task.offset.value);
   return plan;
 }

@@ -17,6 +17,7 @@ using UsualDivergence = FUSEDVAE_NAMESPACE::KlStandardNormal;
 
 struct LatentPlan : PassPlan {
   Finish finish;
+  bool last_block_finishes = false;
   bool has_gradients = false;
   int64_t offset = 0;  // of the noise stream, if it is a number
 };
@@ -122,6 +123,8 @@ class LatentPass {
 
  private:
   static constexpr Lie kLie = kIsUsual ? Lie::elements : Lie::any;
+  static constexpr Rounding kRounding =
+      A::kIsFlat && kStorageBytes<A> == 2 ? Rounding::to_16_bits : Rounding::to_32_bits;
 
   __device__ __forceinline__ int64_t noise_index(const Place<A>& at) const {
     if constexpr (A::kIsFlat) {
@@ -137,7 +140,7 @@ class LatentPass {
     if (!kIsUsual && !task_.seed) return noise_.unpack(fetched);
     Lanes<A> noise;
     float made[A::V];
-    normals<A::V>(noise_index(at), seed_, made);
+    normals<A::V, kRounding>(noise_index(at), seed_, made);
     FUSEDVAE_UNROLL
     for (int j = 0; j < A::V; ++j) noise.at[j] = static_cast<T>(made[j]);
     return noise;
@@ -156,7 +159,7 @@ class LatentPass {
     Beside<Divergence> beside;
     if constexpr (kIsUsual) {
       // sigma = e^(l / 2), and e^l - 1 = (sigma - 1) (sigma + 1), of one exponential.
-      const auto [sigma, expm1] = FUSEDVAE_NAMESPACE::exp_pair(0.5f * in[1]);
+      const auto [sigma, expm1] = FUSEDVAE_NAMESPACE::exp_pair<kRounding>(0.5f * in[1]);
       beside.z = in[0] + sigma * noise;
       beside.d_scale = 0.5f * (sigma * noise);
       beside.spreads.of = {in[1], expm1 * expm1 + (expm1 + expm1)};
@@ -209,10 +212,11 @@ class LatentPass {
 // Blocks on a multiprocessor. Four leave a thread 64 registers, and put half of the threads on it that it can hold:
 // with three operands of 16 bytes a thread, 48 KB are on their way, more than twice what the multiprocessor's share of
 // the memory's latency asks for. Any divergences need more registers, and with two blocks still have enough on their
-// way; with sums for each column and element of an access, they leave room for one.
+// way; in float64, or with sums for each column and element of an access, they leave room for one.
 template <class A, Sums sums, LatentMakes makes>
 constexpr int kLatentBlocks = makes != LatentMakes::anything                              ? 4
                               : sums == Sums::of_columns && std::is_same_v<A, MixedFloat> ? 1
+                              : std::is_same_v<A, MixedDoubleScalar>                      ? 1
                                                                                           : 2;
 
 template <class A, Sums sums, LatentMakes makes>
@@ -220,15 +224,15 @@ __global__ void __launch_bounds__(kThreads, kLatentBlocks<A, sums, makes>)
     latent_kernel(const __grid_constant__ LatentTask task, const __grid_constant__ LatentPlan plan,
                   const Workspace workspace) {
   LatentPass<A, sums, makes> pass(task, plan);
-  run_blocks<A>(pass, task.divergence, plan, blockIdx.x, workspace.partials);
-  if (!plan.finish.is_needed || plan.finish.is_large() || !is_last_block(workspace.done)) return;
+  run_block<A>(pass, task.divergence, plan, blockIdx.x, workspace.partials, task.divergence.value, 1);
+  if (!plan.last_block_finishes || !is_last_block(workspace.done)) return;
   finish_outputs(task.divergence, plan, workspace.partials, {0, 1});
 }
 
 template <class A, Sums sums, LatentMakes makes>
 void launch_latent(const LatentTask& task, const LatentPlan& plan, const Launch& on) {
-  launch("latent", latent_kernel<A, sums, makes>, grid_for(plan.blocks, kLatentBlocks<A, sums, makes>, on.device),
-         kThreads, 0, static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
+  launch("latent", latent_kernel<A, sums, makes>, grid_of(plan.blocks), kThreads, 0,
+         static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }
 
 // Where the kernels for any task are: of operands of any dtypes.

@@ -16,7 +16,7 @@ namespace fusedvae {
 namespace cuda {
 
 // Every kernel's block. Eight warps are enough to hide a block's barriers behind its neighbours' work.
-constexpr int kThreads = 256;
+constexpr int kLogThreads = 8, kThreads = 1 << kLogThreads;
 
 inline void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error("fusedvae: " + what + ": " + cudaGetErrorString(error));
@@ -34,7 +34,12 @@ inline int multiprocessors(int device) {
   return counts[index];
 }
 
-// As many blocks as there is work for, at most as many as the device holds at a time: they loop over the rest.
+// A block for each of so many.
+inline unsigned grid_of(int64_t blocks) {
+  return static_cast<unsigned>(blocks > 1 ? blocks : 1);
+}
+
+// Blocks for work that is not worth a block of its own: at most as many as the device holds at a time. They loop.
 inline unsigned grid_for(int64_t blocks, int blocks_per_multiprocessor, int device) {
   const int64_t room = int64_t{blocks_per_multiprocessor} * multiprocessors(device);
   const int64_t grid = blocks < room ? blocks : room;

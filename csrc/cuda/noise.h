@@ -10,11 +10,19 @@
 namespace fusedvae {
 namespace cuda {
 
+using FUSEDVAE_NAMESPACE::Rounding;
+
 // The normals of elements index, index + 1, ..., of which there are N: 1, 2, 4 or a multiple of 4. The index is a
 // multiple of N, or of 4.
-template <int N>
+template <int N, Rounding rounding = Rounding::to_32_bits>
 __device__ __forceinline__ void normals(int64_t index, uint64_t seed, float* out) {
   using namespace FUSEDVAE_NAMESPACE;
+  const auto box_muller = [](float u0, float u1) -> NormalPair<float> {
+    const float radius = radius_of<rounding>(u0);
+    float c, s;
+    sincos_turns<rounding>(u1, &s, &c);
+    return {radius * c, radius * s};
+  };
   const auto uniform = [](uint32_t word) { return unit_interval(static_cast<float>(word >> 1)); };
   for (int first = 0; first < N; first += 4) {
     const uint64_t counter = (static_cast<uint64_t>(index) >> 2) + static_cast<uint64_t>(first / 4);

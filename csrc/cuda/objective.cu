@@ -39,6 +39,48 @@ Order order_of(const ObjectiveTask& task, bool is_flat) {
   return Order::any;
 }
 
+// The factors of a term that are numbers, and whether all of them are.
+void plan_factors(const ObjectiveTask& task, const Term& term, TermPlan& plan) {
+  const auto times = [&](double& factor, const Operand& op) {
+    plan.has_known_factors &= !op.given || op.is_number();
+    if (op.is_number()) factor *= op.value;
+  };
+  plan.factor = term.factor;
+  for (const Operand* op : {&term.normalizer, &term.coefficient}) times(plan.factor, *op);
+  plan.gradient_factor = plan.factor;
+  times(plan.gradient_factor, task.grad_scale);
+}
+
+// What there is of an objective's only value, if it needs nothing but partial sums and values in memory.
+bool plan_total(const ObjectiveTask& task, const Plan& plan, Total& total) {
+  if (!plan.has_values || plan.values != 1) return false;
+  total.loss = task.loss.data;
+  total.dtype = task.loss.dtype;
+  for (int k = 0; k < task.count; ++k) {
+    const Term& term = task.terms[k];
+    const TermPlan& own = plan.terms[k];
+    Total::Addends& addends = total.terms[k];
+    const bool is_given = term.elements.formula < 0;
+    const auto number = [](const Operand& op) { return op.given ? op.value : 1; };
+    if (term.normalizer.data || term.coefficient.data || (is_given && !term.given.data)) return false;
+    addends.factor = term.factor * number(term.normalizer);
+    addends.coefficient = number(term.coefficient);
+    addends.constant = own.whole_constant;
+    addends.first = static_cast<uint32_t>(own.first_value_partial);
+    addends.count = static_cast<uint32_t>(own.addends);
+    if (is_given) {
+      addends.given = term.given.data;
+      addends.given_dtype = term.given.dtype;
+      addends.given_stride = term.given.stride[0];
+    }
+    if (term.out.given) {
+      addends.out = term.out.data;
+      addends.dtype = term.out.dtype;
+    }
+  }
+  return true;
+}
+
 Plan plan_of(const ObjectiveTask& task, Order order) {
   Plan plan;
   plan.order = order;
@@ -49,16 +91,26 @@ Plan plan_of(const ObjectiveTask& task, Order order) {
     TermPlan& own = plan.terms[k];
     const bool is_given = term.elements.formula < 0;
     if (!is_given) {
-      static_cast<PassPlan&>(own) = plan_of_pass(term.elements, outputs_of_term(term, task.values), order, plan.finish);
+      // Those of an only term need not wait for another's.
+      const bool is_loss = task.values == Values::sample && task.count == 1 && !term.out.given;
+      const bool are_wanted = is_loss || (task.values == Values::element && term.elements.value);
+      static_cast<PassPlan&>(own) =
+          plan_of_pass(term.elements, outputs_of_term(term, task.values), order, are_wanted, plan.finish);
+      if (is_loss && own.has_whole_values) plan.has_values = false;
       if (!term.elements.weight) own.constant = term.constant;
+      const Extent& e = term.elements.extent;
+      own.whole_constant = own.constant * static_cast<double>(task.values == Values::sample ? e.sample() : e.count());
       for (const Output grad : own.outputs.grads) own.has_gradients |= grad != Output::none;
     }
+    plan_factors(task, term, own);
     if (plan.values > 0) own.addends = (is_given ? term.given_count : own.chunks.count) / plan.values;
     plan.most_addends = std::max(plan.most_addends, own.addends);
     own.blocks_before = plan.blocks;
     plan.blocks += own.blocks;
   }
   if (plan.has_values) plan.finish.add(plan.values, plan.values * plan.most_addends);
+  plan.last_block_finishes = plan.finish.is_needed && !plan.finish.is_large();
+  plan.has_total = plan_total(task, plan, plan.total);
   return plan;
 }
 
@@ -87,15 +139,17 @@ bool suits_flat(const ElementwiseTask& task, const Outputs& outputs, bool is_fir
   return suits[task.formula];
 }
 
+constexpr int64_t kShortSample = 512;
+
 // Whether the term has kernels of its own if its operands are flat: any of LightFormulas in the first place, the usual
 // divergence or values that are given in the second.
 bool suits_flat(const Term& term, Values values, bool is_first) {
   const ElementwiseTask& task = term.elements;
   if (task.formula < 0) return !is_first;
   if (task.in_double || task.weight || !task.is_plain()) return false;
-  // Samples that are short would leave more sums than it is worth.
+  // Many samples that are short would leave more sums than it is worth.
   const Extent& e = task.extent;
-  if (values == Values::total && e.batch > 1 && e.sample() < Chunks::kManyElements * kWarp / 8) return false;
+  if (values == Values::total && e.batch > Finish::kMany && e.sample() < kShortSample) return false;
   return suits_flat(task, outputs_of_term(term, values), is_first, FUSEDVAE_NAMESPACE::Formulas{});
 }
 

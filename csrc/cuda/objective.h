@@ -19,25 +19,47 @@ constexpr int kBlocks = std::is_same_v<A, MixedDoubleScalar> ? 1 : 2;
 
 struct TermPlan : PassPlan {
   bool has_gradients = false;
-  int64_t blocks_before = 0;  // of the terms before it
-  int64_t addends = 0;        // for each value of the objective: partial sums, or values that are given
+  unsigned blocks_before = 0;  // of the terms before it
+  int64_t addends = 0;         // for each value of the objective: partial sums, or values that are given
+  double whole_constant = 0;   // what each of these values has besides
+  // What values and gradients are times, if that is known before the launch.
+  bool has_known_factors = true;
+  double factor = 1, gradient_factor = 1;
+};
+
+// What the last block makes of an only value, all in one place: each line of a kernel's parameters that was not read
+// before takes as long to come as one of memory.
+struct Total {
+  struct Addends {
+    double factor = 0, constant = 0, coefficient = 0;  // numbers
+    uint32_t first = 0, count = 0;                     // partial sums
+    DType given_dtype = DType::f32, dtype = DType::f32;
+    void* given = nullptr;  // or values in memory
+    int64_t given_stride = 0;
+    void* out = nullptr;  // the term
+  };
+  Addends terms[ObjectiveTask::kMostTerms];
+  void* loss = nullptr;
+  DType dtype = DType::f32;
 };
 
 struct Plan {
-  Order order = Order::any;
+  unsigned blocks = 0;  // in all
+  bool last_block_finishes = false, has_total = false;
+  bool has_values = false;  // not of the elements alone
+  Total total;
   TermPlan terms[ObjectiveTask::kMostTerms];
+  Order order = Order::any;
   Finish finish;
-  int64_t blocks = 0;        // in all
   int64_t values = 0;        // of the objective: totals, or values per sample
   int64_t most_addends = 0;  // of a term
-  bool has_values = false;   // not of the elements alone
 };
 
 // --- factors ----------------------------------------------------------------------------------------------------
 
 // One value, a number or on the device.
 __device__ __forceinline__ double value_of(const Operand& op) {
-  return op.given ? get<double>(op, 0) : 1;
+  return op.given ? get_apart(op, 0) : 1;
 }
 
 // What the term is times its sum.
@@ -47,38 +69,83 @@ __device__ __forceinline__ double factor_of(const Term& term) {
 
 // --- what is added up in the end --------------------------------------------------------------------------------
 
-// The loss and its terms, one or one per sample.
+// The loss and its terms, of one value each.
+__device__ __forceinline__ void finish_total(const Total& total, const double* partials) {
+  constexpr int kMostTerms = ObjectiveTask::kMostTerms;
+  const int thread = static_cast<int>(threadIdx.x);
+  double sums[kMostTerms];
+  FUSEDVAE_UNROLL
+  for (int k = 0; k < kMostTerms; ++k) {
+    const Total::Addends& term = total.terms[k];
+    const int count = static_cast<int>(term.count);
+    if (term.given == nullptr)
+      sums[k] = share_of_partials(partials + term.first, count);
+    else
+      sums[k] = share_of_sum<1>(count, kLogThreads, thread,
+                                [&](int j) { return load_apart(term.given, term.given_dtype, j * term.given_stride); });
+  }
+  add_up_team(sums, kThreads);
+  if (thread != 0) return;
+  double loss = 0;
+  FUSEDVAE_UNROLL
+  for (int k = 0; k < kMostTerms; ++k) {
+    const Total::Addends& term = total.terms[k];
+    const double value = term.factor * (sums[k] + term.constant);
+    loss += term.coefficient * value;
+    if (term.out != nullptr) store_apart(term.out, term.dtype, 0, value);
+  }
+  store_apart(total.loss, total.dtype, 0, loss);
+}
+
+// The same, one or one per sample, whatever they are.
 __device__ __forceinline__ void finish_values(const ObjectiveTask& task, const Plan& plan, const double* partials,
                                               const Crew& crew) {
-  const int team = team_for(plan.most_addends);
-  for_each_value(plan.values, team, crew, [&](int64_t v, int lane) {
-    const bool writes = v < plan.values && lane == 0;
-    double loss = 0;
-    FUSEDVAE_UNROLL_BY(1)
-    for (int k = 0; k < task.count; ++k) {
+  constexpr int kMostTerms = ObjectiveTask::kMostTerms;
+  const int log_team = log_team_for(plan.most_addends);
+  double factors[kMostTerms], coefficients[kMostTerms];
+  FUSEDVAE_UNROLL
+  for (int k = 0; k < kMostTerms; ++k) {
+    factors[k] = factor_of(task.terms[k]);
+    coefficients[k] = value_of(task.terms[k].coefficient);
+  }
+  for_each_value(plan.values, log_team, crew, [&](int64_t v, int lane) {
+    double sums[kMostTerms] = {};
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kMostTerms; ++k) {
+      if (k >= task.count) break;
       const Term& term = task.terms[k];
-      const Extent& e = term.elements.extent;
-      const int64_t count = task.values == Values::sample ? e.sample() : e.count(), addends = plan.terms[k].addends;
+      const int64_t addends = plan.terms[k].addends, first = v * addends;
       const int there = v < plan.values ? static_cast<int>(addends) : 0;
-      const double sum =
-          term.elements.formula < 0
-              ? sum_of<1>(
-                    there, team, lane,
-                    [&](int j) { return get<double>(term.given, (v * addends + j) * term.given.stride[0]); })
-              : sum_of<kLoads>(
-                    there, team, lane,
-                    [&](int j) { return partial_at(partials + plan.terms[k].first_value_partial, v * addends + j); });
-      const double value = factor_of(term) * (sum + plan.terms[k].constant * static_cast<double>(count));
-      loss += value_of(term.coefficient) * value;
-      if (writes && term.out.given) put(term.out, v * term.out.stride[0], value);
+      if (term.elements.formula < 0)
+        sums[k] = share_of_sum<1>(there, log_team, lane,
+                                  [&](int j) { return get_apart(term.given, (first + j) * term.given.stride[0]); });
+      else
+        sums[k] = share_of_sum<kLoads / 2>(there, log_team, lane, [&](int j) {
+          return partial_at(partials + plan.terms[k].first_value_partial, first + j);
+        });
     }
-    if (writes) put(task.loss, v * task.loss.stride[0], loss);
+    add_up_team(sums, 1 << log_team);
+    if (v >= plan.values || lane != 0) return;
+    double loss = 0;
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kMostTerms; ++k) {
+      if (k >= task.count) break;
+      const Term& term = task.terms[k];
+      const double value = factors[k] * (sums[k] + plan.terms[k].whole_constant);
+      loss += coefficients[k] * value;
+      if (term.out.given) put_apart(term.out, v * term.out.stride[0], value);
+    }
+    put_apart(task.loss, v * task.loss.stride[0], loss);
   });
 }
 
 __device__ __forceinline__ void finish(const ObjectiveTask& task, const Plan& plan, const double* partials,
                                        const Crew& crew) {
-  if (plan.has_values) finish_values(task, plan, partials, crew);
+  if (plan.has_total)
+    finish_total(plan.total, partials);
+  else if (plan.has_values)
+    finish_values(task, plan, partials, crew);
+  if (!plan.finish.has_outputs) return;
   for (int k = 0; k < task.count; ++k) finish_outputs(task.terms[k].elements, plan.terms[k], partials, crew);
 }
 
@@ -89,76 +156,91 @@ constexpr int kFlatBlocks = Formula::kInputs > 3 || std::is_same_v<Formula, FUSE
 // What comes second in such an objective.
 using UsualDivergence = FUSEDVAE_NAMESPACE::KlStandardNormal;
 
-// The term's first block for this one of the grid. Blocks that the term before has no turn for in its last round begin
-// with this term.
-__device__ __forceinline__ int64_t first_block(const TermPlan& plan) {
-  const int64_t block = static_cast<int64_t>(blockIdx.x) - plan.blocks_before % gridDim.x;
-  return block < 0 ? block + gridDim.x : block;
+// Which of a term's blocks this one is. Those of the grid are the first term's, then the second's.
+__device__ __forceinline__ unsigned block_of(const TermPlan& plan) {
+  return blockIdx.x - plan.blocks_before;
 }
 
-__device__ __forceinline__ double gradient_factor(const Term& term, const Operand& grad_scale) {
-  return factor_of(term) * value_of(term.coefficient) * value_of(grad_scale);
+// What the values of a term are times, and what its gradients are.
+struct Factors {
+  double values, gradients;
+  __device__ __forceinline__ Factors(const Term& term, const TermPlan& plan, const ObjectiveTask& task)
+      : values(plan.factor), gradients(plan.gradient_factor) {
+    if (plan.has_known_factors) return;
+    values = factor_of(term) * value_of(term.coefficient);
+    gradients = values * value_of(task.grad_scale);
+  }
+};
+
+// Where a term's values go if they are written at once: those of samples are the loss, those of elements have no
+// factor.
+__device__ __forceinline__ const Operand& whole_values(const ObjectiveTask& task, const Term& term) {
+  return task.values == Values::sample ? task.loss : term.elements.value;
+}
+__device__ __forceinline__ double whole_factor(const ObjectiveTask& task, const Factors& factors) {
+  return task.values == Values::sample ? factors.values : 1;
 }
 
 template <class A, class Formula, Makes makes, bool is_one>
-__device__ __forceinline__ void run_flat(const Term& term, const TermPlan& plan, int64_t block, double factor,
+__device__ __forceinline__ void run_flat(const ObjectiveTask& task, const Term& term, const TermPlan& plan,
                                          double* partials) {
-  PlainPass<A, Formula, Sums::of_values, makes, is_one> pass(term.elements, plan, factor);
-  run_blocks<A>(pass, term.elements, plan, block, partials);
+  const Factors factors(term, plan, task);
+  PlainPass<A, Formula, Sums::of_values, makes, is_one> pass(term.elements, plan, factors.gradients);
+  run_block<A>(pass, term.elements, plan, block_of(plan), partials, whole_values(task, term),
+               whole_factor(task, factors));
 }
 
 // In code for what the pass makes.
 template <class A, class Formula, bool is_one>
-__device__ __forceinline__ void run_flat(const Term& term, const TermPlan& plan, int64_t block, double factor,
+__device__ __forceinline__ void run_flat(const ObjectiveTask& task, const Term& term, const TermPlan& plan,
                                          double* partials) {
   if (!plan.has_gradients)
-    run_flat<A, Formula, Makes::values, is_one>(term, plan, block, factor, partials);
+    run_flat<A, Formula, Makes::values, is_one>(task, term, plan, partials);
   else if (term.elements.incoming.stride[2] == 0)
-    run_flat<A, Formula, Makes::gradients, is_one>(term, plan, block, factor, partials);
+    run_flat<A, Formula, Makes::gradients, is_one>(task, term, plan, partials);
   else
-    run_flat<A, Formula, Makes::weighted_gradients, is_one>(term, plan, block, factor, partials);
+    run_flat<A, Formula, Makes::weighted_gradients, is_one>(task, term, plan, partials);
 }
 
 // A term of flat operands, whose uniform input is one value for each chunk, or varies.
 template <class A, class Formula>
-__device__ __forceinline__ void run_flat_term(const Term& term, const TermPlan& plan, const Operand& grad_scale,
+__device__ __forceinline__ void run_flat_term(const ObjectiveTask& task, const Term& term, const TermPlan& plan,
                                               double* partials) {
-  const int64_t block = first_block(plan);
-  if (block >= plan.blocks) return;
-  const double factor = gradient_factor(term, grad_scale);
   if constexpr (Formula::kUniform >= 0) {
     if (term.elements.inputs[Formula::kUniform].stride[2] == 0)
-      return run_flat<A, Formula, true>(term, plan, block, factor, partials);
+      return run_flat<A, Formula, true>(task, term, plan, partials);
   }
-  run_flat<A, Formula, false>(term, plan, block, factor, partials);
+  run_flat<A, Formula, false>(task, term, plan, partials);
 }
 
 template <class A, class Formula>
 __global__ void __launch_bounds__(kThreads, kFlatBlocks<Formula>)
     flat_objective_kernel(const __grid_constant__ ObjectiveTask task, const __grid_constant__ Plan plan,
                           const Workspace workspace) {
-  run_flat_term<A, Formula>(task.terms[0], plan.terms[0], task.grad_scale, workspace.partials);
-  run_flat_term<A, UsualDivergence>(task.terms[1], plan.terms[1], task.grad_scale, workspace.partials);
-  if (!plan.finish.is_needed || plan.finish.is_large() || !is_last_block(workspace.done)) return;
+  if (blockIdx.x < plan.terms[0].blocks)
+    run_flat_term<A, Formula>(task, task.terms[0], plan.terms[0], workspace.partials);
+  else if (blockIdx.x < plan.blocks)
+    run_flat_term<A, UsualDivergence>(task, task.terms[1], plan.terms[1], workspace.partials);
+  if (!plan.last_block_finishes || !is_last_block(workspace.done)) return;
   finish(task, plan, workspace.partials, {0, 1});
 }
 
-// The term's blocks, from the given one on, whatever it is.
+// A term, whatever it is.
 template <class A, Sums sums, bool general>
-__device__ __forceinline__ void run_term(const Term& term, const TermPlan& plan, const Operand& grad_scale,
+__device__ __forceinline__ void run_term(const ObjectiveTask& task, const Term& term, const TermPlan& plan,
                                          double* partials) {
-  const int64_t block = first_block(plan);
-  if (block >= plan.blocks) return;
-  const double factor = gradient_factor(term, grad_scale);
+  const Factors factors(term, plan, task);
   if constexpr (general) {
-    GeneralPass<A, sums> pass(term.elements, plan, factor, term.constant);
-    run_blocks<A>(pass, term.elements, plan, block, partials);
+    GeneralPass<A, sums> pass(term.elements, plan, factors.gradients, term.constant);
+    run_block<A>(pass, term.elements, plan, block_of(plan), partials, whole_values(task, term),
+                 whole_factor(task, factors));
   } else {
     FUSEDVAE_NAMESPACE::with_formula(
         term.elements.formula,
         [&](auto tag) {
-          PlainPass<A, typename decltype(tag)::type, sums> pass(term.elements, plan, factor);
-          run_blocks<A>(pass, term.elements, plan, block, partials);
+          PlainPass<A, typename decltype(tag)::type, sums> pass(term.elements, plan, factors.gradients);
+          run_block<A>(pass, term.elements, plan, block_of(plan), partials, whole_values(task, term),
+                       whole_factor(task, factors));
         },
         FUSEDVAE_NAMESPACE::Formulas{});
   }
@@ -170,8 +252,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
                      const Workspace workspace) {
   FUSEDVAE_UNROLL_BY(1)
   for (int k = 0; k < ObjectiveTask::kMostTerms; ++k)
-    run_term<A, sums, general>(task.terms[k], plan.terms[k], task.grad_scale, workspace.partials);
-  if (!plan.finish.is_needed || plan.finish.is_large() || !is_last_block(workspace.done)) return;
+    if (block_of(plan.terms[k]) < plan.terms[k].blocks)
+      run_term<A, sums, general>(task, task.terms[k], plan.terms[k], workspace.partials);
+  if (!plan.last_block_finishes || !is_last_block(workspace.done)) return;
   finish(task, plan, workspace.partials, {0, 1});
 }
 
@@ -184,7 +267,7 @@ void launch_general(const ObjectiveTask&, const Plan&, const Layouts&, const Lau
 
 template <class A, Sums sums, bool general>
 void launch_objective(const ObjectiveTask& task, const Plan& plan, const Launch& on) {
-  launch("objective", objective_kernel<A, sums, general>, grid_for(plan.blocks, kBlocks<A>, on.device), kThreads, 0,
+  launch("objective", objective_kernel<A, sums, general>, grid_of(plan.blocks), kThreads, 0,
          static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }
 

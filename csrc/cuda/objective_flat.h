@@ -9,8 +9,8 @@ namespace cuda {
 template <class A, class Formula>
 void launch_flat_formula(const ObjectiveTask& task, const Plan& plan, const Launch& on) {
   if constexpr (kIsLight<Formula>)
-    launch("objective", flat_objective_kernel<A, Formula>, grid_for(plan.blocks, kFlatBlocks<Formula>, on.device),
-           kThreads, 0, static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
+    launch("objective", flat_objective_kernel<A, Formula>, grid_of(plan.blocks), kThreads, 0,
+           static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }
 
 template <class A, class... Formula>

@@ -40,7 +40,8 @@ class Made {
     for (int k = 0; k < inputs; ++k) grads_[k].open(task.grads[k], plan.outputs.grads[k] == Output::element);
   }
 
-  __host__ __device__ static constexpr bool sums_gradient(int k) { return sums == Sums::of_all || k == summed; }
+  __host__ __device__ static constexpr bool sums_gradient(int k) { return sums != Sums::of_values || k == summed; }
+  static constexpr int kSummed = sums != Sums::of_values ? inputs : summed >= 0 ? 1 : 0;
 
   __device__ __forceinline__ void start(const Start& chunk) {
     value_sum = 0;
@@ -55,6 +56,12 @@ class Made {
     values_.advance(elements);
     FUSEDVAE_UNROLL
     for (int k = 0; k < inputs; ++k) grads_[k].advance(elements);
+  }
+  // The sums of the gradients that are summed, one after the other.
+  __device__ __forceinline__ void get_grad_sums(T* found) const {
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < inputs; ++k)
+      if (sums_gradient(k)) *found++ = grad_sums[k];
   }
   __device__ __forceinline__ void start_columns() {
     value_columns = {};
@@ -72,8 +79,10 @@ class Made {
     FUSEDVAE_UNROLL
     for (int k = 0; k < inputs; ++k) {
       const T grad = k < size ? values[k < size ? k : 0] : T(0);
-      if (sums_gradient(k)) grad_sums[k] += grad;
-      if (sums == Sums::of_columns) grad_columns[k].at[j] += grad;
+      if (sums == Sums::of_columns)
+        grad_columns[k].at[j] += grad;
+      else if (sums_gradient(k))
+        grad_sums[k] += grad;
       grad_lanes_[k].at[j] = grad;
     }
   }

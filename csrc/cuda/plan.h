@@ -18,28 +18,31 @@ struct PassPlan {
   ColumnChunks columns;  // what the chunks are, in a kernel that goes by column
   Outputs outputs;
   bool is_plain = true;
-  double constant = 0;            // what values have besides; weighted ones have it in them
+  double constant = 0;  // what values have besides; weighted ones have it in them
+  bool has_sums = false;
   bool has_whole_values = false;  // each is a chunk's, and written at once
-  int64_t blocks = 0;             // that have chunks
+  unsigned blocks = 0;
   int64_t first_value_partial = 0, first_grad_partial[kMostInputs] = {};
 };
 
 // What there is to add up when all chunks are done.
 struct Finish {
+  static constexpr int64_t kMany = 4096;
   bool is_needed = false;
-  int64_t partials = 0;  // in all
-  int64_t blocks = 1;    // that have values to add up at a time
+  bool has_outputs = false;  // of passes
+  int64_t partials = 0;      // in all
+  int64_t blocks = 1;        // that have values to add up at a time
 
   // So many values, of so many partial sums altogether.
   void add(int64_t values, int64_t addends) {
     is_needed = true;
     if (values == 0) return;
-    const int64_t teams = kThreads / team_for(addends / values);
+    const int64_t teams = kThreads >> log_team_for(addends / values);
     const int64_t needed = (values + teams - 1) / teams;
     if (needed > blocks) blocks = needed;
   }
-  // Whether it is too much for one block: then it has a launch of its own.
-  __host__ __device__ bool is_large() const { return partials > Chunks::kEnough && blocks > 1; }
+  // Whether it is too much for one block: then it has a launch of its own. Else the last block does it.
+  bool is_large() const { return partials > kMany && blocks > 1; }
 };
 
 // --- the plan ---------------------------------------------------------------------------------------------------
@@ -57,8 +60,9 @@ inline __host__ __device__ bool is_summed(Output output) {
 enum class Order { any, flat, by_column };
 
 // Of a task with these outputs. A segment is the elements whose sum some output has a value of its own for, or, of
-// flat operands, a sample.
-inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs, Order order, Finish& finish) {
+// flat operands, a sample. Values of samples may be written at once, if they are wanted somewhere.
+inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs, Order order, bool are_values_wanted,
+                             Finish& finish) {
   PassPlan plan;
   const Extent& e = task.extent;
   plan.outputs = outputs;
@@ -72,17 +76,23 @@ inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs
     plan.chunks.per_segment = plan.columns.groups_per_segment * plan.columns.strips;
     plan.chunks.count = plan.columns.count();
   }
-  plan.blocks = plan.chunks.blocks();
+  plan.blocks = static_cast<unsigned>(plan.chunks.blocks());
   const auto place = [&](Output output, const Operand& out) {
     const int64_t first = finish.partials;
     if (is_summed(output)) {
       const int64_t partials = output == Output::column ? plan.columns.groups * e.inner : plan.chunks.count;
-      if (out.given) finish.add(values_of(out, e), partials);
+      if (out.given) {
+        finish.has_outputs = true;
+        finish.add(values_of(out, e), partials);
+      }
       finish.partials += partials;
     }
     return first;
   };
-  plan.has_whole_values = task.value && outputs.value == Output::sample && !by_row && plan.chunks.per_segment == 1;
+  for (const Output output : {outputs.value, outputs.grads[0], outputs.grads[1], outputs.grads[2], outputs.grads[3]})
+    plan.has_sums |= is_summed(output) && output != Output::column;
+  plan.has_whole_values =
+      are_values_wanted && outputs.value == Output::sample && !by_row && plan.chunks.per_segment == 1;
   if (!plan.has_whole_values) plan.first_value_partial = place(outputs.value, task.value);
   for (int k = 0; k < kMostInputs; ++k) plan.first_grad_partial[k] = place(outputs.grads[k], task.grads[k]);
   return plan;

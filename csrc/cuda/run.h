@@ -49,21 +49,29 @@ __device__ __forceinline__ void run(Pass& pass, const Share& share, int lane, co
 
 // A chunk of rows and columns; fills the partial sums of its columns.
 template <class A, class Pass>
-__device__ __forceinline__ void run_columns(Pass& pass, const PassPlan& plan, const Extent& extent, int64_t chunk,
+__device__ __forceinline__ void run_columns(Pass& pass, const PassPlan& plan, const Extent& extent, uint32_t chunk,
                                             int lane, double* partials) {
   const ColumnChunks& columns = plan.columns;
-  const int64_t group = chunk / columns.strips, inner = extent.inner;
-  const int64_t segment = group / columns.groups_per_segment;
-  const int64_t within = (group - segment * columns.groups_per_segment) * columns.rows;
+  const uint32_t strips = static_cast<uint32_t>(columns.strips), group = chunk / strips;
+  const uint32_t groups_per_segment = static_cast<uint32_t>(columns.groups_per_segment);
+  const uint32_t segment = group / groups_per_segment;
+  const int64_t inner = extent.inner, within = (group - segment * groups_per_segment) * columns.rows;
   const int64_t first_row = segment * columns.segment + within, rest = columns.segment - within;
   const int rows = static_cast<int>(rest < columns.rows ? rest : columns.rows);
   const int step = A::V << columns.log_team;
-  int64_t column = (chunk - group * columns.strips) * columns.width() + lane * A::V;
+  int64_t column = (chunk - group * strips) * static_cast<int64_t>(columns.width()) + lane * A::V;
   for (int s = 0; s < ColumnChunks::kColumns / A::V; ++s, column += step) {
     if (column >= inner) break;
     pass.made.start_columns();
-    Position at = position_of(first_row * inner + column, extent);
-    for (int row = 0; row < rows; ++row, at = below(at, extent)) pass.apply(at, pass.fetch(at));
+    if constexpr (A::kIsFlat) {  // a row is a sample
+      for (int row = 0; row < rows; ++row) {
+        pass.start({first_row + row, column});
+        pass.apply(0, pass.fetch(0));
+      }
+    } else {
+      Position at = position_of(first_row * inner + column, extent);
+      for (int row = 0; row < rows; ++row, at = below(at, extent)) pass.apply(at, pass.fetch(at));
+    }
     const auto leave = [&](Output output, const Lanes<A>& sums, typename A::T& sum, int64_t first) {
       FUSEDVAE_UNROLL
       for (int j = 0; j < A::V; ++j) {
@@ -78,41 +86,41 @@ __device__ __forceinline__ void run_columns(Pass& pass, const PassPlan& plan, co
   }
 }
 
-// The pass's blocks, from the given one on.
+// A block of the pass. Values that are written at once go to an output, times a factor.
 template <class A, class Pass>
-__device__ __forceinline__ void run_blocks(Pass& pass, const ElementwiseTask& task, const PassPlan& plan, int64_t block,
-                                           double* partials) {
+__device__ __forceinline__ void run_block(Pass& pass, const ElementwiseTask& task, const PassPlan& plan, unsigned block,
+                                          double* partials, const Operand& out, double factor) {
   using T = typename A::T;
   using Made = decltype(pass.made);
   constexpr bool by_column = Made::kSums == Sums::of_columns;
   const Chunks& chunks = plan.chunks;
   const int thread = static_cast<int>(threadIdx.x), lane = thread & (chunks.team() - 1);
-  int64_t chunk = block * chunks.teams() + (thread >> chunks.log_team);
-  // The rounds are the block's, not the team's: all of a warp take part in its sums.
-  FUSEDVAE_UNROLL_BY(1)
-  for (; block < plan.blocks; block += gridDim.x, chunk += static_cast<int64_t>(gridDim.x) * chunks.teams()) {
-    const Share share = share_of(chunks, chunk);
-    const bool has_chunk = chunk < chunks.count, writes = has_chunk && lane == 0;
-    pass.start({share.segment, share.within + lane * A::V});
-    if constexpr (!by_column)
-      run<A>(pass, share, lane, chunks, task.extent);
-    else if (has_chunk)
-      run_columns<A>(pass, plan, task.extent, chunk, lane, partials);
-    const auto leave = [&](Output output, T thread_sum, int64_t first, bool is_whole) {
-      if (!is_summed(output) || output == Output::column) return;
-      const double sum = static_cast<double>(lanes_sum(thread_sum, chunks.team()));
-      if (!writes) return;
-      if (is_whole)
-        put(task.value, chunk * task.value.stride[0], sum + plan.constant * static_cast<double>(task.extent.sample()));
-      else
-        partials[first + chunk] = sum;
-    };
-    leave(plan.outputs.value, pass.made.value_sum, plan.first_value_partial, plan.has_whole_values);
-    FUSEDVAE_UNROLL
-    for (int k = 0; k < Made::kInputs; ++k)
-      if (by_column || Made::sums_gradient(k))
-        leave(plan.outputs.grads[k], pass.made.grad_sums[k], plan.first_grad_partial[k], false);
-  }
+  const uint32_t chunk = (block << (kLogThreads - chunks.log_team)) + static_cast<uint32_t>(thread >> chunks.log_team);
+  const Share share = share_of(chunks, chunk);
+  const bool has_chunk = chunk < static_cast<uint32_t>(chunks.count);
+  pass.start({share.segment, share.within + lane * A::V});
+  if constexpr (!by_column)
+    run<A>(pass, share, lane, chunks, task.extent);
+  else if (has_chunk)
+    run_columns<A>(pass, plan, task.extent, chunk, lane, partials);
+  if (!plan.has_sums) return;
+  T sums[1 + Made::kSummed];
+  sums[0] = pass.made.value_sum;
+  pass.made.get_grad_sums(sums + 1);
+  add_up_team(sums, chunks.team());
+  if (!has_chunk || lane != 0) return;
+  const auto leave = [&](Output output, T sum, int64_t first) {
+    if (is_summed(output) && output != Output::column) partials[first + chunk] = static_cast<double>(sum);
+  };
+  if (plan.has_whole_values)
+    put_apart(out, chunk * out.stride[0],
+              factor * (static_cast<double>(sums[0]) + plan.constant * static_cast<double>(task.extent.sample())));
+  else
+    leave(plan.outputs.value, sums[0], plan.first_value_partial);
+  int slot = 0;
+  FUSEDVAE_UNROLL
+  for (int k = 0; k < Made::kInputs; ++k)
+    if (Made::sums_gradient(k)) leave(plan.outputs.grads[k], sums[++slot], plan.first_grad_partial[k]);
 }
 
 // --- what is added up in the end --------------------------------------------------------------------------------
@@ -132,21 +140,22 @@ __device__ __forceinline__ void finish_output(const Operand& out, Output kind, c
   const int together = is_column ? 1 : in_rows ? static_cast<int>(plan.chunks.per_segment) : addends;
   const double added = constant * static_cast<double>(e.count() / values);
   const int64_t outer = out.stride[1] != 0 ? e.outer : 1;
-  const int team = team_for(addends);
-  for_each_value(values, team, crew, [&](int64_t v, int lane) {
-    const double sum = sum_of<kLoads>(v < values ? addends : 0, team, lane, [&](int j) {
+  const int log_team = log_team_for(addends);
+  for_each_value(values, log_team, crew, [&](int64_t v, int lane) {
+    double sum[] = {share_of_sum<kLoads / 2>(v < values ? addends : 0, log_team, lane, [&](int j) {
       const int group = j < together ? 0 : j / together;
       return partial_at(partials, (group * values + v) * together + (j - group * together));
-    });
+    })};
+    add_up_team(sum, 1 << log_team);
     if (v < values && lane == 0)
-      put(out, is_column ? v : v / outer * out.stride[0] + v % outer * out.stride[1], sum + added);
+      put(out, is_column ? v : v / outer * out.stride[0] + v % outer * out.stride[1], sum[0] + added);
   });
 }
 
 // Values, unless they were written before, and gradients. A task of an objective has no values of its own.
 __device__ __forceinline__ void finish_outputs(const ElementwiseTask& task, const PassPlan& plan,
                                                const double* partials, const Crew& crew) {
-  // Not unrolled: this is run once.
+  // Not unrolled: this is run once, and fetching code takes longer than running it.
   FUSEDVAE_UNROLL_BY(1)
   for (int k = -1; k < kMostInputs; ++k) {
     const bool is_value = k < 0;

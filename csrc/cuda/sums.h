@@ -17,29 +17,30 @@ constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
 // How elements, in row-major order, are cut into chunks: each within one segment (a sample, say), which has a sum of
-// its own. It depends on the sizes alone. A team is a power of two, of a warp at most: so nobody waits for a block on
-// the way. It takes a chunk of so many elements a thread.
+// its own. It depends on the sizes alone. A team is a power of two, of a block at most, and takes a chunk of so many
+// elements a thread. Every block has its chunks and ends with them: the next one begins wherever there is room, so that
+// no multiprocessor waits for another, and what is on its way at a time lies close together, as memory likes it.
 struct Chunks {
-  // Enough of them to go round the warps of a large device; few enough to be added up in no time.
-  static constexpr int64_t kEnough = 4096, kMost = 4 * kEnough;
-  // A thread's. Fewer where there are few, for they must go round all multiprocessors.
-  static constexpr int kFewElements = 8, kSomeElements = 16, kManyElements = 128;
+  // Blocks: enough to go round the multiprocessors of a large device; so few that their sums are added up in no time.
+  static constexpr int64_t kEnough = 1024, kMost = 16 * kEnough;
+  // A thread's elements. Fewer where there are few, for they must go round all multiprocessors.
+  static constexpr int kFewElements = 8, kSomeElements = 16, kManyElements = 32;
   static constexpr int64_t kFew = int64_t{1} << 18;
 
   int log_team = 0;
-  int64_t capacity = 0;     // elements of a chunk
+  uint32_t capacity = 0;    // elements of a chunk
   int64_t segment = 0;      // elements
   int64_t per_segment = 0;  // chunks
-  int64_t count = 0;        // chunks in all
+  int64_t count = 0;        // chunks in all: fewer than 2^32, for their sums would take more memory than there is
 
   Chunks() = default;
   Chunks(int64_t elements, int64_t segment_size) : segment(segment_size) {
     if (elements == 0) return;
-    while (team() < kWarp && team() * 4 < segment) ++log_team;
+    while (team() < kThreads && team() * kFewElements < segment) ++log_team;
     int per_thread = elements <= kFew ? kFewElements : kSomeElements;
-    const auto chunks = [&] { return (elements + team() * per_thread - 1) / (team() * per_thread); };
-    while (chunks() > (per_thread < kManyElements ? kEnough : kMost) && team() * per_thread < segment) per_thread *= 2;
-    capacity = team() * per_thread;
+    const auto blocks = [&] { return elements / (kThreads * per_thread); };
+    while (blocks() > (per_thread < kManyElements ? kEnough : kMost) && team() * per_thread < segment) per_thread *= 2;
+    capacity = static_cast<uint32_t>(team() * per_thread);
     per_segment = (segment + capacity - 1) / capacity;
     count = elements / segment * per_segment;
   }
@@ -53,6 +54,7 @@ struct Chunks {
 struct ColumnChunks {
   static constexpr int kColumns = 4;  // a thread
   static constexpr int kFewRows = 4;
+  static constexpr int64_t kEnough = 4096;
   int log_team = 0;
   int64_t strips = 0, rows = kFewRows;  // rows in a group
   int64_t segment = 0;                  // rows
@@ -64,7 +66,7 @@ struct ColumnChunks {
     strips = (columns + width() - 1) / width();
     // A row at a time is on its way: few rows, so that many threads wait at the same time. But each group leaves a
     // partial sum for every column: no more of them than fill a device.
-    while (rows < segment && (all_rows + rows - 1) / rows * strips > Chunks::kEnough) rows *= 2;
+    while (rows < segment && (all_rows + rows - 1) / rows * strips > kEnough) rows *= 2;
     groups_per_segment = (segment + rows - 1) / rows;
     groups = all_rows / segment * groups_per_segment;
   }
@@ -79,44 +81,46 @@ struct Share {
   int length = 0;      // 0 for a team that has no chunk
 };
 
-__device__ __forceinline__ Share share_of(const Chunks& chunks, int64_t chunk) {
+__device__ __forceinline__ Share share_of(const Chunks& chunks, uint32_t chunk) {
   Share share;
-  if (chunk >= chunks.count) return share;
-  // There are fewer than 2^32 chunks: their sums would take more memory than there is.
-  const uint32_t c = static_cast<uint32_t>(chunk), per_segment = static_cast<uint32_t>(chunks.per_segment);
-  const uint32_t segment = c / per_segment;
+  if (chunk >= static_cast<uint32_t>(chunks.count)) return share;
+  const uint32_t per_segment = static_cast<uint32_t>(chunks.per_segment), segment = chunk / per_segment;
   share.segment = segment;
-  share.within = static_cast<int64_t>(c - segment * per_segment) * chunks.capacity;
+  share.within = static_cast<int64_t>(uint64_t{chunk - segment * per_segment} * chunks.capacity);
   const int64_t rest = chunks.segment - share.within;
   share.length = static_cast<int>(rest < chunks.capacity ? rest : chunks.capacity);
   return share;
 }
 
-// The sum of so many lanes of a warp, a power of two, known to each of them.
-template <class T>
-__device__ __forceinline__ T lanes_sum(T value, int lanes) {
-  if (lanes == kWarp) {  // as it mostly is
+// The sums over a team that may be larger than a warp, known to its first thread. All threads of the block take part,
+// in teams of one size, and wait for each other before they do so again.
+template <class T, int N>
+__device__ __forceinline__ void add_up_team(T (&sums)[N], int team) {
+  const auto add_lanes = [&](int step) {
     FUSEDVAE_UNROLL
-    for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
-    return value;
+    for (T& sum : sums) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+  };
+  if (team < kWarp) {
+    FUSEDVAE_UNROLL_BY(1)
+    for (int step = team / 2; step > 0; step /= 2) add_lanes(step);
+    return;
   }
-  FUSEDVAE_UNROLL_BY(1)
-  for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
-  return value;
-}
-
-// The sum over a team that may be larger than a warp, known to each of its threads. All threads of the block take part,
-// in teams of one size.
-template <class T>
-__device__ __forceinline__ T team_sum(T value, int team) {
-  value = lanes_sum(value, team < kWarp ? team : kWarp);
-  if (team <= kWarp) return value;
-  __shared__ T of_warp[kWarps];
-  const int thread = static_cast<int>(threadIdx.x), warps = team / kWarp;
-  __syncthreads();  // the sums of the time before have been read
-  if (thread % kWarp == 0) of_warp[thread / kWarp] = value;
+  FUSEDVAE_UNROLL
+  for (int step = kWarp / 2; step > 0; step /= 2) add_lanes(step);
+  if (team == kWarp) return;
+  __shared__ T of_warps[N][kWarps];
+  const unsigned thread = threadIdx.x, warp = thread / kWarp;
+  if (thread % kWarp == 0) {
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < N; ++k) of_warps[k][warp] = sums[k];
+  }
   __syncthreads();
-  return lanes_sum(of_warp[thread / team * warps + thread % warps], warps);
+  const unsigned lane = thread & static_cast<unsigned>(team - 1);
+  if (lane >= kWarp) return;
+  FUSEDVAE_UNROLL
+  for (int k = 0; k < N; ++k) sums[k] = lane < static_cast<unsigned>(team / kWarp) ? of_warps[k][warp + lane] : T(0);
+  FUSEDVAE_UNROLL
+  for (int step = kWarps / 2; step > 0; step /= 2) add_lanes(step);
 }
 
 // Memory for the chunks' sums, and the count of the blocks that are done.
@@ -134,27 +138,34 @@ struct Workspace {
 // Whether this block is the last of the grid to come here; it then sees what all others wrote. The count wraps around
 // to zero by itself, ready for the next launch.
 __device__ __forceinline__ bool is_last_block(unsigned* done) {
-  __shared__ unsigned before;
+  __shared__ bool is_last;
   __syncthreads();  // what the block has to write is written
   if (threadIdx.x == 0) {
-    __threadfence();
-    before = atomicInc(done, gridDim.x - 1);
-    __threadfence();
+    const unsigned last = gridDim.x - 1;
+    unsigned before = last;
+#if defined(__CUDA_ARCH__)
+    // What the block wrote is released, and what the others wrote is acquired. A fence would order far more.
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(done)), "r"(last)
+                 : "memory");
+#endif
+    is_last = before == last;
   }
   __syncthreads();
-  return before == gridDim.x - 1;
+  return is_last;
 }
 
 // --- what is added up in the end --------------------------------------------------------------------------------
 
 // Partial sums that a thread has on their way at a time.
-constexpr int kLoads = 4;
+constexpr int kLoads = 8;
 
-// The power of two that a value's partial sums are added up by.
-__host__ __device__ inline int team_for(int64_t addends) {
-  int team = 1;
-  while (team < kThreads && team * kLoads < addends) team *= 2;
-  return team;
+// The team that adds up a value's partial sums.
+__host__ __device__ inline int log_team_for(int64_t addends) {
+  int log_team = 0;
+  while ((1 << log_team) < kThreads && (kLoads << log_team) < addends) ++log_team;
+  return log_team;
 }
 
 // Which blocks are at it: those of a launch, or the one that was done last with what came before.
@@ -164,32 +175,52 @@ struct Crew {
 
 // Calls visit(v, lane) for each of so many values, with each lane of a team. In the end v may be past the last.
 template <class Visit>
-__device__ __forceinline__ void for_each_value(int64_t values, int team, const Crew& crew, const Visit& visit) {
-  const int teams = kThreads / team, thread = static_cast<int>(threadIdx.x);
+__device__ __forceinline__ void for_each_value(int64_t values, int log_team, const Crew& crew, const Visit& visit) {
+  const int teams = kThreads >> log_team, thread = static_cast<int>(threadIdx.x);
   FUSEDVAE_UNROLL_BY(1)
-  for (int64_t first = crew.block * teams; first < values; first += crew.blocks * teams)
-    visit(first + thread / team, thread % team);
+  for (int64_t first = crew.block * teams; first < values; first += crew.blocks * teams) {
+    visit(first + (thread >> log_team), thread & ((1 << log_team) - 1));
+    __syncthreads();
+  }
 }
 
-// The sum of addend(j) over j < addends, `loads` of them at a time, known to each lane of the team. All threads of the
-// block take part.
+// A lane's share of the sum of addend(j) over j < addends, `loads` of them at a time.
 template <int loads, class Addend>
-__device__ __forceinline__ double sum_of(int addends, int team, int lane, const Addend& addend) {
+__device__ __forceinline__ double share_of_sum(int addends, int log_team, int lane, const Addend& addend) {
   double sum = 0;
   FUSEDVAE_UNROLL_BY(1)
-  for (int j = lane; j < addends; j += loads * team) {
+  for (int j = lane; j < addends; j += loads << log_team) {
     double loaded[loads];
     FUSEDVAE_UNROLL
-    for (int k = 0; k < loads; ++k) loaded[k] = j + k * team < addends ? addend(j + k * team) : 0;
+    for (int k = 0; k < loads; ++k) {
+      const int at = j + (k << log_team);
+      loaded[k] = at < addends ? addend(at) : 0;
+    }
     FUSEDVAE_UNROLL
     for (int k = 0; k < loads; ++k) sum += loaded[k];
   }
-  return team_sum(sum, team);
+  return sum;
 }
 
 // Partial sums come from other blocks: never from this multiprocessor's own cache.
 __device__ __forceinline__ double partial_at(const double* partials, int64_t index) {
   return __ldcg(partials + index);
+}
+
+// A thread's share of the sum of so many of them that lie together, which all the block adds up.
+__device__ __forceinline__ double share_of_partials(const double* partials, int count) {
+  double sum = 0;
+  const double* next = partials + threadIdx.x;
+  FUSEDVAE_UNROLL_BY(1)
+  for (int left = count - static_cast<int>(threadIdx.x); left > 0; left -= kLoads * kThreads) {
+    double loaded[kLoads];
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kLoads; ++k) loaded[k] = left > k * kThreads ? __ldcg(next + k * kThreads) : 0;
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < kLoads; ++k) sum += loaded[k];
+    next += kLoads * kThreads;
+  }
+  return sum;
 }
 
 }  // namespace cuda
