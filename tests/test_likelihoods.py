@@ -74,11 +74,16 @@ def loss_of(likelihood: str, inputs: list[Tensor], reduction: str, backend: str,
 
 def exact(likelihood: str, inputs: list[Tensor], reduction: str, full: bool = False) -> Tensor:
     """The same by the formula in float64."""
+    return reduced(elements_of(likelihood, inputs, full), reduction)
+
+
+def elements_of(likelihood: str, inputs: list[Tensor], full: bool) -> Tensor:
+    """What that is a sum of."""
     formula = LIKELIHOODS[likelihood]
     if full and formula.in_full:
         formula = FORMULAS[formula.in_full]
     elements = formula(inputs) + (formula.constant if full else 0.0)
-    return reduced(elements.expand(inputs[0].shape), reduction)
+    return elements.expand(inputs[0].shape)
 
 
 def compare(
@@ -91,7 +96,19 @@ def compare(
         loss_of(likelihood, leaves, reduction, target.backend, full=full), [t for t in leaves if t.requires_grad]
     )
     expected = with_gradients(exact(likelihood, doubles, reduction, full), [t for t in doubles if t.requires_grad])
-    check(found, expected, tolerance)
+    check(found, expected, tolerance, addends_of(likelihood, doubles, reduction, full))
+
+
+def addends_of(likelihood: str, inputs: list[Tensor], reduction: str, full: bool) -> list[float]:
+    """Sums of the sizes of what the value and the gradients of all inputs are sums of, the largest of each."""
+    shape = inputs[0].shape
+    wide = [t.detach().expand(shape).clone().requires_grad_(t.requires_grad) for t in inputs]
+    elements = elements_of(likelihood, wide, full)
+    weights = 1 / len(elements) if reduction == "batchmean" else 1
+    gradients = torch.autograd.grad(elements.sum() * weights, [t for t in wide if t.requires_grad])
+    narrow = [t for t in inputs if t.requires_grad]
+    sums = [g.abs().sum_to_size(t.shape) for g, t in zip(gradients, narrow, strict=True)]
+    return [s.max().item() for s in (reduced(elements.abs(), reduction), *sums)]
 
 
 def inputs_of(likelihood: str, *patterns: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -37,12 +38,14 @@ LAYOUTS = {
 }
 
 
-def check(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Each close to its float64 counterpart, on the scale of its largest element, or that of what it is a sum of."""
-    for f, e in zip(found, expected, strict=True):
+def check(found: list[Tensor], expected: list[Tensor], tolerance: float, addends: Sequence[float] = ()) -> None:
+    """Each close to its float64 counterpart, on the scale of its largest element. They may be sums that cancel:
+    ``addends`` are sums of the sizes then, of what is rounded each by itself."""
+    for f, e, rounded in zip(found, expected, addends or [0.0] * len(found), strict=True):
         assert f.shape == e.shape
         scale = max(e.abs().max().item() if e.numel() else 0.0, 0.1)
-        torch.testing.assert_close(f.double(), e.double(), rtol=tolerance, atol=tolerance * scale)
+        atol = max(tolerance * scale, 2**-22 * rounded)
+        torch.testing.assert_close(f.double(), e.double(), rtol=tolerance, atol=atol)
 
 
 def with_gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:

@@ -155,7 +155,7 @@ def test_programs_of_torch_jit_trace_compute_what_was_traced() -> None:
     first, second = drawn(mu, logvar), drawn(mu, logvar)
     assert not (first == second).any()
     torch.manual_seed(3)
-    assert torch.equal(drawn(mu, logvar), first)
+    torch.testing.assert_close(drawn(mu, logvar), first)  # on a GPU the third run is in code of its compiler's own
 
 
 @pytest.mark.slow
@@ -195,16 +195,19 @@ def gradients_of_all(format: torch.memory_format) -> list[Tensor]:
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_hooks_may_give_saved_tensors_back_in_other_strides(format: torch.memory_format) -> None:
     expected = gradients_of_all(format)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().cpu().contiguous(), lambda t: t.to(
-        torch.get_default_device()
-    )):  # fmt: skip
+
+    def pack(t: Tensor) -> tuple[Tensor, torch.device]:
+        return t.detach().cpu().contiguous(), t.device
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[0].to(packed[1])):
         found = gradients_of_all(format)
     for f, e in zip(found, expected, strict=True):
-        assert torch.equal(f, e)
+        torch.testing.assert_close(f, e)
 
 
 def test_hooks_that_give_back_something_else_do_no_harm() -> None:
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.shape, lambda shape: torch.ones(()).expand(shape)):
+    one = torch.ones(())  # on the device of this thread, which is not the backward pass's
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.shape, lambda shape: one.expand(shape)):
         t = [torch.randn(64, 64, requires_grad=True) for _ in range(4)]
         loss = functional.elbo_loss(*t)
     found = torch.autograd.grad(loss * 2, t)

@@ -168,6 +168,8 @@ class _KernelLauncher:
         """
         names = list(kernel.arg_names)
         self.fixed: dict[str, Any] = dict.fromkeys(names) | fixed
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self._kernel, self._programs, self._device = kernel, programs, device
         given = [(name, part) for name, part in parts.items() if part is not None]
         self._numbers = [(f"{name}_value", part.source) for name, part in given if part.is_number]

@@ -324,6 +324,8 @@ class OperationWork:
         function = method.operation(self.case.operation)
         outputs, error = self._check(function, method.constant)
         contestant = self._contestant(method.name, function, outputs)
+        # Their graph remembers the stream that the leaves were first used on. A capture must not wait for that.
+        del outputs
         return (self._captured(contestant) if method.captured else contestant), error
 
     def _check(self, function: Function, constant: bool) -> tuple[tuple[Tensor, ...], float]:
