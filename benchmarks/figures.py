@@ -7,7 +7,7 @@ Each table stands between marks that name the file of its run, in benchmarks/res
     fusedvae bench --full --threads 2 --json benchmarks/results/cpu-avx512-2-threads.json
     python benchmarks/cpu_goals.py --json benchmarks/results/cpu-goals-avx512-2-threads.json
     FUSEDVAE_CPU_ISA=avx2 python benchmarks/cpu_goals.py --json benchmarks/results/cpu-goals-avx2-2-threads.json
-    OUT=results python benchmarks/gpu_check.py    # its gpu_check.json is gpu-h200.json
+    OUT=results python benchmarks/gpu_check.py    # its gpu_check.json is gpu-h100.json
 
 A file by another name is shown once a mark on the page names it.
 """
@@ -142,19 +142,21 @@ def of_gpu(path: Path) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, found in cases.items():
         times = found.get("microseconds", {})
-        if not {"eager", "compile", "native", "triton", "copy"} <= set(times):
+        if not {"eager", "native", "triton", "copy"} <= set(times):
             continue
         ours = min(times["native"], times["triton"])
         cells = [
-            f"{times[key]:,.0f}" + (f" ({times[key + CAPTURED]:,.0f})" if key + CAPTURED in times else "")
+            (f"{times[key]:,.0f}" if key in times else "-")
+            + (f" ({times[key + CAPTURED]:,.0f})" if key + CAPTURED in times else "")
             for key in ("eager", "compile", "native", "triton", "copy")
         ]
-        ratios = [f"{times[rival] / ours:.2f}x" for rival in ("eager", "compile")]
+        ratios = [f"{times[rival] / ours:.2f}x" if rival in times else "-" for rival in ("eager", "compile")]
         yield f"| {' | '.join([name, *cells, *ratios])} |"
     yield from ("", "| goal | native | triton |", "| --- | --- | --- |")
     for goal in GOALS:
         reached = goal.reached(record["steps"][goal.step]["found"][goal.case]["microseconds"])
         cells = [f"{value:.2f}, {_verdict(value >= goal.at_least)}" for value in reached.values()]
+        cells = cells or ["not measured"] * 2
         yield f"| {goal.case}: {goal.rival}'s time over ours at least {goal.at_least:.2f} | {' | '.join(cells)} |"
 
 
