@@ -159,6 +159,14 @@ def test_broadcast_scales_in_any_layout(target: Target, likelihood: str, pattern
 
 
 @every_likelihood
+def test_scales_a_column_of_whole_vectors(target: Target, likelihood: str) -> None:
+    columns = [(24,)] * len(OTHERS[likelihood])
+    for reduction in ("batchmean", "none"):
+        inputs = [*means_of(likelihood, 9, 24), *others_of(likelihood, *columns)]
+        compare(target, likelihood, inputs, reduction, 4e-6)
+
+
+@every_likelihood
 def test_inputs_that_are_broadcast_in_different_ways(target: Target, likelihood: str) -> None:
     """One launch makes all their sums, or what it cannot sum is added up afterwards."""
     patterns = ["each", "scalar", "channel", "sample", "column", "row"]

@@ -98,6 +98,13 @@ def test_sizes_around_the_edges_of_tiles(target: Target, batch: int, size: int) 
             compare_elbo(target, [torch.randn(s) for s in (*shapes, spread)], reduction, 4e-6)
 
 
+@pytest.mark.parametrize("shape", [(37, 64), (5, 260), (6, 3, 40), (70, 4)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_spread_a_column_of_whole_vectors(target: Target, shape: tuple[int, ...], reduction: str) -> None:
+    latent = (shape[0], 8)
+    compare_elbo(target, [torch.randn(s) for s in (shape, shape, latent, latent, shape[-1:])], reduction, 4e-6)
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("shape", [(2500, 48), (300, 3), (1100, 1030), (9, 2, 2100), (40, 33_000)], ids=str)
 def test_a_spread_a_column_over_many_rows(target: Target, shape: tuple[int, ...]) -> None:
