@@ -141,10 +141,10 @@ __device__ __forceinline__ void finish_values(const ObjectiveTask& task, const P
 
 __device__ __forceinline__ void finish(const ObjectiveTask& task, const Plan& plan, const double* partials,
                                        const Crew& crew) {
-  if (plan.has_total)
-    finish_total(plan.total, partials);
-  else if (plan.has_values)
+  if (!plan.has_total && plan.has_values)
     finish_values(task, plan, partials, crew);
+  else if (plan.has_total && crew.block == 0)
+    finish_total(plan.total, partials);
   if (!plan.finish.has_outputs) return;
   for (int k = 0; k < task.count; ++k) finish_outputs(task.terms[k].elements, plan.terms[k], partials, crew);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "broadcast.h"
 #include "cuda/access.h"
@@ -76,6 +77,7 @@ inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs
     plan.chunks.per_segment = plan.columns.groups_per_segment * plan.columns.strips;
     plan.chunks.count = plan.columns.count();
   }
+  if (plan.chunks.count > UINT32_MAX) throw std::runtime_error("fusedvae: more than 2^32 sums in one launch");
   plan.blocks = static_cast<unsigned>(plan.chunks.blocks());
   const auto place = [&](Output output, const Operand& out) {
     const int64_t first = finish.partials;

@@ -31,7 +31,7 @@ struct Chunks {
   uint32_t capacity = 0;    // elements of a chunk
   int64_t segment = 0;      // elements
   int64_t per_segment = 0;  // chunks
-  int64_t count = 0;        // chunks in all: fewer than 2^32, for their sums would take more memory than there is
+  int64_t count = 0;        // chunks in all: fewer than 2^32
 
   Chunks() = default;
   Chunks(int64_t elements, int64_t segment_size) : segment(segment_size) {
