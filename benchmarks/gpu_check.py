@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import importlib.util
 import io
 import itertools
 import json
@@ -38,7 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -769,19 +770,42 @@ def build(check: Check) -> dict:
     return check.run("build", command, 180, FUSEDVAE_CUDA="1", FUSEDVAE_CUDA_ARCHS=f"{major}{minor}")
 
 
+WORKERS = 8
+"""Processes that run tests at a time, if pytest-xdist is there and the machine has as many processors twice."""
+
+
 def tests(check: Check, which: str, log: str) -> dict:
-    """The tests marked `gpu` whose names fit; their outcomes are in the log one by one, in case time runs out."""
+    """The tests marked `gpu` whose names fit. In case time runs out, outcomes are in the log one by one, and what was
+    raised in a file of its own."""
     # What another version of PyTorch warns of is no failure here.
     options = ["-m", "gpu", "-k", which, "-v", "--tb=short", "-p", "no:cacheprovider", "-W", "default"]
-    result = check.run(log, [sys.executable, "-m", "pytest", *options, "tests"], 110)
+    options += ["-p", Path(__file__).stem]  # see pytest_runtest_logreport
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(max(1, min(WORKERS, (os.cpu_count() or 1) // 2)))]
+    failures = check.out / f"{log}.failures"
+    failures.unlink(missing_ok=True)  # of an earlier call
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    command = [sys.executable, "-m", "pytest", *options, "tests"]
+    result = check.run(log, command, 110, PYTHONPATH=path, **{FAILURES: str(failures)})
     text = (check.out / f"{log}.log").read_text() if "log" in result else ""
-    outcomes = re.findall(r"^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
-    counts = dict(Counter(outcome for _, outcome in outcomes))
-    failures = [test for test, outcome in outcomes if outcome in ("FAILED", "ERROR")]
-    found = {"summary": ", ".join(f"{n} {what.lower()}" for what, n in counts.items()), "failures": failures}
-    if not counts.get("PASSED"):
+    # "tests/test_name.py::test_name PASSED" or, of workers, "[gw0] [ 12%] PASSED tests/test_name.py::test_name".
+    outcomes = re.findall(r"(?:^\S+\.py::.* |^\[gw\d+\].*\] )(PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
+    summary = ", ".join(f"{n} {what.lower()}" for what, n in Counter(outcomes).items())
+    found = {"summary": summary, "failures": failures.read_text().splitlines() if failures.exists() else []}
+    if "PASSED" not in outcomes:
         result |= {"ok": False, "reason": result.get("reason", "no test passed")}
     return {**result, "found": found}
+
+
+FAILURES = "GPU_CHECK_FAILURES"
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """As a plugin of the tests, notes each failure when it happens: a test's name and what it raised."""
+    if report.failed and FAILURES in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
+        raised = [line[1:].strip() for line in str(report.longrepr).splitlines() if line.startswith("E ")]
+        with open(os.environ[FAILURES], "a") as file:
+            file.write(f"{report.nodeid}: {raised[0] if raised else 'see the log'}\n")
 
 
 def cuda_tool(name: str) -> str | None:

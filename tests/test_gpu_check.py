@@ -208,3 +208,34 @@ def test_figures_are_read_out_of_ncus_table() -> None:
     }
     assert figures_of(table) == {"0": expected}
     assert figures_of("==ERROR== ERR_NVGPUCTRPERM\n") == {}
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_outcomes_of_tests_are_read_and_failures_noted(
+    tmp_path: Path, workers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    source = tmp_path / "test_some.py"
+    source.write_text(
+        "import pytest\n"
+        "@pytest.mark.gpu\n@pytest.mark.parametrize('k', [0, 1, 2])\ndef test_a(k): assert k < 2, 'k is 2'\n"
+        "@pytest.mark.gpu\ndef test_b(): pytest.skip('not here')\n"
+        "def test_c(): raise AssertionError\n"
+    )
+
+    class Check:
+        out = tmp_path
+
+        def run(self, log: str, command: list[str], seconds: float, **environment: str) -> dict:
+            assert ("-n" in command) == workers
+            with open(tmp_path / f"{log}.log", "w") as file:
+                done = subprocess.run(
+                    [*command[:-1], str(source)], env={**os.environ, **environment}, stdout=file, cwd=tmp_path
+                )
+            return {"ok": done.returncode == 0, "log": f"{log}.log"}
+
+    if not workers:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = script["tests"](Check(), "test", "some")["found"]
+    assert sorted(found["summary"].split(", ")) == ["1 failed", "1 skipped", "2 passed"]
+    assert found["failures"] == ["test_some.py::test_a[2]: AssertionError: k is 2"]
