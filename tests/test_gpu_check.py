@@ -234,6 +234,7 @@ def test_outcomes_of_tests_are_read_and_failures_noted(
                 )
             return {"ok": done.returncode == 0, "log": f"{log}.log"}
 
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test itself may be a worker's
     if not workers:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = script["tests"](Check(), "test", "some")["found"]
