@@ -40,7 +40,6 @@ typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef double vd __attribute__((vector_size(kLanes * 4)));  // half as many lanes, of 64 bits
 typedef uint64_t vq __attribute__((vector_size(kLanes * 4)));
-typedef int32_t vi_half __attribute__((vector_size(kLanes * 2)));
 
 // The vector that a number type is processed in.
 template <class T>
@@ -386,12 +385,16 @@ FUSEDVAE_INLINE vq mul32(vq a, uint32_t m) {
 
 // The low halves of two vectors of 64-bit lanes, shifted right by one: kLanes integers below 2^31.
 FUSEDVAE_INLINE vi half_words(vq first, vq second) {
-  const vi_half a = __builtin_convertvector((first & 0xFFFFFFFFu) >> 1, vi_half);
-  const vi_half b = __builtin_convertvector((second & 0xFFFFFFFFu) >> 1, vi_half);
-  vi v;
-  __builtin_memcpy(&v, &a, sizeof a);
-  __builtin_memcpy(reinterpret_cast<char*>(&v) + sizeof a, &b, sizeof b);
-  return v;
+  using vu = uint32_t __attribute__((vector_size(sizeof(vi))));
+  const vi a = reinterpret_cast<vi>(first), b = reinterpret_cast<vi>(second);
+#if defined(__AVX512F__)
+  const vi words = FUSEDVAE_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif defined(__AVX2__)
+  const vi words = FUSEDVAE_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  const vi words = FUSEDVAE_SHUFFLE(a, b, 0, 2, 4, 6);
+#endif
+  return reinterpret_cast<vi>(reinterpret_cast<vu>(words) >> 1);
 }
 
 // Lanes of a and b by turns: a0 b0 a1 b1 ..., in two vectors.

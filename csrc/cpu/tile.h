@@ -181,35 +181,88 @@ inline void write(const Operand& op, const Tile& t, const T* from, const T* buff
 
 constexpr int64_t kNoisePad = 8 * kLanes;
 
-// Normals of the counters first, first + 1, ...: kLanes counters, four normals each.
-FUSEDVAE_INLINE void normals(uint64_t first, uint64_t seed, float* out) {
+// Some vectors of Philox's words, which take every step one after the other, so that none waits for itself.
+template <int count>
+struct Words {
+  vq at[count];
+};
+template <int count>
+FUSEDVAE_INLINE Words<count> operator^(const Words<count>& a, const Words<count>& b) {
+  Words<count> out;
+  for (int k = 0; k < count; ++k) out.at[k] = a.at[k] ^ b.at[k];
+  return out;
+}
+template <int count>
+FUSEDVAE_INLINE Words<count> operator^(const Words<count>& a, uint64_t b) {
+  Words<count> out;
+  for (int k = 0; k < count; ++k) out.at[k] = a.at[k] ^ b;
+  return out;
+}
+template <int count>
+FUSEDVAE_INLINE Words<count> operator>>(const Words<count>& a, int bits) {
+  Words<count> out;
+  for (int k = 0; k < count; ++k) out.at[k] = a.at[k] >> bits;
+  return out;
+}
+template <int count>
+FUSEDVAE_INLINE Words<count> mul32(const Words<count>& a, uint32_t m) {
+  Words<count> out;
+  for (int k = 0; k < count; ++k) out.at[k] = mul32(a.at[k], m);
+  return out;
+}
+
+// What kLanes counters make: four vectors.
+constexpr int64_t kQuad = 4 * kLanes;
+
+// The uniforms of some quads from a counter on, a vector for each of the four words of a quad's counters.
+template <int quads>
+FUSEDVAE_INLINE void uniforms(uint64_t first, uint64_t seed, float* out) {
   constexpr int half = kLanes / 2;
-  vq low, high;
-  for (int i = 0; i < half; ++i) low[i] = static_cast<uint64_t>(i);
-  low += first;
-  high = low + static_cast<uint64_t>(half);
-  const vq zero = {};
-  const PhiloxWords<vq> a = philox4x32(low, low >> 32, zero, zero, seed);
-  const PhiloxWords<vq> b = philox4x32(high, high >> 32, zero, zero, seed);
-  const auto uniform = [](vq x, vq y) { return unit_interval(to_float(half_words(x, y))); };
-  const NormalPair<vf> p = box_muller(uniform(a.w0, b.w0), uniform(a.w1, b.w1));
-  const NormalPair<vf> q = box_muller(uniform(a.w2, b.w2), uniform(a.w3, b.w3));
+  vq counters;
+  for (int i = 0; i < half; ++i) counters[i] = static_cast<uint64_t>(i);
+  Words<2 * quads> low;
+  for (int k = 0; k < 2 * quads; ++k) low.at[k] = counters + (first + static_cast<uint64_t>(k * half));
+  const auto words = philox4x32(low, low >> 32, Words<2 * quads>{}, Words<2 * quads>{}, seed);
+  for (int k = 0; k < quads; ++k, out += kQuad) {
+    const auto uniform = [k](const Words<2 * quads>& w) FUSEDVAE_LAMBDA {
+      return unit_interval(to_float(half_words(w.at[2 * k], w.at[2 * k + 1])));
+    };
+    store(out, uniform(words.w0));
+    store(out + kLanes, uniform(words.w1));
+    store(out + 2 * kLanes, uniform(words.w2));
+    store(out + 3 * kLanes, uniform(words.w3));
+  }
+}
+
+// Their normals in their place, in the order of the stream.
+FUSEDVAE_INLINE void uniforms_to_normals(float* at) {
+  const NormalPair<vf> p = box_muller(load<vf>(at), load<vf>(at + kLanes));
+  const NormalPair<vf> q = box_muller(load<vf>(at + 2 * kLanes), load<vf>(at + 3 * kLanes));
   vf even_low, even_high, odd_low, odd_high, v0, v1, v2, v3;
   interleave(p.cosine, q.cosine, &even_low, &even_high);
   interleave(p.sine, q.sine, &odd_low, &odd_high);
   interleave(even_low, odd_low, &v0, &v1);
   interleave(even_high, odd_high, &v2, &v3);
-  store(out, v0);
-  store(out + kLanes, v1);
-  store(out + 2 * kLanes, v2);
-  store(out + 3 * kLanes, v3);
+  store(at, v0);
+  store(at + kLanes, v1);
+  store(at + 2 * kLanes, v2);
+  store(at + 3 * kLanes, v3);
 }
 
-// The stream's elements [start, start + count), somewhere in a buffer of count + kNoisePad floats.
+// The stream's elements [start, start + count), somewhere in a buffer of count + kNoisePad floats. Both steps are long
+// chains of instructions that wait for each other. A processor sees so few at a time that what follows a chain does not
+// fill its gaps, but the next of the same kind does: so each step goes over some quads before the other.
 inline const float* noise_span(int64_t start, int64_t count, uint64_t seed, float* buffer) {
-  const int64_t skip = start & 3;
+  constexpr int64_t kSome = 4 * kQuad;
+  const int64_t skip = start & 3, all = skip + count;
   uint64_t counter = static_cast<uint64_t>(start) >> 2;
-  for (int64_t i = 0; i < skip + count; i += 4 * kLanes, counter += kLanes) normals(counter, seed, buffer + i);
+  for (int64_t first = 0; first < all; first += kSome) {
+    const int64_t end = std::min(first + kSome, all);
+    int64_t i = first;
+    for (; i + kQuad < end; i += 2 * kQuad, counter += 2 * kLanes) uniforms<2>(counter, seed, buffer + i);
+    for (; i < end; i += kQuad, counter += kLanes) uniforms<1>(counter, seed, buffer + i);
+    for (i = first; i < end; i += kQuad) uniforms_to_normals(buffer + i);
+  }
   return buffer + skip;
 }
 

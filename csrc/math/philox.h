@@ -48,6 +48,9 @@ template <class Word>
 FUSEDVAE_INLINE PhiloxWords<Word> philox4x32(Word c0, Word c1, Word c2, Word c3, uint64_t seed) {
   using Key = std::conditional_t<sizeof(Word) == 4, uint32_t, uint64_t>;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#if !defined(__CUDACC__)  // which unrolls it unasked
+#pragma GCC unroll 10
+#endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const auto p0 = product_of(c0, 0xD2511F53u), p1 = product_of(c2, 0xCD9E8D57u);
     c0 = p1.high ^ c1 ^ Key(k0);
