@@ -35,7 +35,15 @@ from .calls import (
     find,
     positions,
 )
-from .torch_private import has_hooks_on_saved_tensors, has_tangent, is_sharded, is_transformed, keeps_graph, record
+from .torch_private import (
+    has_hooks_on_saved_tensors,
+    has_tangent,
+    is_sharded,
+    is_transformed,
+    keeps_graph,
+    likeness,
+    record,
+)
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -133,13 +141,13 @@ class RecordedLatent:
         operands = _converted(self.conversions, operands)
         self.gradient = _gradient_of(spec, operands)
         self.numbers = _numbers(operands)
-        self.likes = [
-            (k, t.shape, t.stride(), t.dtype, t.device)
-            for k, t in enumerate(operands)
-            if isinstance(t, Tensor) and k != len(inputs)
-        ]
-        """Of the operands that are tensors (but the seed, which nobody else has), all that matters but their values."""
-        self.forward = None if self.is_dispatched or spec.backend == "reference" else LatentCall(operands, spec)
+        self.tensors = positions([isinstance(t, Tensor) and k != len(inputs) for k, t in enumerate(operands)])
+        """The operands that are tensors, but the seed, which nobody else has."""
+        self.forward: LatentCall | None = None
+        if not self.is_dispatched and spec.backend != "reference":
+            self.forward = LatentCall(operands, spec)
+            self.are_alike = likeness([operands[k] for k in self.tensors])  # type: ignore[misc]
+            """Tells whether others are like them."""
 
 
 def _gradient_of(spec: Sampling, operands: Operands) -> SamplingGradient:
@@ -156,15 +164,6 @@ def _gradient_of(spec: Sampling, operands: Operands) -> SamplingGradient:
         needed,
         spec.backend,
     )
-
-
-def _is_made_for(call: RecordedLatent, operands: Sequence[Any]) -> bool:
-    """Whether a call serves these operands, too."""
-    for k, shape, strides, dtype, device in call.likes:
-        t = operands[k]
-        if t.shape != shape or t.stride() != strides or t.dtype != dtype or t.device != device or t.is_neg():
-            return False
-    return True
 
 
 def _numbers(operands: Operands) -> list[int]:
@@ -215,13 +214,13 @@ class _LatentFunction(torch.autograd.Function):
         operands = [*ctx.saved_tensors]
         call = ctx.call
         # Hooks may give back something else than was saved, and so may a parameter that was given other data meanwhile.
-        if call is not None and not _is_made_for(call, operands):
+        if call is not None and not call.are_alike(*[operands[k] for k in call.tensors]):
             call = None
             operands = [None if t is None else t.resolve_neg() for t in operands]
         for k, number in ctx.numbers:
             operands[k] = number
-        grad_z, grad_kl = [None if g is None else g.resolve_neg() for g in (*incoming, None)[:2]]
-        return (None, *_latent_gradients(ctx.gradient, operands, grad_z, grad_kl, call))
+        grads = [g.resolve_neg() if g is not None and g.is_neg() else g for g in incoming]
+        return (None, *_latent_gradients(ctx.gradient, operands, *grads, call=call))
 
 
 class _Latent(_LatentFunction):
@@ -246,7 +245,8 @@ def _latent_gradients(
     spec: SamplingGradient,
     operands: Sequence[Any],
     grad_z: Tensor | None,
-    grad_kl: Tensor | None,
+    grad_kl: Tensor | None = None,
+    *,
     call: RecordedLatent | None,
 ) -> _Grads:
     """Gradients of a pass's operands. A call says what these are like."""
@@ -422,7 +422,7 @@ class _Objective(torch.autograd.Function):
         call: RecordedObjective = ctx.call
         g_loss = incoming[0]
         grads: list[Tensor | None] = [None] * (1 + len(call.spec.needed))
-        is_loss_alone = all(g is None for g in incoming[1:])
+        is_loss_alone = len(incoming) == 1 or all(g is None for g in incoming[1:])
         if is_loss_alone and g_loss is None:
             return tuple(grads)
         assert call.forward is not None

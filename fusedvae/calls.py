@@ -30,7 +30,7 @@ from .backend.reference import (
     working_dtype,
 )
 from .layout import broadcasts
-from .torch_private import is_any_autocast_enabled, is_watched
+from .torch_private import is_any_autocast_enabled, is_watched, likeness
 
 Operand = Tensor | float | None
 Operands = Sequence[Operand]
@@ -39,7 +39,18 @@ Operands = Sequence[Operand]
 
 _Found = TypeVar("_Found")
 
-_calls: dict[tuple[Any, ...], Any] = {}
+
+class _Kept(NamedTuple):
+    """A call, and which of its operands are tensors, with a test of whether others are like them."""
+
+    call: Any
+    tensors: list[int]
+    are_alike: Callable[..., bool]
+
+
+_calls: dict[tuple[Any, ...], _Kept] = {}
+"""By all that they are; and by all but what their tensors are like, the last one found, which mostly is the next one,
+too: to test that is several times as quick as to ask what each tensor is like."""
 _MOST_CALLS = 1024
 
 
@@ -53,29 +64,34 @@ def find(make: Callable[..., _Found], operands: Operands, *options: Any, whole: 
     if is_watched():  # what a tracer's stand-ins are like says nothing of tensors
         return make(whole, *options)
     try:
-        key = (
-            make,
-            # All that may matter of an operand but the values in it.
-            *[
-                (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_neg())
-                if isinstance(t, Tensor)
-                else type(t)
-                for t in operands
-            ],
-            *options,
+        context = (
             torch.is_grad_enabled(),
             is_any_autocast_enabled() and torch.is_autocast_enabled(_device_of(whole).type),
             backend.current_choice(),
         )
-        call = _calls.get(key)
+        kind = (make, *map(type, operands), *options, *context)
+        kept = _calls.get(kind)
+        if kept is not None and kept.are_alike(*[operands[k] for k in kept.tensors]):
+            return kept.call
+        key = (
+            kind,
+            # All that may matter of an operand but the values in it.
+            *[
+                (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_neg()) if isinstance(t, Tensor) else None
+                for t in operands
+            ],
+        )
+        kept = _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, or unhashable
         return make(whole, *options)
-    if call is None:
+    if kept is None:
         call = make(whole, *options)
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
-        _calls[key] = call
-    return call
+        tensors = positions([isinstance(t, Tensor) for t in operands])
+        kept = _calls[key] = _Kept(call, tensors, likeness([operands[k] for k in tensors]))  # type: ignore[misc]
+    _calls[kind] = kept
+    return kept.call
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

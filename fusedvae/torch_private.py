@@ -66,6 +66,25 @@ def is_watched() -> bool:
     )
 
 
+def likeness(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A quick test, of as many tensors: whether they are like these in all that matters but their memory.
+
+    That is in type, shape, strides, dtype, device, need of a gradient, and in what operators called here and now would
+    see in them (a negative view, an inference tensor). Without it, or for tensors that it does not know, a test that
+    always fails: then they are looked at one by one.
+    """
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[[*t.shape] for t in tensors],  # type: ignore[misc]
+            dynamic_dims_strides=[[*t.stride()] for t in tensors],  # type: ignore[misc]
+        )
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return lambda *tensors: False
+    test: Callable[..., bool] = guards.check
+    return test
+
+
 def is_traced() -> bool:
     """Whether torch.jit.trace writes down what is called. needed: with the others above."""
     return _tracing_state() is not None
