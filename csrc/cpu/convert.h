@@ -116,40 +116,67 @@ FUSEDVAE_INLINE void narrow_array(const T* in, S* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) narrow(in[i], out + i);
 }
 
-#if defined(__F16C__)
+// Whether loads and stores of vectors convert from and to 16 bits.
+#if defined(__F16C__) || defined(__aarch64__)
+constexpr bool kHasHalves = true;
+
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+
+FUSEDVAE_INLINE vf widen(vh v, Bf16*) {
+  return reinterpret_cast<vf>(__builtin_convertvector(v, vu) << 16);
+}
+FUSEDVAE_INLINE vh narrow(vf v, Bf16*) {
+  const vu bits = reinterpret_cast<vu>(v), rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40u, vh);
+}
+FUSEDVAE_INLINE vf widen(vh v, F16*) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(v));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(v));
+#else
+  return vcvt_f32_f16(reinterpret_cast<float16x4_t>(v));
+#endif
+}
+FUSEDVAE_INLINE vh narrow(vf v, F16*) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vh>(_mm512_cvtps_ph(v, 0));
+#elif defined(__F16C__)
+  return reinterpret_cast<vh>(_mm256_cvtps_ph(v, 0));
+#else
+  return reinterpret_cast<vh>(vcvt_f16_f32(v));
+#endif
+}
+
+template <class V>
+FUSEDVAE_INLINE vf load(const Bf16* p) {
+  return widen(load<vh>(&p->bits), static_cast<Bf16*>(nullptr));
+}
+template <class V>
+FUSEDVAE_INLINE vf load(const F16* p) {
+  return widen(load<vh>(&p->bits), static_cast<F16*>(nullptr));
+}
+FUSEDVAE_INLINE void store(Bf16* p, vf v) {
+  store(&p->bits, narrow(v, p));
+}
+FUSEDVAE_INLINE void store(F16* p, vf v) {
+  store(&p->bits, narrow(v, p));
+}
+
+// (Compilers find no vectors for F16 themselves.)
 FUSEDVAE_INLINE void widen_array(const F16* in, float* out, int64_t count) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= count; i += 16)
-    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
-#endif
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load<vf>(in + i));
   for (; i < count; ++i) out[i] = widen(in[i]);
 }
 FUSEDVAE_INLINE void narrow_array(const float* in, F16* out, int64_t count) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= count; i += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(in + i), 0));
-#endif
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load<vf>(in + i));
   for (; i < count; ++i) narrow(in[i], out + i);
 }
-#elif defined(__aarch64__)
-FUSEDVAE_INLINE void widen_array(const F16* in, float* out, int64_t count) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4)
-    vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(in + i)))));
-  for (; i < count; ++i) out[i] = widen(in[i]);
-}
-FUSEDVAE_INLINE void narrow_array(const float* in, F16* out, int64_t count) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4)
-    vst1_u16(reinterpret_cast<uint16_t*>(out + i), vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(in + i))));
-  for (; i < count; ++i) narrow(in[i], out + i);
-}
+#else
+constexpr bool kHasHalves = false;
 #endif
 
 // Calls f with a null pointer of the C++ type behind a dtype.

@@ -16,6 +16,10 @@
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
+// Elements ahead of where it is that a loop asks for beside sums of columns, to which it goes back at every row: there
+// processors do not look as far ahead by themselves as they do otherwise.
+constexpr int64_t kAhead = 768;
+
 // What a formula is applied to: a tile's operands as arrays of the working type.
 template <class T>
 struct Arrays {
@@ -29,6 +33,9 @@ struct Arrays {
   T* grads[kMostInputs];
   T factor;  // of the gradients
   T constant;
+  bool adds, are_added[kMostInputs];  // whether gradients are sums of columns; which are added to what is there
+  DType half;                         // of the inputs that lie in 16 bits, and their gradients likewise; else f32
+  bool are_halves[kMostInputs];       // which these are: read and written where they lie, whatever the pointers say
   const T *logs[kMostScales], *powers[kMostScales], *slopes[kMostScales];  // of scales, unless the task is plain
   const T *deviation, *deviation_slope;                                    // beside a sample, likewise
   const T *noise, *grad_z;
@@ -149,12 +156,13 @@ struct OfElements {
   using Formula = F;
   static constexpr bool kSamples = false;
 
-  // Returns the sum of the weighted values if `sums`; else they are written where there is a place for them.
-  template <class T, bool has_weights, Scales kind, bool sums>
+  // Returns the sum of the weighted values if `sums`; else they are written where there is a place for them. Gradients
+  // may be sums of columns if `adds`. Half is what inputs that lie in 16 bits are.
+  template <class T, bool has_weights, Scales kind, bool sums, bool adds = false, class Half = T>
   static double apply(const Arrays<T> a, int64_t count) {  // by value: no store can change it
     using P = typename Pack<T>::type;
     constexpr int n = Formula::kInputs;
-    constexpr bool is_uniform = kind == Scales::uniform;
+    constexpr bool is_uniform = kind == Scales::uniform, has_halves = !std::is_same_v<Half, T>;
     const P zero = {}, one = number<P>(1), factor = P{} + a.factor, constant = P{} + a.constant;
     const P none = number<P>(a.selects ? 0.0 : NAN);  // the weight that does away with an element
     // (In an instance for all tasks it is not known before.)
@@ -179,8 +187,12 @@ struct OfElements {
     const auto fetch = [=](int64_t i, const auto& load) FUSEDVAE_LAMBDA {
       Fetched fetched = {};
 #pragma GCC unroll 4
+      for (int k = 0; k < n && adds; ++k) __builtin_prefetch(a.inputs[k] + i + kAhead);
+#pragma GCC unroll 4
       for (int k = 0; k < n; ++k)
-        fetched.inputs[k] = is_uniform && k == Formula::kUniform ? uniform.inputs[k] : load(a.inputs[k] + i);
+        fetched.inputs[k] = is_uniform && k == Formula::kUniform ? uniform.inputs[k]
+                            : has_halves && a.are_halves[k]      ? load(reinterpret_cast<const Half*>(a.inputs[k]) + i)
+                                                                 : load(a.inputs[k] + i);
       fetched.weight = has_weights ? load(a.weight + i) : one;
       if (kind == Scales::any && !is_plain) fetch_scales<Formula>(a, i, load, fetched.scales);
       return fetched;
@@ -198,8 +210,15 @@ struct OfElements {
       }
       if ((!sums || kHasFewInstances<T>) && a.value) store(a.value + i, has_weights ? value : value + constant);
 #pragma GCC unroll 4
-      for (int k = 0; k < n; ++k)
-        if (a.grads[k]) store(a.grads[k] + i, element.grads[k]);
+      for (int k = 0; k < n; ++k) {
+        if (!a.grads[k]) continue;
+        if (has_halves && a.are_halves[k])
+          store(reinterpret_cast<Half*>(a.grads[k]) + i, element.grads[k]);
+        else if (adds && a.are_added[k])
+          store.add(a.grads[k] + i, element.grads[k]);
+        else
+          store(a.grads[k] + i, element.grads[k]);
+      }
       return value;
     };
     return sum_of_packs<T, sums>(count, fetch, visit);
@@ -214,6 +233,11 @@ struct OfElements {
       if (!a.weight) weighted.weight = a.ones;
       return apply<T, true, Scales::any, true>(weighted, count);
     } else {
+      if (a.adds) return apply<T, false, Scales::plain, true, true>(a, count);
+      if constexpr (kHasHalves) {
+        if (a.half == DType::bf16) return apply<T, false, Scales::plain, true, false, Bf16>(a, count);
+        if (a.half == DType::f16) return apply<T, false, Scales::plain, true, false, F16>(a, count);
+      }
       if constexpr (Formula::kUniform >= 0)
         if (is_uniform) return with_scales<T, Scales::uniform>(a, count, sums);
       if constexpr (Formula::kScales > 0)
@@ -251,22 +275,55 @@ struct SampleBuffers {
 };
 struct NoBuffers {};
 
-// Whether a tile of the task takes no buffers.
+// How many elements a tile of the task has if it takes no buffers, else 0. Its operands are arrays of the working type,
+// or their rows are; then a tile is a row or a part of one, and what is summed over these is added up where it is made.
 template <class Work, class T>
-bool is_unbuffered(const ElementwiseTask& task, const Outputs& outputs) {
+int64_t unbuffered_tile(const ElementwiseTask& task, const Outputs& outputs) {
   using Formula = typename Work::Formula;
-  if (kHasFewInstances<T> || Work::kSamples || (task.weight && task.incoming)) return false;
-  if (Formula::kScales > 0 && !task.is_plain()) return false;
+  if (kHasFewInstances<T> || Work::kSamples || (task.weight && task.incoming)) return 0;
+  if (Formula::kScales > 0 && !task.is_plain()) return 0;
   const Extent& e = task.extent;
-  const auto fits = [&](Output kind, const Operand& operand) {
-    return kind == Output::none || (kind == Output::element && is_array<T>(operand, e));
+  const bool adds = outputs.any(Output::column);
+  if (adds && (task.weight || task.incoming || task.value)) return 0;
+  bool are_arrays = !adds, are_rows = e.inner >= kTile / 2;
+  const auto look_at = [&](const Operand& operand) {
+    are_arrays = are_arrays && is_array<T>(operand, e);
+    are_rows = are_rows && operand.data && operand.dtype == dtype_of<T>() && operand.stride[2] == 1;
   };
   for (int k = 0; k < Formula::kInputs; ++k) {
-    if (!is_array<T>(task.inputs[k], e) && !(k == Formula::kUniform && task.inputs[k].is_uniform())) return false;
-    if (!fits(outputs.grads[k], task.grads[k])) return false;
+    if (outputs.grads[k] > Output::column) return 0;
+    if (outputs.grads[k] == Output::element) look_at(task.grads[k]);
+    if (adds || k != Formula::kUniform || !task.inputs[k].is_uniform()) look_at(task.inputs[k]);
   }
-  return (!task.weight || is_array<T>(task.weight, e)) && (!task.incoming || is_array<T>(task.incoming, e)) &&
-         fits(outputs.value, task.value);
+  if (outputs.value > Output::element) return 0;
+  if (task.weight) look_at(task.weight);
+  if (task.incoming) look_at(task.incoming);
+  if (task.value) look_at(task.value);
+  return are_arrays ? kUnbufferedTile : are_rows ? min_of(e.inner, kUnbufferedTile) : 0;
+}
+
+// Which inputs the loop reads where they lie in 16 bits, as it writes their gradients: those that are, with these,
+// arrays of one type, where the rest of the task is that of the usual loss. Returns the type, f32 for none.
+//
+// It is for operands that no cache holds: by way of buffers, a thread would wait for memory while it fills these, and
+// leave memory waiting while it computes. In caches the buffers are quicker: to convert between a formula's steps makes
+// its chains so long that a processor sees too few of them at a time.
+template <class Work, class T>
+DType find_halves(const ElementwiseTask& task, const Outputs& outputs, bool (&are_halves)[kMostInputs]) {
+  using Formula = typename Work::Formula;
+  DType half = DType::f32;
+  if (!kHasHalves || kHasFewInstances<T> || Work::kSamples) return half;
+  if (task.weight || task.incoming || outputs.value != Output::none) return half;
+  if (Formula::kScales > 0 && !task.is_plain()) return half;
+  const Extent& e = task.extent;
+  for (int k = 0; k < Formula::kInputs; ++k) {
+    const DType dtype = half == DType::f32 ? task.inputs[k].dtype : half;
+    const Output kind = outputs.grads[k];
+    are_halves[k] = (dtype == DType::bf16 || dtype == DType::f16) && is_array(task.inputs[k], dtype, e) &&
+                    (kind == Output::none || (kind == Output::element && is_array(task.grads[k], dtype, e)));
+    if (are_halves[k]) half = dtype;
+  }
+  return half;
 }
 
 // The weights of a tile, null where there are none: a product, in which what is weighted with 0 stays away.
@@ -310,16 +367,25 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
   }
   const Extent& e = task.extent;
   const Outputs outputs = outputs_of(task);
-  int64_t written = 0;
+  int64_t read_bytes = 0, written = 0;
   for (int k = 0; k < n; ++k) {
+    read_bytes += bytes_of(task.inputs[k], e);
     if (outputs.grads[k] != Output::element) continue;
     written += bytes_of(task.grads[k], e);
     prefer_huge_pages(task.grads[k], e);
   }
   if (latent) prefer_huge_pages(latent->z, e);
-  const bool past_caches = kHasStreamingStores && written >= kPastCachesBytes;
-  const bool unbuffered = !past_caches && !(totals && by_sample) && is_unbuffered<Work, T>(task, outputs);
-  const Tiling tiling(e, unbuffered ? kUnbufferedTile : kTile);
+  // The tiles, and so the order of sums, are those of sizes alone; what memory is like decides how it is written.
+  const bool is_large = written >= kPastCachesBytes;
+  const int64_t unbuffered = is_large || (totals && by_sample) ? 0 : unbuffered_tile<Work, T>(task, outputs);
+  bool are_halves[kMostInputs] = {};
+  DType half = DType::f32;
+  if (read_bytes + written >= kPastCachesBytes && !(totals && by_sample))
+    half = find_halves<Work, T>(task, outputs, are_halves);
+  bool past_caches = kHasStreamingStores && is_large && half == DType::f32;
+  for (int k = 0; k < n && past_caches; ++k)
+    if (outputs.grads[k] == Output::element && is_untouched(task.grads[k], e)) past_caches = false;
+  const Tiling tiling(e, unbuffered ? unbuffered : kTile);
   const Units units(e, tiling, outputs.any(Output::column));
   ValueSums<T> values(totals, by_sample, e, tiling);
   const auto sum_of = [&](Output kind, const Operand& out) { return OutputSum<T>(kind, out, e, tiling, units); };
@@ -341,6 +407,9 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
     a.is_plain = task.is_plain();
     a.has_gains = task.has_gains();
     a.selects = task.weight.given;
+    a.adds = unbuffered && outputs.any(Output::column);
+    a.half = half;
+    for (int j = 0; j < n; ++j) a.are_halves[j] = are_halves[j];
     a.factor = static_cast<T>(factor);
     a.constant = task.value || task.weight ? static_cast<T>(constant) : T(0);  // to sums it is added at their end
     // Values and gradients are written where they belong, or summed from a buffer.
@@ -359,20 +428,29 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
       bool is_uniform = false;
       if constexpr (Formula::kUniform >= 0 && !Work::kSamples) {
         const Operand& input = task.inputs[Formula::kUniform];
-        is_uniform = !kHasFewInstances<T> && (Formula::kScales < 2 || a.is_plain) &&
+        is_uniform = !kHasFewInstances<T> && half == DType::f32 && !a.adds && (Formula::kScales < 2 || a.is_plain) &&
                      (input.is_uniform() || (t.nb == 1 && t.no == 1 && input.stride[2] == 0));
         if (is_uniform)
           buffers.inputs[Formula::kUniform][0] = static_cast<T>(get(input, input.data ? offset_of(input, t, 0, 0) : 0));
       }
       for (int j = 0; j < n; ++j)
-        a.inputs[j] =
-            is_uniform && j == Formula::kUniform ? buffers.inputs[j] : read(task.inputs[j], t, buffers.inputs[j]);
+        a.inputs[j] = a.are_halves[j]                        ? static_cast<const T*>(address_of(task.inputs[j], t))
+                      : is_uniform && j == Formula::kUniform ? buffers.inputs[j]
+                                                             : read(task.inputs[j], t, buffers.inputs[j]);
       if constexpr (Work::kSamples) sample_operands(*latent, t, sample_buffers, &a);
       if (!a.is_plain && !is_uniform) map_scales<Formula>(task, t.count(), scale_buffers, &a);
       a.weight = read_weights(task, t, buffers);
       const bool needs_values = values.needs_values(t);
       a.value = needs_values ? buffers.value : place(outputs.value, task.value, t, buffers.value, false);
-      for (int j = 0; j < n; ++j) a.grads[j] = place(outputs.grads[j], task.grads[j], t, buffers.grads[j], past_caches);
+      for (int j = 0; j < n; ++j) {
+        const Output kind = outputs.grads[j];
+        if (a.adds && kind == Output::column)
+          a.grads[j] = grad_sums[j].sums_of_columns(turn, t, &a.are_added[j]);
+        else if (a.are_halves[j] && kind == Output::element)
+          a.grads[j] = static_cast<T*>(address_of(task.grads[j], t));
+        else
+          a.grads[j] = place(kind, task.grads[j], t, buffers.grads[j], past_caches);
+      }
       const double total = Work::template apply_for<T>(a, t.count(), is_uniform, values.wanted() && !needs_values);
       values.take(turn.tile, t, total, a.value);
       deliver(value_sum, task.value, turn, t, a.value, buffers.value, false);

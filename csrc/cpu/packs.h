@@ -3,10 +3,37 @@
 
 #include <cstdint>
 
+#include "cpu/convert.h"
 #include "cpu/simd.h"
 
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
+
+// Writes whole packs, or adds them to what is there.
+template <class P>
+struct StoreAll {
+  template <class T>
+  FUSEDVAE_INLINE void operator()(T* p, P v) const {
+    store(p, v);
+  }
+  template <class T>
+  FUSEDVAE_INLINE void add(T* p, P v) const {
+    store(p, load<P>(p) + v);
+  }
+};
+// The first lanes of a pack.
+template <class P>
+struct StorePart {
+  int64_t count;
+  template <class T>
+  FUSEDVAE_INLINE void operator()(T* p, P v) const {
+    store_part(p, v, count);
+  }
+  template <class T>
+  FUSEDVAE_INLINE void add(T* p, P v) const {
+    store_part(p, load_part<P>(p, count) + v, count);
+  }
+};
 
 // Calls fetch(i, load) and apply(i, fetched, store) for the packs of [i, end), and returns the sum of what apply gave
 // back, in lanes. For the last, partial pack, load and store are partial, and lanes past the end are not summed.
@@ -18,8 +45,8 @@ template <class T, bool sums, class Fetch, class Apply>
 FUSEDVAE_INLINE typename Pack<T>::type for_packs(int64_t i, int64_t end, const Fetch& fetch, const Apply& apply) {
   typedef typename Pack<T>::type P;
   constexpr int64_t w = Pack<T>::lanes;
-  const auto load_all = [](const T* p) FUSEDVAE_LAMBDA { return load<P>(p); };
-  const auto store_all = [](T* p, P v) FUSEDVAE_LAMBDA { store(p, v); };
+  const auto load_all = [](const auto* p) FUSEDVAE_LAMBDA { return load<P>(p); };
+  const StoreAll<P> store_all;
   P total0 = {}, total1 = {}, total2 = {}, total3 = {};
   const auto add = [](P value, P* total) FUSEDVAE_LAMBDA {
     if constexpr (sums) *total += value;
@@ -35,8 +62,8 @@ FUSEDVAE_INLINE typename Pack<T>::type for_packs(int64_t i, int64_t end, const F
   for (; i + w <= end; i += w) add(apply(i, fetch(i, load_all), store_all), &total0);
   const int64_t rest = end - i;
   if (rest > 0) {
-    const auto fetched = fetch(i, [rest](const T* p) FUSEDVAE_LAMBDA { return load_part<P>(p, rest); });
-    const P value = apply(i, fetched, [rest](T* p, P v) FUSEDVAE_LAMBDA { store_part(p, v, rest); });
+    const auto fetched = fetch(i, [rest](const auto* p) FUSEDVAE_LAMBDA { return load_part<P>(p, rest); });
+    const P value = apply(i, fetched, StorePart<P>{rest});
     T lanes[sizeof(P) / sizeof(T)];
     store(lanes, value);
     add(load_part<P>(lanes, rest), &total1);

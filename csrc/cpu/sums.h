@@ -68,14 +68,14 @@ struct Turn {
 // The way over the tiles, in units of work: each is a tile, but where columns have sums. There it is a block of rows of
 // a band of columns, as wide as its sums stay in the L2 cache: memory is read ahead along the rows, not down columns.
 struct Units {
-  static constexpr int64_t kWidestBand = 32, kMostBlocks = 16, kFewestRows = 16;
+  static constexpr int64_t kWidestBand = 32 * kTile, kMostBlocks = 16, kFewestRows = 16;
   int64_t groups, rows;  // of tiles
   int64_t bands, blocks;
 
   Units(const Extent& e, const Tiling& tiling, bool by_column)
       : groups(by_column ? tiling.column_groups() : 1),
         rows(tiling.count() / groups),
-        bands(ceil_div(groups, kWidestBand)),
+        bands(ceil_div(groups, max_of(1, kWidestBand / tiling.columns()))),
         blocks(rows) {
     if (!by_column) return;
     const int64_t most = min_of(ceil_div(kMostBlocks, bands), e.batch * e.outer / kFewestRows);
@@ -115,6 +115,13 @@ class OutputSum {
   }
 
   bool wanted() const { return kind_ != Output::none && kind_ != Output::element; }
+
+  // Where a tile that is one row may leave its elements for `take`, in the sums of its columns: added to what is there,
+  // or put there if the tile is the first.
+  T* sums_of_columns(const Turn& turn, const Tile& t, bool* are_added) {
+    *are_added = turn.row % tiles_in_float_ != 0;
+    return floats_.at(turn.block * e_.inner + t.i0);
+  }
 
   // Takes the elements of a tile.
   void take(const Turn& turn, const Tile& t, const T* elements) {
@@ -159,11 +166,9 @@ class OutputSum {
     int64_t held = turn.row % tiles_in_float_ * tiling_.max_rows();  // rows in `sums`, if not fewer
     bool has_totals = turn.row >= tiles_in_float_;
     const bool is_last = turn.is_last || (turn.row + 1) % tiles_in_float_ == 0;
+    const bool are_there = elements == sums;  // see sums_of_columns
     for (int64_t r = 0; r < rows; ++r, elements += t.ni) {
-      if (held == 0)
-        for (int64_t i = 0; i < t.ni; ++i) sums[i] = elements[i];
-      else
-        for (int64_t i = 0; i < t.ni; ++i) sums[i] += elements[i];
+      for (int64_t i = 0; i < t.ni && !are_there; ++i) sums[i] = held == 0 ? elements[i] : sums[i] + elements[i];
       if (++held < kRowsInFloat && !(is_last && r + 1 == rows)) continue;
       for (int64_t i = 0; i < t.ni; ++i) totals[i] = (has_totals ? totals[i] : 0) + static_cast<double>(sums[i]);
       has_totals = true;

@@ -51,6 +51,7 @@ class Tiling {
   int64_t column_groups() const { return column_groups_; }
   // Whether no sample is in several tiles.
   bool holds_whole_samples() const { return row_groups_ * column_groups_ == 1; }
+  int64_t columns() const { return columns_; }  // of each but the last of a row
   int64_t max_samples() const { return samples_; }
   int64_t max_rows() const { return samples_ * rows_; }
   Tile operator[](int64_t k) const {
@@ -80,10 +81,18 @@ static inline bool is_contiguous(const Operand& op, const Tile& t) {
          (t.nb == 1 || (t.no == 1 ? op.stride[0] == t.ni : op.stride[0] == t.no * t.ni));
 }
 
-// Whether an operand is an array of T, so that every tile of it is one as well.
+// Where the tile's first element lies.
+static inline void* address_of(const Operand& op, const Tile& t) {
+  return static_cast<char*>(op.data) + offset_of(op, t, 0, 0) * size_of(op.dtype);
+}
+
+// Whether an operand is an array of the type, so that every tile of it is one as well.
+static inline bool is_array(const Operand& op, DType dtype, const Extent& e) {
+  return op.data && op.dtype == dtype && is_contiguous(op, Tile{0, e.batch, 0, e.outer, 0, e.inner});
+}
 template <class T>
 inline bool is_array(const Operand& op, const Extent& e) {
-  return op.data && op.dtype == dtype_of<T>() && is_contiguous(op, Tile{0, e.batch, 0, e.outer, 0, e.inner});
+  return is_array(op, dtype_of<T>(), e);
 }
 
 // A tile's operand as an array; `buffer` holds it if it is not one already.

@@ -688,6 +688,21 @@ class Elements {
         made_[k] = (k ? grads && below(3) : value) ? any_output(by_column) : nullptr;
     } while (!can_sum(task()));
   }
+  // All in 16 bits, but for an input or two, and side by side, scales as formulas are written.
+  void set_halves(DType half) {
+    int scale = 0;
+    for (int k = 0; k < reference_.inputs; ++k) {
+      Range range = reference_.ranges[k];
+      if (is_scale(range)) {
+        forms_[scale] = Form{};
+        range = range_of(forms_[scale++]);
+      }
+      const DType dtype = below(4) ? half : DType::f32;
+      inputs_[k] = input(e_, dtype, contiguous(e_), range.low, range.high);
+      made_[1 + k] = std::make_unique<Array>(e_, dtype, contiguous(e_));
+    }
+    in_double_ = false;
+  }
   // Gradients that are written element by element, past the caches if they are large.
   void set_large_gradients() {
     for (int k = 1; k <= reference_.inputs; ++k) made_[k] = std::make_unique<Array>(e_, DType::f32, full(e_));
@@ -1074,6 +1089,16 @@ void test_past_caches(int threads) {
   check_latent(divergence, AnyNoise(extent, false, false), {}, nullptr, threads);
 }
 
+// Operands in 16 bits that are read and written where they lie: at least 24 MiB of them.
+void test_large_halves(int threads) {
+  extent = {1, 1, (int64_t{25} << 17) + 5};
+  for (DType half : {DType::bf16, DType::f16}) {
+    auto elements = elements_of(static_cast<int>(below(scalar::Formulas::kSize)), Layout::plain);
+    elements->set_halves(half);
+    check_objective(one_term(std::move(elements)), Values::total, threads);
+  }
+}
+
 // --- noise and scaling ----------------------------------------------------------------------------------------------
 
 void test_normal(int threads) {
@@ -1145,6 +1170,7 @@ int main(int argc, char** argv) {
   }
   kernel = "past the caches";
   test_past_caches(2);
+  test_large_halves(2);
   if (most_threads < 3) fail("the kernels never used three threads");
   std::printf("%s: %" PRId64 " comparisons\n", kernels().isa, comparisons);
   return 0;
