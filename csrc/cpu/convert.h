@@ -116,10 +116,8 @@ FUSEDVAE_INLINE void narrow_array(const T* in, S* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) narrow(in[i], out + i);
 }
 
-// Whether loads and stores of vectors convert from and to 16 bits.
+// Loads and stores of vectors from and to 16 bits.
 #if defined(__F16C__) || defined(__aarch64__)
-constexpr bool kHasHalves = true;
-
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 
@@ -175,8 +173,6 @@ FUSEDVAE_INLINE void narrow_array(const float* in, F16* out, int64_t count) {
   for (; i + kLanes <= count; i += kLanes) store(out + i, load<vf>(in + i));
   for (; i < count; ++i) narrow(in[i], out + i);
 }
-#else
-constexpr bool kHasHalves = false;
 #endif
 
 // Calls f with a null pointer of the C++ type behind a dtype.

@@ -50,6 +50,9 @@ enum class Scales { plain, uniform, any };
 template <class T>
 constexpr bool kHasFewInstances = std::is_same_v<T, double>;
 
+// Whether loops go over operands that lie in 16 bits: with narrower vectors arithmetic takes longer than memory does.
+constexpr bool kHasHalves = kLanes == 16;
+
 // What a formula derives of its scales, and the derivatives of their logarithms by what they are forms of.
 template <class Formula, class P>
 struct Spreads {
