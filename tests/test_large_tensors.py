@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import EPSILON, KERNEL_TARGETS, Target
+from conftest import EPSILON, KERNEL_TARGETS, Target, threads
 from torch import Tensor
 
 import fusedvae
@@ -72,12 +72,8 @@ def test_gradients_summed_over_long_rows(name: str, shape: tuple[int, ...], targ
     for mine, exact in zip(found, loss_and_gradients("reference", torch.float64), strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=2e-5, atol=2e-5 * float(exact.abs().max()))
     if target.device == "cpu":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with threads(1):
             alone = loss_and_gradients(target.backend, torch.float32)
-        finally:
-            torch.set_num_threads(threads)
         assert all(map(torch.equal, found, alone))
 
 

@@ -119,7 +119,6 @@ FUSEDVAE_INLINE void narrow_array(const T* in, S* out, int64_t count) {
 // Loads and stores of vectors from and to 16 bits.
 #if defined(__F16C__) || defined(__aarch64__)
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
-typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 
 FUSEDVAE_INLINE vf widen(vh v, Bf16*) {
   return reinterpret_cast<vf>(__builtin_convertvector(v, vu) << 16);

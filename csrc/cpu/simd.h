@@ -38,6 +38,7 @@ constexpr int kLanes = 4;
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef double vd __attribute__((vector_size(kLanes * 4)));  // half as many lanes, of 64 bits
 typedef uint64_t vq __attribute__((vector_size(kLanes * 4)));
 
@@ -291,7 +292,6 @@ FUSEDVAE_INLINE vf log_normal(vf x) {
 #else
 // ln x for normal x > 0, by Cephes' polynomial around 1. (Of a negative x the bits overflow, without harm.)
 FUSEDVAE_INLINE vf log_normal(vf x) {
-  using vu = uint32_t __attribute__((vector_size(sizeof(vi))));
   const vu bits = (vu)float_to_bits(x);
   const vi k = (vi)(bits - 0x3F3504F3u) >> 23;  // x = m 2^k with m in [sqrt 1/2, sqrt 2)
   const vf f = bits_to_float((vi)(bits - ((vu)k << 23))) - 1.0f;
@@ -385,7 +385,6 @@ FUSEDVAE_INLINE vq mul32(vq a, uint32_t m) {
 
 // The low halves of two vectors of 64-bit lanes, shifted right by one: kLanes integers below 2^31.
 FUSEDVAE_INLINE vi half_words(vq first, vq second) {
-  using vu = uint32_t __attribute__((vector_size(sizeof(vi))));
   const vi a = reinterpret_cast<vi>(first), b = reinterpret_cast<vi>(second);
 #if defined(__AVX512F__)
   const vi words = FUSEDVAE_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
