@@ -17,8 +17,8 @@ if [ "${1:-}" = --wheel ]; then
 fi
 [ $# -gt 0 ] || set -- 2.6.0 newest
 core=(operations gradient_rules forms reductions latents kernel_tasks likelihoods divergences formulas transforms wrappers
-    linear sharded noise errors layout properties vae likelihood_estimates networks distributions pretrained recipes
-    triton_launches)
+    calls inplace large_tensors linear sharded noise errors layout properties vae likelihood_estimates networks
+    distributions pretrained recipes triton_launches)
 
 files=("${core[@]/#/../../tests/test_}")
 files=("${files[@]/%/.py}")

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 import fusedvae
 from fusedvae import functional
 from fusedvae.backend.reference import LIKELIHOODS
+from fusedvae.torch_private import has_hooks_on_saved_tensors
 
 pytestmark = pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
+
+LATE = not has_hooks_on_saved_tensors()
+"""Whether what is made in the backward pass is written in place, too. PyTorch 2.6 and 2.7 do not say if that is right."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +61,7 @@ def test_every_likelihood(name: str, reduction: str) -> None:
     plain, step = Step(given), Step(given)
     for found, expected in zip(gradients(step, True), gradients(plain, False), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
-    assert (plain.written, step.written) == ([False], [True])
+    assert (plain.written, step.written) == ([False], [LATE or reduction != "none"])
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ def test_every_layout(
     plain, step = Step(given), Step(given)
     for found, expected in zip(gradients(step, True), gradients(plain, False), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    assert step.written == [True]
+    assert step.written == [LATE or dtype != torch.float16 or given.numel() == 0]
 
 
 def test_a_kept_graph_gives_the_same_gradients_again() -> None:
@@ -107,7 +111,7 @@ def test_a_kept_graph_gives_the_same_gradients_again() -> None:
             (found,) = torch.autograd.grad(loss, step.leaf, retain_graph=is_kept)
             torch.testing.assert_close(found, expected)
             found.mul_(0)  # whoever got it may do as they please, but for the last
-        assert step.written == [False, False, True]
+        assert step.written == [False, False, LATE or reduction == "sum"]
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(loss, step.leaf)
 
@@ -124,7 +128,7 @@ def test_terms_that_are_each_differentiable() -> None:
     found, d_beta = torch.autograd.grad(terms.loss, [step.leaf, beta])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(d_beta, terms.kl.detach())
-    assert step.written == [False, True]
+    assert step.written == [False, LATE]
 
 
 def test_a_loss_scaler() -> None:
@@ -134,7 +138,7 @@ def test_a_loss_scaler() -> None:
         loss = functional.elbo_loss(step.recon_x, x, x[:, :2], x[:, :2], inplace=True, **options)
         (found,) = torch.autograd.grad(loss * 1024, step.leaf)
         torch.testing.assert_close(found.double(), step.leaf.double() * 16, rtol=2e-3, atol=1e-3)
-        assert step.written == [True]
+        assert step.written == [LATE or bool(options)]
 
 
 def test_a_tensor_that_keeps_its_gradient() -> None:
@@ -157,7 +161,7 @@ def test_a_decoder_whose_last_operation_saved_its_output(last: nn.Module, reduct
     loss = functional.gaussian_nll(decoder(z), x, reduction=reduction, inplace=True).sum()
     if reduction == "batchmean":
         loss = loss * 4
-    if isinstance(last, (nn.Sigmoid, nn.Tanh, nn.ReLU)):
+    if isinstance(last, (nn.Sigmoid, nn.Tanh, nn.ReLU)) and (LATE or reduction != "none"):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
         return
@@ -166,7 +170,7 @@ def test_a_decoder_whose_last_operation_saved_its_output(last: nn.Module, reduct
 
 
 def test_another_use_that_saved_it() -> None:
-    for reduction in ("sum", "none"):
+    for reduction in ("sum", "none") if LATE else ("sum",):
         step, x = Step(torch.randn(4, 9)), torch.randn(4, 9)
         other = step.recon_x.square().sum()
         loss = functional.gaussian_nll(step.recon_x, x, reduction=reduction, inplace=True).sum()
@@ -247,7 +251,7 @@ def test_where_gradients_have_memory_of_their_own() -> None:
     with pytest.raises(ValueError, match=message):
         functional.gaussian_nll(w * 2, x, weight=torch.ones(6, requires_grad=True), inplace=True)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(Exception, match=f"{message}|Observed exception"):  # PyTorch 2.6 does not say which
         torch.compile(loss, fullgraph=True, backend="eager")(w)
 
 
@@ -305,7 +309,7 @@ def test_extra_memory(is_each: bool, reduction: str, target: Target) -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
     allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > n)
-    assert allocated == (4 * n if is_each else 0)
+    assert allocated == 4 * n * (is_each + (reduction == "none" and not LATE))
 
 
 class _Views(nn.Module):
