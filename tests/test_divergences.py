@@ -94,6 +94,25 @@ def test_first_and_second_derivatives_numerically(target: Target, reduction: str
     assert torch.autograd.gradgradcheck(divergence, t)
 
 
+def test_second_derivatives_of_a_balanced_divergence(target: Target) -> None:
+    """They are those of two divergences, each of which sees the other distribution as it stands."""
+    for other in (torch.randn(3, 6), torch.tensor(0.7)):
+        t = [torch.randn(3, 6), torch.randn(3, 6), other, torch.rand_like(other)]
+        t = [v.double().requires_grad_() for v in t]
+        fixed = [v.detach() for v in t]
+        found = functional.kl_normal(*t, balance=0.8, reduction="sum", backend=target.backend)
+        q = functional.kl_normal(*t[:2], *fixed[2:], reduction="sum", backend="reference")
+        p = functional.kl_normal(*fixed[:2], *t[2:], reduction="sum", backend="reference")
+        right = 0.2 * q + 0.8 * p
+        torch.testing.assert_close(found, right)
+        firsts = [torch.autograd.grad(value, t, create_graph=True) for value in (found, right)]
+        for first, expected in zip(*firsts, strict=True):
+            torch.testing.assert_close(first, expected)
+        seconds = [torch.autograd.grad(sum((g**2).sum() for g in first), t) for first in firsts]  # type: ignore[arg-type]
+        for second, expected in zip(*seconds, strict=True):
+            torch.testing.assert_close(second, expected)
+
+
 def test_the_bound_with_a_prior_that_the_batch_shares(target: Target) -> None:
     shapes = ((4, 9), (4, 9), (4, 6), (4, 6), (1, 6), (6,))
     t = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]

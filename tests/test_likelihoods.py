@@ -256,6 +256,22 @@ def test_first_and_second_derivatives_numerically(target: Target, likelihood: st
     )
 
 
+@pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial"])
+def test_second_derivatives_by_counts_of_zero(target: Target, likelihood: str) -> None:
+    """There the value has one term, and its derivatives are those of the others."""
+    mu, theta = (torch.rand(5, dtype=torch.float64) + 0.5 for _ in range(2))
+    x = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    if likelihood == "poisson":
+        value = functional.poisson_nll(mu, x, full=True, reduction="sum", backend=target.backend)
+        right = torch.polygamma(1, torch.ones_like(x))
+    else:
+        value = functional.negative_binomial_nll(mu, x, theta, reduction="sum", backend=target.backend)
+        right = torch.polygamma(1, torch.ones_like(x)) - torch.polygamma(1, theta)
+    (first,) = torch.autograd.grad(value, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, right.detach(), rtol=1e-6, atol=1e-6)
+
+
 @every_likelihood
 def test_not_a_number_and_infinity_go_where_they_go_in_eager(target: Target, likelihood: str) -> None:
     special = torch.tensor([0.0, 1.0, -1.0, 88.0, -88.0, torch.inf, -torch.inf, torch.nan])

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 SELECTIONS = {
     "layouts": ["test_operations.py", "-k", "over_layouts"],
     "operations": ["test_operations.py", "-k", "not over_layouts"],
-    "likelihoods": ["test_likelihoods.py", "test_divergences.py"],
+    "likelihoods": ["test_likelihoods.py", "test_divergences.py", "test_accuracy.py"],
     "gradient rules": ["test_gradient_rules.py", "test_inplace.py"],
     "noise": ["test_noise.py"],
     "kernels": ["test_triton.py"],

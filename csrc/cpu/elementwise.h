@@ -37,6 +37,7 @@ struct Arrays {
   DType half;                         // of the inputs that lie in 16 bits, and their gradients likewise; else f32
   bool are_halves[kMostInputs];       // which these are: read and written where they lie, whatever the pointers say
   const T *logs[kMostScales], *powers[kMostScales], *slopes[kMostScales];  // of scales, unless the task is plain
+  bool has_logs[kMostScales];                                              // likewise
   const T *deviation, *deviation_slope;                                    // beside a sample, likewise
   const T *noise, *grad_z;
   T* z;
@@ -149,7 +150,7 @@ template <class Formula, class T, class Load, class P>
 FUSEDVAE_INLINE void fetch_scales(const Arrays<T>& a, int64_t i, const Load& load, Scale<P>* scales) {
 #pragma GCC unroll 2
   for (int k = 0; k < Formula::kScales; ++k) {
-    scales[k] = {load(a.logs[k] + i), load(a.powers[k] + i), load(a.slopes[k] + i)};
+    scales[k] = {load(a.logs[k] + i), load(a.powers[k] + i), load(a.slopes[k] + i), a.has_logs[k]};
   }
 }
 
@@ -350,6 +351,7 @@ void map_scales(const ElementwiseTask& task, int64_t count, ScaleBuffers<T>* buf
       a->logs[k] = buffers[k].log;
       a->powers[k] = buffers[k].power;
       a->slopes[k] = buffers[k].slope;
+      a->has_logs[k] = task.forms[k].has_log();
     };
     map(std::integral_constant<int, Formula::kPowers[0]>(), 0);
     if constexpr (Formula::kScales > 1) map(std::integral_constant<int, Formula::kPowers[1]>(), 1);

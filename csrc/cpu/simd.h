@@ -226,12 +226,18 @@ FUSEDVAE_INLINE vf exponential_minus_1(vf x) {
   return exp_pair(x).expm1;
 }
 
-// In float64: x = n ln 2 + r as above, and e^r by its series. Past the bounds e^x is 0 or infinity.
-FUSEDVAE_INLINE vd exponential(vd x) {
+// In float64: x = n ln 2 + r as above, with n counted by the low bits of `count`, and e^r - 1 by its series. Past the
+// bounds e^x is 0 or infinity.
+struct ExpReductionInDouble {
+  vd count, expm1_r;
+};
+
+constexpr double kCountedFrom = 6755399441055744.0;  // adding 1.5 * 2^52 rounds to an integer
+
+FUSEDVAE_INLINE ExpReductionInDouble reduce_exp(vd x) {
   x = x < -746.0 ? number<vd>(-746.0) : x;
   x = x > 710.0 ? number<vd>(710.0) : x;
-  const vd magic = number<vd>(6755399441055744.0);  // adding 1.5 * 2^52 rounds to an integer, counted by the low bits
-  const vd rounded = x * 1.4426950408889634 + magic, n = rounded - magic;
+  const vd count = x * 1.4426950408889634 + kCountedFrom, n = count - kCountedFrom;
   vd r = x - n * 0.693147180369123816490;  // ln 2 in two parts, of which the first times n is exact
   r = r - n * 1.90821492927058770002e-10;
   vd p = r * (1.0 / 6227020800) + 1.0 / 479001600;
@@ -245,20 +251,32 @@ FUSEDVAE_INLINE vd exponential(vd x) {
   p = p * r + 1.0 / 24;
   p = p * r + 1.0 / 6;
   p = p * r + 0.5;
-  p = p * (r * r) + r + 1.0;
+  return {count, p * (r * r) + r};
+}
+
+FUSEDVAE_INLINE vd scale_by_power(vd v, vd count) {
 #if defined(__AVX512F__)
-  return _mm512_scalef_pd(p, n);
+  return _mm512_scalef_pd(v, count - kCountedFrom);
 #else
   // 2^n in two factors, as above: k is n + 2048, which is positive, and 1023 the exponent of 1.
-  const vq k = reinterpret_cast<vq>(rounded) - reinterpret_cast<vq>(magic) + 2048, k1 = k >> 1, k2 = k - k1;
-  return p * reinterpret_cast<vd>((k1 - 1) << 52) * reinterpret_cast<vd>((k2 - 1) << 52);
+  const vq k = reinterpret_cast<vq>(count) - reinterpret_cast<vq>(number<vd>(kCountedFrom)) + 2048;
+  const vq k1 = k >> 1, k2 = k - k1;
+  return v * reinterpret_cast<vd>((k1 - 1) << 52) * reinterpret_cast<vd>((k2 - 1) << 52);
 #endif
+}
+
+FUSEDVAE_INLINE vd exponential(vd x) {
+  const ExpReductionInDouble e = reduce_exp(x);
+  return scale_by_power(e.expm1_r + 1.0, e.count);
 }
 FUSEDVAE_INLINE vd exponential(vd x, float factor) {
   return static_cast<double>(factor) * exponential(x);
 }
 FUSEDVAE_INLINE vd exponential_minus_1(vd x) {
-  return by_lane(x, [](double lane) FUSEDVAE_LAMBDA { return std::expm1(lane); });
+  const ExpReductionInDouble e = reduce_exp(x);
+  const vd far = scale_by_power(e.expm1_r + 1.0, e.count) - 1.0;
+  const vd near = scale_by_power(e.expm1_r, e.count) + (scale_by_power(number<vd>(1.0), e.count) - 1.0);
+  return x > 40.0 ? far : near;
 }
 
 #if defined(__AVX512F__)

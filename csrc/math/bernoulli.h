@@ -9,7 +9,8 @@ namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
 // softplus(a) - x a of logits a; the part of x counts pos_weight times: (1 - x) a + (1 + (pos_weight - 1) x)
-// softplus(-a). Inputs: recon_x (a), x, pos_weight.
+// softplus(-a). For a < 0 that is -pos_weight x a + (1 + (pos_weight - 1) x) softplus(a): what is small then, as where
+// x is 0, is no difference of what is not. Inputs: recon_x (a), x, pos_weight.
 struct BernoulliNll {
   static constexpr const char* kName = "bernoulli_nll";
   static constexpr int kInputs = 3, kUniform = 2;
@@ -22,11 +23,16 @@ struct BernoulliNll {
   }
   template <class T>
   static FUSEDVAE_INLINE Element<T, 3> element(const T* inputs, const Nothing& /*spread*/, T weight) {
-    const T a = inputs[0], x = inputs[1], more = inputs[2] - 1.0f;
-    const Derived<T> miss = softplus(-a);  // -log p
-    const T share = more * x + 1.0f, rest = 1.0f - x;
-    return {rest * a + share * miss.value,
-            {weight * (rest - share * miss.slope), weight * (more * miss.value - a), weight * (x * miss.value)}};
+    const T a = inputs[0], x = inputs[1], pos_weight = inputs[2];
+    const T more = pos_weight - 1.0f, share = more * x + 1.0f, by_x = a < 0.0f ? -pos_weight : number<T>(-1);
+    const T lead = a < 0.0f ? by_x * x : by_x * x + 1.0f;
+    // softplus(-|a|), and its derivative by a.
+    const T t = exponential(a < 0.0f ? a : -a), inverse = 1.0f / (1.0f + t), tail = logarithm_of_1_plus(t, inverse);
+    const T slope = t * (a < 0.0f ? inverse : -inverse);
+    const T hit = x * tail;
+    return {
+        lead * a + share * tail,
+        {weight * (lead + share * slope), weight * (by_x * a + more * tail), weight * (a < 0.0f ? hit - x * a : hit)}};
   }
 };
 

@@ -2,7 +2,7 @@
 //
 //   kName        as the Python side calls it
 //   kInputs      how many inputs it has, at most kMostInputs
-//   kScales      how many of them are scales: kScaleOf says which, kPowers which power of each is wanted (math/scale.h)
+//   kScales      how many of them are scales: kScaleOf says which, kPowers what is wanted of each (see scale_of)
 //   kUniform     the input that is most often one number for all elements; -1 for none
 //   kConstant    what `full` adds to each value
 //   plain        of the inputs, where each scale is the logarithm of what the formula is written in: exponentials and

@@ -30,7 +30,10 @@ struct KlNormal {
   }
   template <class T>
   static FUSEDVAE_INLINE Spread<T> derive(const Scale<T>* scales) {
-    return {scales[0].log - scales[1].log, scales[0].power * scales[1].power - 1.0f, scales[1].power};
+    const T difference = scales[0].log - scales[1].log;
+    const bool has_logs = scales[0].has_log && scales[1].has_log;
+    return {difference, has_logs ? exponential_minus_1(difference) : scales[0].power * scales[1].power - 1.0f,
+            scales[1].power};
   }
   template <class T>
   static FUSEDVAE_INLINE Element<T, 4> element(const T* inputs, const Spread<T>& spread, T weight) {

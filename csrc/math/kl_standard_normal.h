@@ -13,7 +13,7 @@ namespace FUSEDVAE_NAMESPACE {
 struct KlStandardNormal {
   static constexpr const char* kName = "kl_standard_normal";
   static constexpr int kInputs = 2, kUniform = -1;
-  static constexpr int kScales = 1, kScaleOf[] = {1}, kPowers[] = {1};
+  static constexpr int kScales = 1, kScaleOf[] = {1}, kPowers[] = {0};
   static constexpr double kConstant = 0;
   static constexpr bool kIsAtSample = false;
 
@@ -27,7 +27,7 @@ struct KlStandardNormal {
   }
   template <class T>
   static FUSEDVAE_INLINE Spread<T> derive(const Scale<T>* scales) {
-    return {scales[0].log, scales[0].power - 1.0f};
+    return {scales[0].log, scales[0].power};
   }
   template <class T>
   static FUSEDVAE_INLINE Element<T, 2> element(const T* inputs, const Spread<T>& spread, T weight) {

@@ -8,10 +8,12 @@
 namespace fusedvae {
 namespace FUSEDVAE_NAMESPACE {
 
-// A scale as formulas take it: its logarithm, a power of it, and the derivative of the logarithm by x.
+// A scale as formulas take it: its logarithm, a power of it, and the derivative of the logarithm by x; and whether the
+// logarithm is what it comes from.
 template <class T>
 struct Scale {
   T log, power, slope;
+  bool has_log;
 };
 
 // A value and its derivative.
@@ -72,24 +74,22 @@ FUSEDVAE_INLINE Derived<T> log_of(const Form& form, T given) {
   return form.squared ? Derived<T>{x.value + x.value, x.slope + x.slope} : x;
 }
 
-// The scale of x, with its first power or with its inverse (power = -1).
+// The scale of x, with its first power, with its inverse (power = -1), or with what it is more than 1 (power = 0).
 template <int power, class T>
 FUSEDVAE_INLINE Scale<T> scale_of(const Form& form, T given) {
   if (form.has_log()) {
     const Derived<T> log = log_of(form, given);
-    return {log.value, exponential(power > 0 ? log.value : -log.value), log.slope};
+    if constexpr (power == 0)
+      return {log.value, exponential_minus_1(log.value), log.slope, true};
+    else
+      return {log.value, exponential(power > 0 ? log.value : -log.value), log.slope, true};
   }
   const Derived<T> x = bounded(form, given);
   const Derived<T> base = base_of(form, x.value);
   const T inverse = 1.0f / base.value, log = logarithm(base.value), slope = through(base.slope * inverse, x.slope);
-  if (form.squared) return {log + log, power > 0 ? base.value * base.value : inverse * inverse, slope + slope};
-  return {log, power > 0 ? base.value : inverse, slope};
-}
-
-// The scale of the logarithm itself.
-template <int power, class T>
-FUSEDVAE_INLINE Scale<T> scale_of_log(T log) {
-  return {log, exponential(power > 0 ? log : -log), number<T>(1)};
+  const T root = power < 0 ? inverse : base.value, value = form.squared ? root * root : root;
+  return {form.squared ? log + log : log, power == 0 ? value - 1.0f : value, form.squared ? slope + slope : slope,
+          false};
 }
 
 // The standard deviation of a variance in some form, and its derivative by x.

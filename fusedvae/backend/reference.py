@@ -19,8 +19,6 @@ from torch import Tensor
 from fusedvae.torch_private import is_traced, is_watched
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-EULER = 0.57721566490153286
-"""-digamma(1)."""
 
 # --- numbers and tensors ----------------------------------------------------------------------------------------------
 
@@ -385,10 +383,15 @@ def laplace_nll(recon_x: Tensor, x: Tensor, scale: Scale, extra: Number) -> Tens
 def bernoulli_nll(recon_x: Tensor, x: Tensor, pos_weight: Number) -> Tensor:
     """softplus(a) - x a of the logits a = recon_x, per element; the part of x counts ``pos_weight`` times.
 
-    (1 - x) a + (1 + (pos_weight - 1) x) softplus(-a). Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.1;
+    (1 - x) a + (1 + (pos_weight - 1) x) softplus(-a), or for a < 0, where those cancel, -pos_weight x a +
+    (1 + (pos_weight - 1) x) softplus(a). Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.1;
     torch.nn.functional.binary_cross_entropy_with_logits.
     """
-    return (1.0 - x) * recon_x + (1.0 + (pos_weight - 1.0) * x) * _softplus(-recon_x)
+    is_negative = recon_x < 0
+    one = torch.ones_like(recon_x)
+    lead = torch.where(is_negative, 0.0, one) - torch.where(is_negative, pos_weight, one) * x
+    tail = _softplus(torch.where(is_negative, recon_x, -recon_x))
+    return lead * recon_x + (1.0 + (pos_weight - 1.0) * x) * tail
 
 
 @formula("recon_x", "x", likelihood="bernoulli_probs")
@@ -471,10 +474,12 @@ def poisson_nll_in_full(rate: Scale, x: Tensor) -> Tensor:
     k = x + 1.0
     t, log_k = (rate.value - k) / k, torch.log(k)
     is_near = t.abs() < 0.5
-    log = torch.where(is_near, torch.log1p(torch.where(is_near, t, 0.0)), rate.log - log_k)
-    value = k * (t - log) + log + (0.5 * log_k + HALF_LOG_2PI) + _binet(k)
-    # Where there is one term, nothing of it is lost. Its derivative by x is the other's.
-    at_zero = rate.value - x * (rate.log + EULER)
+    near = torch.where(is_near, t, 0.0)
+    log_near, log_far = torch.log1p(near), rate.log - log_k
+    gap = torch.where(is_near, k * (near - log_near), (rate.value - k) - k * log_far)
+    value = gap + torch.where(is_near, log_near, log_far) + (0.5 * log_k + HALF_LOG_2PI) + _binet(k)
+    # Where there is one term, nothing of it is lost. Its first two derivatives by x are the other's.
+    at_zero = rate.value - x * (rate.log - torch.digamma(1.0 + 0.5 * torch.where(x == 0, x, 0.0)))
     return _known(torch.where(x == 0, at_zero, value), x >= 0)
 
 
@@ -507,8 +512,9 @@ def negative_binomial_nll(mu: Tensor, x: Tensor, scale: Scale) -> Tensor:
     low_part = -(theta * log_v + x * log_w) - 1.0 + 0.5 * torch.log(k * (t / n)) + torch.log(above)
     others = HALF_LOG_2PI + (_binet(k) + (_binet(t) - _binet(n)))
     value = torch.where(low > 0, low_part, high_part) + others
-    # Of x = 0 there is one term. Its derivative by x is the other's.
-    d_x = torch.log(s / m) - torch.digamma(torch.where(x == 0, theta, 1.0)) - EULER
+    # Of x = 0 there is one term. Its first two derivatives by x are the other's.
+    half = 0.5 * torch.where(x == 0, x, 0.0)
+    d_x = torch.log(s / m) - torch.digamma(torch.where(x == 0, theta, 1.0) + half) + torch.digamma(1.0 + half)
     at_zero = theta * torch.log1p(mu / (theta + eps)) + x * d_x
     return _known(torch.where(x == 0, at_zero, value), is_known)
 
@@ -625,13 +631,16 @@ def times(value: Tensor, number: Number) -> Tensor:
 
 
 def with_gradient_times(value: Number, factor: Number) -> Any:
-    """The value itself, whose gradient is multiplied by a factor."""
+    """The value itself, whose gradient is multiplied by a factor: of an infinite value, by the size of it."""
     if not isinstance(value, Tensor) or (not isinstance(factor, Tensor) and factor == 1.0):
         return value
     fixed = value.detach()
     # What is infinite has no difference from itself, but may as well be multiplied (though not by 0).
-    size = factor.abs() if isinstance(factor, Tensor) else abs(factor)
-    infinite = fixed if not isinstance(size, Tensor) and size == 0.0 else times(value, size)
+    if isinstance(factor, Tensor):
+        size = factor.abs()
+        infinite = torch.where(size == 0.0, fixed, times(value, size))
+    else:
+        infinite = fixed if factor == 0.0 else times(value, abs(factor))
     return torch.where(fixed.isfinite(), fixed + times(value - fixed, factor), infinite)
 
 
@@ -739,9 +748,9 @@ def form_fields(forms: Sequence[Form]) -> tuple[tuple[str, ...], tuple[bool, ...
 def term_elements(term: Placed, operands: Sequence[Number | None], packed_dim: int, *, full: bool) -> Tensor:
     """The weighted values of a term's elements, of all operands."""
     inputs = unpacked(term.formula, operands[term.inputs], packed_dim)
-    if term.gains is not None:
-        inputs = [with_gradient_times(t, gain) for t, gain in zip(inputs, term.gains, strict=True)]
     weight = None if term.weight is None else operands[term.weight]
+    dtype = working_dtype(*inputs, weight)
+    inputs = [t.to(dtype) if isinstance(t, Tensor) else t for t in inputs]
     counts = None
     if weight is not None:
         assert isinstance(weight, Tensor)
@@ -749,13 +758,30 @@ def term_elements(term: Placed, operands: Sequence[Number | None], packed_dim: i
         # Where the weight is 0, formulas see numbers with which nothing can go wrong, and no gradient goes through.
         counts = (weight != 0).expand(inputs[0].shape)
         inputs = [torch.where(counts, t, torch.ones_like(t)) if isinstance(t, Tensor) else t for t in inputs]
-    elements = term.formula(inputs, term.forms)
+    elements = term.formula(inputs, term.forms) if term.gains is None else _balanced(term, inputs, term.gains)
     if full and term.formula.constant:
         elements = elements + term.formula.constant
     if counts is None:
         return elements
     assert isinstance(weight, Tensor)
     return torch.where(counts, elements * weight.to(elements.dtype), 0.0)
+
+
+def _balanced(term: Placed, inputs: Sequence[Number], gains: Sequence[float]) -> Tensor:
+    """A divergence whose gradients by the posterior and by the prior are times gains of their own.
+
+    As two divergences, of which each sees the other distribution as it stands: Hafner et al. 2021 (arXiv:2010.02193).
+    """
+    value: Tensor | None = None
+    for start in range(0, len(inputs), 2):
+        own = [t.detach() if isinstance(t, Tensor) and k // 2 != start // 2 else t for k, t in enumerate(inputs)]
+        part = with_gradient_times(term.formula(own, term.forms), gains[start])
+        if value is None:
+            value = part
+        else:  # the same value, and so nothing but its gradient (what is infinite has no difference from itself)
+            value = torch.where(part.detach().isfinite(), value + (part - part.detach()), value + part)
+    assert value is not None
+    return value
 
 
 def objective(spec: Objective, operands: Sequence[Number | None]) -> list[Tensor]:
@@ -941,9 +967,9 @@ def _box_muller(w0: Tensor, w1: Tensor) -> Tensor:
     angle = torch.sub(u1, quarter, alpha=0.25).mul_(2 * math.pi)
     cosine, sine = (_bits(function(angle).mul_(radius).to(torch.float32)) for function in (torch.cos, torch.sin))
     turns = quarter.to(torch.int32)
-    swap = (sine ^ cosine).bitwise_and_(-(turns & 1))
-    real = (((turns + 1) & 2) << 30).bitwise_xor_(cosine).bitwise_xor_(swap)
-    imaginary = ((turns & 2) << 30).bitwise_xor_(sine).bitwise_xor_(swap)
+    swap = (sine ^ cosine).bitwise_and_((turns & 1).neg_())
+    real = (turns + 1).bitwise_and_(2).bitwise_left_shift_(30).bitwise_xor_(cosine).bitwise_xor_(swap)
+    imaginary = (turns & 2).bitwise_left_shift_(30).bitwise_xor_(sine).bitwise_xor_(swap)
     return torch.complex(_bits(real, torch.float32), _bits(imaginary, torch.float32))
 
 

@@ -69,13 +69,16 @@ def laplace_nll(recon_x, x, spread, extra, weight, form0: tl.constexpr, eps0, fo
 def bernoulli_nll(recon_x, x, pos_weight, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
     """softplus(a) - x a of logits a = recon_x; the part of x counts pos_weight times.
 
-    (1 - x) a + (1 + (pos_weight - 1) x) softplus(-a). Source: Kingma & Welling 2014 (arXiv:1312.6114), appendix C.1.
+    (1 - x) a + (1 + (pos_weight - 1) x) softplus(-a), of a < 0 without a difference: see csrc/math/bernoulli.h. Source:
+    Kingma & Welling 2014 (arXiv:1312.6114), appendix C.1.
     """
-    more, rest = pos_weight - 1.0, 1.0 - x
-    miss, d_miss = softplus(-recon_x)  # -log p
-    share = more * x + 1.0
-    d_recon_x = weight * (rest - share * d_miss)
-    return rest * recon_x + share * miss, d_recon_x, weight * (more * miss - recon_x), weight * (x * miss), 0.0
+    more, is_negative = pos_weight - 1.0, recon_x < 0.0
+    share, by_x = more * x + 1.0, tl.where(is_negative, -pos_weight, -1.0)
+    lead = tl.where(is_negative, by_x * x, 1.0 - x)
+    tail, d_tail = softplus(tl.where(is_negative, recon_x, -recon_x))
+    d_recon_x = weight * (lead + tl.where(is_negative, share, -share) * d_tail)
+    d_pos_weight = weight * tl.where(is_negative, x * tail - x * recon_x, x * tail)
+    return lead * recon_x + share * tail, d_recon_x, weight * (by_x * recon_x + more * tail), d_pos_weight, 0.0
 
 
 @triton.jit
