@@ -40,7 +40,8 @@ Extent extent_of(const py::tuple& sizes) {
 struct Slot {
   std::ptrdiff_t member;  // where it is in its part of the task
   size_t source;
-  int64_t bytes;  // from the tensor's beginning; -1 for a number
+  int64_t bytes;      // from the tensor's beginning; -1 for a number
+  bool has_elements;  // else its memory may be nowhere
 };
 
 // A part of a task, or a whole one, and those of its operands that each run fills in.
@@ -53,13 +54,14 @@ class Planned {
     if (description.is_none()) return;
     operand.given = true;
     const auto fields = description.cast<py::tuple>();
-    Slot slot{offset_of(operand), fields[0].cast<size_t>(), -1};
-    if (fields.size() == 6) {
+    Slot slot{offset_of(operand), fields[0].cast<size_t>(), -1, false};
+    if (fields.size() == 7) {
       slot.bytes = fields[1].cast<int64_t>();
-      operand.dtype = static_cast<DType>(fields[2].cast<int>());
-      for (size_t i = 0; i < 3; ++i) operand.stride[i] = fields[i + 3].cast<int64_t>();
+      slot.has_elements = fields[2].cast<bool>();
+      operand.dtype = static_cast<DType>(fields[3].cast<int>());
+      for (size_t i = 0; i < 3; ++i) operand.stride[i] = fields[i + 4].cast<int64_t>();
     } else if (fields.size() != 1) {
-      throw py::value_error("an operand has six fields, or one for a number");
+      throw py::value_error("an operand has seven fields, or one for a number");
     }
     take(slot);
   }
@@ -91,8 +93,12 @@ class Planned {
       if (slot.bytes < 0) {
         operand.value = PyFloat_AsDouble(source);
       } else if (PyObject* const address = PyObject_CallMethodNoArgs(source, data_ptr)) {
-        operand.data = static_cast<char*>(PyLong_AsVoidPtr(address)) + slot.bytes;
+        char* const data = static_cast<char*>(PyLong_AsVoidPtr(address));
         Py_DECREF(address);
+        if (data != nullptr)
+          operand.data = data + slot.bytes;
+        else if (slot.has_elements && !is_zero(source))
+          throw py::value_error("a tensor has no memory: its storage has been freed");
       }
       if (PyErr_Occurred()) throw py::error_already_set();
     }
@@ -102,6 +108,8 @@ class Planned {
   const std::vector<Slot>& slots() const { return slots_; }
 
  private:
+  // Whether it is one of autograd's zeros without memory. As an operand without data, it is the number 0.
+  static bool is_zero(PyObject* tensor) { return py::handle(tensor).attr("_is_zerotensor")().cast<bool>(); }
   template <class Member>
   std::ptrdiff_t offset_of(Member& member) {
     return reinterpret_cast<char*>(&member) - reinterpret_cast<char*>(&part);

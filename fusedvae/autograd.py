@@ -350,10 +350,11 @@ class RecordedObjective:
         first = operands[0]
         assert isinstance(first, Tensor)
         terms = spec.terms()
-        inputs = operands[terms[0].inputs]
+        weight = None if terms[0].weight is None else operands[terms[0].weight]
         self.conversions: list[Conversion] = []
         if spec.backend != "reference":
-            self.conversions = _conversions(operands, reference.working_dtype(*inputs), first.device)
+            dtype = reference.working_dtype(*operands[terms[0].inputs], weight)
+            self.conversions = _conversions(operands, dtype, first.device)
         operands = _converted(self.conversions, operands)
         self.spec, self.terms = spec, terms
         self.is_dispatched = ops.needs_dispatcher(operands)
@@ -409,6 +410,7 @@ class _Objective(torch.autograd.Function):
         deferred = call.deferred
         if call.overwrites:
             increment_version(operands[0])
+            operands[0].is_overwritten = True
         # A saved tensor that comes back as something else is that one's memory.
         ctx.overwrites = call.in_place and not call.overwrites and not has_hooks_on_saved_tensors()
         # With the terms comes the divergence: the gradient of beta.

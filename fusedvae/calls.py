@@ -298,7 +298,7 @@ def _objective_work(spec: Objective, operands: Operands, parts: Sequence[Part | 
         terms.append(
             TermWork(
                 formula,
-                _is_in_double(*operands[span]),
+                _is_in_double(*operands[span], None if term.weight is None else operands[term.weight]),
                 inputs,  # type: ignore[arg-type]
                 _taken_apart(formula, grads[span], parts[span], spec.packed_dim),
                 term.forms,
@@ -371,7 +371,7 @@ class TermGradientCall:
         _check_devices(operands)
         term = TermWork(
             formula,
-            _is_in_double(*operands[:-2]),
+            _is_in_double(*operands[:-1]),  # the weight, too
             inputs,  # type: ignore[arg-type]
             _taken_apart(formula, grads, given, spec.packed_dim),
             forms_of(spec.maps, spec.squared, spec.limits),

@@ -1159,6 +1159,8 @@ def _check_memory(call: autograd.RecordedObjective, operands: Operands) -> None:
     is_view = first._is_view()  # (What it is a view of has no name here: that would hold it.)
     if first.is_leaf or (is_view and first._base.is_leaf):  # type: ignore[union-attr]
         raise ValueError(f"{expected} that of a leaf, which keeps its values")
+    if getattr(first, "is_overwritten", False):
+        raise ValueError(f"{expected} one that has it already, of an earlier loss, where the values were")
     storage = first.untyped_storage().data_ptr()
     for k, other in enumerate(others):
         if isinstance(other, Tensor) and storage and other.untyped_storage().data_ptr() == storage:

@@ -450,6 +450,39 @@ def test_a_wrong_name_leaves_the_choice_alone() -> None:
     assert current_choice() == "reference"
 
 
+def test_a_tensor_whose_memory_is_gone_is_not_zeros() -> None:
+    """As offloading and sharding leave parameters, between the forward and the backward pass too."""
+    if backend_module.unavailable("native", "cpu"):
+        pytest.skip("needs the extension")
+    recon_x, x, logvar = (torch.randn(8, 60).requires_grad_() for _ in range(3))
+    value = functional.gaussian_nll(recon_x, x.detach(), logvar, reduction="none", backend="native")
+    logvar.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a tensor has no memory: its storage has been freed"):
+        value.sum().backward()
+    with pytest.raises(ValueError, match="a tensor has no memory: its storage has been freed"):
+        functional.gaussian_nll(recon_x, x.detach(), logvar, backend="native")
+    # Autograd's own zeros have none either.
+    zeros = torch._efficientzerotensor((8, 60), dtype=torch.float32)
+    found = functional.gaussian_nll(recon_x, zeros, reduction="sum", backend="native")
+    torch.testing.assert_close(found, 0.5 * recon_x.square().sum())
+
+
+@pytest.mark.parametrize("found", [["there is no NVIDIA driver"], ["", "it is too old"], ["", ""]])
+def test_every_gpu_has_its_reason(monkeypatch: pytest.MonkeyPatch, found: list[str]) -> None:
+    """Where the driver says nothing of single ones, there is one for all that PyTorch knows of."""
+    if native._C is None:
+        pytest.skip("needs the extension")
+    monkeypatch.setattr(native._C, "cuda_unavailable", lambda: found, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    native._gpus_unavailable.cache_clear()
+    try:
+        reasons = [backend_module.unavailable("native", "cuda", index) for index in (0, 1)]
+        assert reasons == [(found * 2)[index] or None for index in (0, 1)]
+        assert backend_module.unavailable("native", "cuda") == (None if None in reasons else reasons[0])
+    finally:
+        native._gpus_unavailable.cache_clear()
+
+
 def node_of(loss: Tensor) -> str:
     assert loss.grad_fn is not None
     return loss.grad_fn.name()

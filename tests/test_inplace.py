@@ -17,7 +17,7 @@ from fusedvae.torch_private import has_hooks_on_saved_tensors
 pytestmark = pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
 
 LATE = not has_hooks_on_saved_tensors()
-"""Whether what is made in the backward pass is written in place, too. PyTorch 2.6 and 2.7 do not say if that is right."""
+"""Whether what the backward pass makes is written in place, too. PyTorch 2.6 and 2.7 do not say if that is right."""
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +193,15 @@ def test_second_derivatives() -> None:
     (first,) = torch.autograd.grad(loss, step.leaf, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), step.leaf)
     torch.testing.assert_close(second, 2.0 * (step.leaf - x).detach())
+
+
+def test_a_second_loss_in_the_same_memory() -> None:
+    step, x = Step(torch.randn(4, 9)), torch.randn(4, 9)
+    first = functional.gaussian_nll(step.recon_x, x, reduction="sum", inplace=True)
+    with pytest.raises(ValueError, match=r"recon_x: expected memory .* got one that has it already"):
+        functional.gaussian_nll(step.recon_x, x, reduction="sum", inplace=True)
+    (found,) = torch.autograd.grad(first, step.leaf)
+    torch.testing.assert_close(found, step.leaf.detach() - x)
 
 
 def _refused(recon_x: Tensor, x: Tensor, message: str, **options) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TARGETS, Target
+from conftest import TARGETS, Target, threads
 from test_forms import agree
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
@@ -107,6 +107,20 @@ def test_a_share_of_the_rows_has_its_share_of_the_noise(rows: tuple[int, int], l
     torch.testing.assert_close(found, (part.z - leaf).detach() / 2)
     torch.manual_seed(5)
     assert torch.equal(functional.reparameterize(*share, offset=first * 42), part.z)
+
+
+@pytest.mark.parametrize("prior", [(), (1,), (1, 64)], ids=str)
+def test_gradients_of_a_prior_do_not_depend_on_the_number_of_threads(prior: tuple[int, ...]) -> None:
+    t = [torch.randn(shape).requires_grad_() for shape in ((256, 64), (256, 64), prior, prior)]
+    noise, incoming = torch.randn(8, 256, 64), torch.rand(8, 256)
+
+    def gradients(count: int) -> tuple[Tensor, ...]:
+        with threads(count):
+            _, kl = functional.latent(*t, estimator="sample", samples=8, noise=noise)
+            return torch.autograd.grad([kl], t, [incoming])
+
+    for one, several in zip(gradients(1), gradients(4), strict=True):
+        assert torch.equal(one, several)
 
 
 def test_far_into_the_stream() -> None:

@@ -124,6 +124,30 @@ def test_weights(pattern: str, reduction: str, kind: str) -> None:
         agree(found, summed(elements, dim), [m, x, l])
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_weight_in_float64_has_the_work_done_in_it(target: Target, reduction: str) -> None:
+    """As in PyTorch's arithmetic, whose results have that dtype."""
+    m, x, logvar = torch.randn(4, 6), torch.randn(4, 6), torch.randn(6)
+    weight = torch.rand(6, dtype=torch.float64)
+    for learned in (m, logvar):
+        learned.requires_grad_()
+    found = functional.gaussian_nll(m, x, logvar, weight=weight, reduction=reduction)
+    assert found.dtype == torch.float64
+    exact = (gaussian(m.double(), x.double(), logvar.double()) * weight).sum(1)
+    exact = exact.sum() if reduction == "sum" else exact
+    torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-13)
+    for gradient, right in zip(*(torch.autograd.grad(v.sum(), [m, logvar]) for v in (found, exact)), strict=True):
+        torch.testing.assert_close(gradient, right, rtol=2e-7, atol=2e-7)
+    # A weight that float32 would round to nothing.
+    huge = torch.full((4, 6), 1e30)
+    tiny = functional.gaussian_nll(huge, torch.zeros(4, 6), weight=weight.new_full((6,), 1e-60), reduction="sum")
+    torch.testing.assert_close(tiny.item(), 12.0)
+    with fusedvae.use_backend("auto"):
+        value = functional.elbo_loss(m, x, x[:, :2], x[:, 2:4], weight=weight.float())
+    assert isinstance(value, Tensor)
+    assert value.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf, -math.inf])
 def test_what_has_no_weight_has_no_say(spoilt: float, dtype: torch.dtype) -> None:
@@ -211,6 +235,16 @@ def test_gradients_are_made_scaled_where_the_loss_is_infinite(create_graph: bool
     torch.testing.assert_close(of_m, 16 * (m - x))
     torch.testing.assert_close(of_mu, 8 * mu)
     torch.testing.assert_close(of_s, 4 * torch.expm1(s))
+
+
+def test_an_infinite_loss_times_zero_stays(target: Target) -> None:
+    recon_x = torch.tensor([[3e38, 1.0]]).requires_grad_()
+    for factor in (0.0, torch.tensor(0.0)):
+        loss = functional.elbo_loss(recon_x, -recon_x.detach(), *torch.zeros(2, 1, 1), grad_scale=factor)
+        assert isinstance(loss, Tensor)
+        (gradient,) = torch.autograd.grad(loss, recon_x)
+        assert loss.item() == math.inf
+        assert gradient[0, 1] == 0
 
 
 @pytest.mark.parametrize("balance", [0.0, 0.2, 0.8, 1.0])

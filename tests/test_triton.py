@@ -95,6 +95,18 @@ def test_nothing_is_kept_behind_the_dispatcher(monkeypatch: pytest.MonkeyPatch, 
     assert backend._workspaces == {}
 
 
+def test_what_is_large_is_not_kept(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
+    monkeypatch.setattr(backend, "_SMALL_TILE", 128)
+    monkeypatch.setattr(backend, "MOST_KEPT", -1)
+    monkeypatch.setattr(backend, "_workspaces", {})
+    check(
+        objectives((3, 1, 1)) + latents((6, 50)),
+        objectives((3, 1, 1), "reference") + latents((6, 50), "reference"),
+        4e-6,
+    )
+    assert backend._workspaces == {}
+
+
 @pytest.mark.parametrize("scale", SHAPES)
 def test_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None, scale: str) -> None:
     monkeypatch.setattr(backend, "_SMALL_TILE", 128)

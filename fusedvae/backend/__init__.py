@@ -149,6 +149,11 @@ Launcher = Callable[[tuple[Any, ...]], None]
 prepared for."""
 
 
+MOST_KEPT = 1 << 22
+"""Bytes of a workspace that a backend may keep between launches. Where a million samples have sums of their own it is
+larger, and new memory takes no time beside what such a launch does."""
+
+
 class KernelBackend(Protocol):
     """What a kernel backend can do. Callers allocate every output and keep the launchers; operands may have any strides
     and dtypes. What prepares a launcher is told how many ``sources`` that will be given, and whether that

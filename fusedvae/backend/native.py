@@ -23,7 +23,7 @@ from fusedvae.layout import Strides
 from fusedvae.torch_private import current_gpu, current_stream_address
 from fusedvae.version import __version__
 
-from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork, openmp
+from . import MOST_KEPT, LatentWork, Launcher, ObjectiveWork, Part, TermWork, openmp
 from .reference import GIVEN, Form
 from .walk import Copy, Walk, walk_latent, walk_term, with_copies
 
@@ -56,7 +56,8 @@ def _operand(part: Part | None, strides: Strides = (0, 0, 0)) -> _Operand:
         return None
     if part.dtype is None:
         return (part.source,)
-    return part.source, part.offset, _DTYPES.get(part.dtype, 0), *strides
+    assert part.shape is not None
+    return part.source, part.offset, part.shape.numel() > 0, _DTYPES.get(part.dtype, 0), *strides
 
 
 def _values(part: Part | None) -> _Operand:
@@ -111,6 +112,7 @@ def _launcher(
         return with_copies(lambda sources: run(sources, threads()), copies)
     gpu: int = current_gpu() if device.index is None else device.index
     size = task.workspace_bytes
+    is_kept = keeps_workspace and size <= MOST_KEPT
 
     def launch(sources: tuple[Any, ...]) -> None:
         if current_gpu() != gpu:
@@ -119,7 +121,7 @@ def _launcher(
             return
         stream = current_stream_address(gpu)
         # Until the launch, the workspace must not become anyone else's; after it, the stream's order sees to that.
-        workspace = _workspace(gpu, stream, size, is_kept=keeps_workspace) if size else None
+        workspace = _workspace(gpu, stream, size, is_kept=is_kept) if size else None
         task.launch(sources, gpu, stream, 0 if workspace is None else workspace.data_ptr())
 
     return with_copies(launch, copies)
@@ -226,7 +228,8 @@ def _gpus_unavailable() -> list[str | None]:
     if not hasattr(_C, "cuda_unavailable"):
         reason = "this build of the extension has CPU kernels only; install fusedvae again where nvcc is found"
         return [reason] * max(torch.cuda.device_count(), 1)
-    return [reason or None for reason in _C.cuda_unavailable()]
+    reasons = [reason or None for reason in _C.cuda_unavailable()]
+    return reasons if len(reasons) > 1 else reasons * max(torch.cuda.device_count(), 1)
 
 
 def _absence() -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fusedvae.layout import Strides
 from fusedvae.torch_private import current_stream_address
 
-from . import LatentWork, Launcher, ObjectiveWork, Part, TermWork
+from . import MOST_KEPT, LatentWork, Launcher, ObjectiveWork, Part, TermWork
 from .reference import GIVEN, Form
 from .walk import Copy, Extent, Walk, walk_latent, walk_term, with_copies
 
@@ -181,7 +181,7 @@ class _KernelLauncher:
             self._sums.append((name, end, count, dtype))
             end += -(-count * dtype.itemsize // 16) * 16
         self._workspace = (end, counters) if end or counters else None
-        self._keeps_workspace = keeps_workspace
+        self._keeps_workspace = keeps_workspace and end <= MOST_KEPT
         # The same by position, for launches without a look at the arguments.
         position = {name: k for k, name in enumerate(names)}
         self._values = [self.fixed[name] for name in names]

@@ -38,7 +38,21 @@ class Copy(NamedTuple):
         if self.is_output:
             original: torch.Tensor = self.part.of(sources)
             assert self.part.shape is not None
-            original.copy_(made.sum_to_size(self.part.shape).view(original.shape))
+            summed = _total(made) if self.part.shape.numel() == 1 else made.sum_to_size(self.part.shape)
+            original.copy_(summed.view(original.shape))
+
+
+def _total(dense: torch.Tensor) -> torch.Tensor:
+    """The sum of all elements, in an order of its own: PyTorch shares a single sum out among threads, of any number."""
+    rest = dense.as_strided((dense.numel(),), (1,))
+    while len(rest) > _ROW:
+        whole = len(rest) - len(rest) % _ROW
+        rest = torch.cat([rest[:whole].view(-1, _ROW).sum(1), rest[whole:]])
+    return rest.sum()
+
+
+_ROW = 4096
+"""Elements of which one thread makes a sum: fewer than PyTorch shares out."""
 
 
 class Walk(NamedTuple):
@@ -172,7 +186,10 @@ def _walk_summing(
         # Sums of nothing are zero, but the kernels see no extent to make them for.
         if not broadcast or (shape.numel() and can_sum(walked.extent, strides)):
             return walked._replace(copies=[*written_out, *walked.copies])
-        position = len(outputs) - summed + broadcast[-1]
+        # One that leaves sums which can be made, if there is such a one.
+        left = [(k, (*strides[:k], None, *strides[k + 1 :])) for k in reversed(broadcast)]
+        chosen = next((k for k, others in left if shape.numel() and can_sum(walked.extent, others)), broadcast[-1])
+        position = len(outputs) - summed + chosen
         part = outputs[position]
         assert part is not None
         copy = _stand_in(part, True, shape, dense, in_double)
