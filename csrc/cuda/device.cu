@@ -1,4 +1,7 @@
 // What this machine's GPUs and driver can run of what was built.
+#include <algorithm>
+#include <initializer_list>
+
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 
@@ -12,24 +15,19 @@ std::string dotted(int version, int unit) {
   return std::to_string(version / unit) + "." + std::to_string(version % unit / 10);
 }
 
-// Compute capabilities, ten times over, that were compiled for, in ascending order: binaries, and for the last of them
-// PTX too.
-constexpr int kBuilt[] = {__CUDA_ARCH_LIST__};
-constexpr int kNewestBuilt = kBuilt[sizeof kBuilt / sizeof *kBuilt - 1];
-
-// Whether the newest is for one chip's own features (90a), of which neither binary nor PTX serves another chip.
-#if defined(FUSEDVAE_NEWEST_ARCH_IS_ONE_CHIP)
-constexpr bool kNewestIsOneChip = true;
-#else
-constexpr bool kNewestIsOneChip = false;
-#endif
+// Compute capabilities, a hundred times over: those that binaries were compiled for, those of them that are for one
+// chip's own features (90a) and serve no other chip, and those that there is PTX for.
+constexpr std::initializer_list<int> kBinaries = {__CUDA_ARCH_LIST__}, kOneChip = {FUSEDVAE_CUDA_ONE_CHIP},
+                                     kPtx = {FUSEDVAE_CUDA_PTX};
 
 // A binary serves its own generation from its own version on; PTX serves all that came after it.
 bool serves(int capability) {
-  if (kNewestIsOneChip ? capability == kNewestBuilt : capability >= kNewestBuilt) return true;
-  for (const int built : kBuilt)
-    if (built / 100 == capability / 100 && built <= capability && !(kNewestIsOneChip && built == kNewestBuilt))
-      return true;
+  for (const int ptx : kPtx)
+    if (ptx <= capability) return true;
+  for (const int built : kBinaries) {
+    const bool is_own = std::find(kOneChip.begin(), kOneChip.end(), built) != kOneChip.end();
+    if (is_own ? built == capability : built / 100 == capability / 100 && built <= capability) return true;
+  }
   return false;
 }
 

@@ -69,6 +69,20 @@ __device__ __forceinline__ double factor_of(const Term& term) {
 
 // --- what is added up in the end --------------------------------------------------------------------------------
 
+// A thread's share of the sum of so many given values, which all the block adds up. Apart, like `load_apart`: a value a
+// call would be one on its way at a time.
+inline __device__ __noinline__ double share_of_given(const void* given, DType dtype, int64_t stride, int count) {
+  double sum = 0;
+  with_type(dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    sum = share_of_sum<kLoads>(count, kLogThreads, static_cast<int>(threadIdx.x), [&](int j) {
+      const char* const address = static_cast<const char*>(given) + j * stride * static_cast<int64_t>(sizeof(S));
+      return widen<double, S>(load_bits<sizeof(S)>(address), 0);
+    });
+  });
+  return sum;
+}
+
 // The loss and its terms, of one value each.
 __device__ __forceinline__ void finish_total(const Total& total, const double* partials) {
   constexpr int kMostTerms = ObjectiveTask::kMostTerms;
@@ -78,11 +92,8 @@ __device__ __forceinline__ void finish_total(const Total& total, const double* p
   for (int k = 0; k < kMostTerms; ++k) {
     const Total::Addends& term = total.terms[k];
     const int count = static_cast<int>(term.count);
-    if (term.given == nullptr)
-      sums[k] = share_of_partials(partials + term.first, count);
-    else
-      sums[k] = share_of_sum<1>(count, kLogThreads, thread,
-                                [&](int j) { return load_apart(term.given, term.given_dtype, j * term.given_stride); });
+    sums[k] = term.given == nullptr ? share_of_partials(partials + term.first, count)
+                                    : share_of_given(term.given, term.given_dtype, term.given_stride, count);
   }
   add_up_team(sums, kThreads);
   if (thread != 0) return;
