@@ -23,6 +23,7 @@ import fusedvae
 from fusedvae.cli import checkpoint, data, main, pictures, train
 from fusedvae.cli.data import samples as samples_module
 from fusedvae.cli.errors import CommandError
+from fusedvae.cli.settings import Settings
 
 SOURCE = Path(fusedvae.__file__).parent.parent
 QUICK = ["--arch", "mlp", "--width", "8", "--latent", "2", "--batch", "8", "--threads", "1", "--quiet", "--epochs", "1"]
@@ -662,3 +663,52 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], options: l
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+# --- labels, and what one of two sources has --------------------------------------------------------------------------
+
+
+def test_labels_of_an_npz(tmp_path: Path) -> None:
+    path = tmp_path / "labelled.npz"
+    np.savez(path, x=np.random.default_rng(0).random((6, 4)), labels=np.array([10, 9, 9, 10, 2, 2]))
+    found = data.load(str(path))
+    assert found.preparation.classes == ("2", "9", "10")
+    assert found.labels is not None
+    assert found.labels.tolist() == [2, 1, 1, 2, 0, 0]
+    np.savez(path, x=np.random.default_rng(0).random((6, 4)), labels=np.arange(5))
+    with pytest.raises(CommandError, match="labels: expected 6 integers or names, one a sample, got int64"):
+        data.load(str(path))
+
+
+def test_the_array_of_test_data_alone(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).random((40, 5)).astype("f4")
+    np.save(tmp_path / "a.npy", table)
+    np.savez(tmp_path / "t.npz", x=table[:7], z=table)
+    given = {"data": str(tmp_path / "a.npy"), "array": "x"}
+    assert len(data.prepare(Settings(**given, test_data=str(tmp_path / "t.npz"))).test) == 7
+    with pytest.raises(CommandError, match=r"--array names an array in an \.npz file, but the data is"):
+        data.prepare(Settings(**given))
+
+
+def test_data_that_have_moved_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pictures, "draw", lambda *_: None)
+    path, out = tmp_path / "a.npy", tmp_path / "run"
+    np.save(path, np.random.default_rng(0).random((40, 5)).astype("f4"))
+    assert main(["train", "--data", str(path), "--test-data", str(path), "--out", str(out), *QUICK]) == 0
+    moved = path.rename(tmp_path / "b.npy")
+    resume = ["train", "--resume", str(out), "--quiet"]
+    for options, message in (
+        ([], "if they have moved, say where: --data SOURCE"),
+        (["--data", str(moved)], "if they have moved, say where: --test-data SOURCE"),
+        (["--data", str(moved), "--test-data", "digits"], ""),
+    ):
+        capsys.readouterr()
+        assert main([*resume, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*resume, "--data", str(moved), "--test-data", str(moved)]) == 0
+    np.save(path, np.random.default_rng(1).random((40, 5)).astype("f4"))
+    capsys.readouterr()
+    assert main([*resume, "--data", str(moved), "--test-data", str(path)]) == 2
+    assert f"{moved} with --test-data {path} is not the data" in capsys.readouterr().err

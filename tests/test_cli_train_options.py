@@ -357,6 +357,28 @@ def test_every_setting_survives_a_file(tmp_path: Path) -> None:
     assert Settings(**options.read(path)) == settings
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--test-data", "digits", "--heldout", "0.3"], "--heldout 0.3: nothing is held out of the data"),
+        (["--beta", "0", "--warmup", "1"], "--warmup 1.0: there is nothing to grow to with --beta 0"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["train", "--out", str(tmp_path / "run"), *TINY, *options]) == 2
+    assert message in one_line_error(capsys)
+
+
+def test_large_images_are_computed_in_parts() -> None:
+    assert [Settings().grad_accum_of((3, size, size)) for size in (64, 128, 256, 512)] == [1, 1, 4, 16]
+    assert Settings().grad_accum_of((3, 256, 256), processes=4) == 1
+    assert Settings(batch=2).grad_accum_of((3, 4096, 4096)) == 2
+    assert Settings(grad_accum=2).grad_accum_of((3, 256, 256)) == 2
+    assert Settings(arch="mlp").grad_accum_of((3, 256, 256)) == 1
+
+
 # --- loggers ----------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +398,11 @@ def test_tensorboard_has_the_metrics(
     found = EventAccumulator(str(out / "events")).Reload()
     values = {event.step: event.value for event in found.Scalars("heldout/loss")}
     assert values == pytest.approx({row["epoch"]: row["heldout_loss"] for row in rows(out)}, rel=1e-6)
+    # A finished run is evaluated once more, and has one value an epoch.
+    assert main(["train", "--resume", str(out), "--quiet"]) == 0
+    found = EventAccumulator(str(out / "events")).Reload()
+    assert [event.step for event in found.Scalars("heldout/loss")] == [1, 2, 3]
+    assert [event.step for event in found.Scalars("log_likelihood")] == [2, 3]
     assert main([*command, "--epochs", "1", "--overwrite"]) == 0
     found = EventAccumulator(str(out / "events")).Reload()
     assert [event.step for event in found.Scalars("train/kl")] == [1]

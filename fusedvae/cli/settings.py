@@ -34,7 +34,11 @@ which the convolutional networks see an image."""
 CONV_WIDTH, LEAST_CONV_WIDTH, SMALL = 32, 8, 32
 """Channels at full resolution, where a step spends its time and memory: those of small images, of so many pixels a
 side, and half of them with each doubling, down to the least."""
+PIXELS_A_PART = 64 * 128 * 128
+"""Of a batch that a convolutional network is given at a time, unless that was asked for: what it remembers of them for
+the backward pass is some 2 GiB."""
 MLP_WIDTH = 512
+HELDOUT = 0.1
 PER_PIXEL: Final = "per-pixel"
 LEARNED: Final = "learned"
 
@@ -48,7 +52,7 @@ class Settings:
     image_size: int | None = None
     image_shape: tuple[int, ...] | None = None
     channels: str | None = None
-    heldout: float = 0.1
+    heldout: float = HELDOUT
     test_data: str | None = None
     arch: str = "auto"
     latent: int = 8
@@ -70,7 +74,7 @@ class Settings:
     beta_schedule: str = "linear"
     epochs: int | None = None
     batch: int = 64
-    grad_accum: int = 1
+    grad_accum: int | None = None
     lr: float = 1e-3
     lr_schedule: str = "constant"
     lr_warmup: float = 0.0
@@ -113,6 +117,10 @@ class Settings:
     def check(self, classes: int, tested_on_labels: bool) -> None:
         """Refuse options that do not go together, or with data of so many classes, of which those to test on may have
         none."""
+        if self.test_data is not None and self.heldout != HELDOUT:
+            raise CommandError(f"--heldout {self.heldout}: nothing is held out of the data beside --test-data")
+        if self.beta == 0 and self.warmup > 0:
+            raise CommandError(f"--warmup {self.warmup}: there is nothing to grow to with --beta 0")
         if self.bound == "iwae" and (self.beta != 1 or self.warmup > 0):
             raise CommandError("--bound iwae is a bound for --beta 1 only, without --warmup")
         if self.beta_schedule != "linear" and self.warmup == 0:
@@ -184,6 +192,13 @@ class Settings:
             return MLP_WIDTH
         doublings = math.ceil(math.log2(max([*shape[1:], SMALL]) / SMALL))
         return max(CONV_WIDTH >> doublings, LEAST_CONV_WIDTH)
+
+    def grad_accum_of(self, shape: tuple[int, ...], processes: int = 1) -> int:
+        """In how many parts a step is computed: as was asked for; else as many as large images need."""
+        if self.grad_accum is not None or self.arch_of(shape) == "mlp" or len(shape) != 3:
+            return self.grad_accum or 1
+        rows = -(-self.batch // processes)
+        return min(max(1, -(-rows * shape[1] * shape[2] // PIXELS_A_PART)), rows)
 
     def build_model(self, shape: tuple[int, ...], classes: int = 0) -> VAE:
         """A new model for samples of ``shape``, on the CPU; ``classes`` are how many labels there are to be told."""

@@ -64,9 +64,15 @@ class Trainer:
 
     def __init__(self, settings: Settings, data: Data, group: Alone = ALONE) -> None:
         epochs = settings.epochs_of(len(data.train), data.shape)
+        parts = settings.grad_accum_of(data.shape, group.size)
         # With what the defaults are here: a run goes on alike where they are others.
-        self.settings = settings = dataclasses.replace(settings, epochs=epochs, width=settings.width_of(data.shape))
-        self.epochs = epochs
+        self.settings = settings = dataclasses.replace(
+            settings,
+            epochs=epochs,
+            width=settings.width_of(data.shape),
+            grad_accum=parts,
+        )
+        self.epochs, self.parts = epochs, parts
         self.data, self.group = data, group
         settings.check(len(data.classes), data.test.labels is not None)
         self.device = torch.device(settings.device)
@@ -144,9 +150,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state` that was made with the same settings and data."""
         if state["fingerprint"] != self.fingerprint:
-            raise CommandError(
-                f"{self.settings.data} is not the data that this run was trained on: its contents differ"
-            )
+            raise CommandError(f"{self._sources()} not the data that this run was trained on: the contents differ")
         moments, scaling = state["optimizer"]["state"], state["scaler"]
         _check_moments(self.optimizer, moments)
         sharding.load(self.model, state["model"])
@@ -172,6 +176,10 @@ class Trainer:
         self.evaluations = [{str(name): value + 0 for name, value in row.items()} for row in state["evaluations"]]
         if len(self.history) != self.epoch or self.step > self.steps_per_epoch:
             raise ValueError("a position that the run cannot be in")
+
+    def _sources(self) -> str:
+        data, test = self.settings.data, self.settings.test_data
+        return f"{data} is" if test is None else f"{data} with --test-data {test} is"
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint, then the metrics, which are a part of it in a form for people. Every process calls it,
@@ -277,7 +285,7 @@ class Trainer:
 
     def first_part(self) -> Batch:
         """Of the training samples in their own order, as many as are computed at a time."""
-        size = min(-(-self.settings.batch // self.settings.grad_accum), len(self.train_samples))
+        size = min(-(-self.settings.batch // self.parts), len(self.train_samples))
         return next(self._batches(self.train_samples, [np.arange(size)]))
 
     def _train_step(self, batch: Batch) -> Tensor:
@@ -293,12 +301,12 @@ class Trainer:
         # Gradients are averaged over the processes, whose shares of the batch may differ: each gives those of its sum.
         factor = self.scaler.scale(torch.full((), self.group.size / size, device=self.device))
         offset, noise = self.group.rows(size).start * settings.latent, None
-        if settings.samples > 1 or settings.grad_accum > 1 or settings.bound == "iwae":
+        if settings.samples > 1 or self.parts > 1 or settings.bound == "iwae":
             offset, noise = 0, self._noise(size)
         sums = self._no_sums()
         self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)
-        count = settings.grad_accum
+        count = self.parts
         cuts = [len(x) * part // count for part in range(count + 1)]
         for part, (start, end) in enumerate(pairwise(cuts)):
             rows = slice(start, end)

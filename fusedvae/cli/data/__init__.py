@@ -153,11 +153,13 @@ def _array(
 ) -> Samples:
     rows = arrays.rows_of(Path(source), array)
     if preparation is None:
-        preparation = arrays.prepare(rows, source, channels, image_shape)
+        found = arrays.prepare(rows, source, channels, image_shape)
     else:
-        preparation = arrays.prepared_alike(rows, source, preparation)
+        found = arrays.prepared_alike(rows, source, preparation)
+    found, numbers = _labelled(found, arrays.classes_of(Path(source), array, rows.shape[0]), preparation)
+    labels = None if numbers is None else torch.tensor(numbers)
     try:
-        return Samples(held_if_small(arrays.ArraySource(rows, preparation), preparation), preparation)
+        return Samples(held_if_small(arrays.ArraySource(rows, found), found), found, labels)
     except MemoryError as error:
         raise CommandError(f"cannot hold {source} in memory: {error or 'there is too little'}") from error
 
@@ -166,14 +168,21 @@ def _images(source: str, is_folder: bool, image_size: int | None, preparation: P
     require("PIL.Image")
     files, classes = images.in_folder(Path(source)) if is_folder else images.in_shards(source)
     pages, found = images.prepare(files, source, image_size=image_size, preparation=preparation)
-    labels = None
-    if classes is not None and (preparation is not None or len(set(classes)) > 1):
-        numbers, names = images.labels_of(classes, found.classes)
-        if preparation is None:
-            found = replace(found, classes=names, description=f"{found.description}; {len(names)} classes")
-        if numbers is not None:
-            labels = torch.tensor(numbers)[torch.from_numpy(pages.of_file[:, 0])]
+    found, numbers = _labelled(found, classes, preparation)
+    labels = None if numbers is None else torch.tensor(numbers)[torch.from_numpy(pages.of_file[:, 0])]
     return Samples(held_if_small(images.ImageSource(files, pages, found), found), found, labels)
+
+
+def _labelled(
+    found: Preparation, classes: list[str] | None, given: Preparation | None
+) -> tuple[Preparation, list[int] | None]:
+    """What was found of data of these classes, with their names unless it was ``given``; and their numbers."""
+    if classes is None or (given is None and len(set(classes)) < 2):
+        return found, None
+    numbers, names = images.labels_of(classes, found.classes)
+    if given is None:
+        found = replace(found, classes=names, description=f"{found.description}; {len(names)} classes")
+    return found, numbers
 
 
 def prepare(settings: Settings, preparation: Preparation | None = None) -> Data:
@@ -182,9 +191,16 @@ def prepare(settings: Settings, preparation: Preparation | None = None) -> Data:
     Args:
         preparation: that of the run that goes on.
     """
+    sources = [source for source in (settings.data, settings.test_data) if source is not None]
+    if settings.array is not None and all(Path(source).suffix != ".npz" for source in sources):
+        raise CommandError(f"--array names an array in an .npz file, but the data is {' and '.join(sources)}")
+
+    def array_of(source: str) -> str | None:
+        return settings.array if Path(source).suffix == ".npz" else None
+
     samples = load(
         settings.data,
-        array=settings.array,
+        array=array_of(settings.data),
         image_size=settings.image_size,
         image_shape=settings.image_shape,
         channels=settings.channels,
@@ -192,5 +208,4 @@ def prepare(settings: Settings, preparation: Preparation | None = None) -> Data:
     )
     if settings.test_data is None:
         return split(samples, settings.heldout)
-    array = settings.array if Path(settings.test_data).suffix == ".npz" else None
-    return Data(samples, load(settings.test_data, array=array, preparation=samples.preparation))
+    return Data(samples, load(settings.test_data, array=array_of(settings.test_data), preparation=samples.preparation))

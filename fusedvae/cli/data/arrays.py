@@ -25,6 +25,9 @@ _CHUNK = 2**23
 _STARTS = (np.lib.format.MAGIC_PREFIX, b"PK")
 """Of .npy and .npz files."""
 
+LABELS = "labels"
+"""The array of an .npz file that has the classes of its samples."""
+
 _HASHED_ROWS = 4096
 """Of data that are not held in memory, so many go into the fingerprint."""
 
@@ -149,14 +152,35 @@ def rows_of(path: Path, array: str | None) -> Rows:
 
 def _chosen_array(path: Path, archive: Any, array: str | None) -> np.ndarray:
     names = [name for name in archive.files if f"{name}.npy" in archive.zip.namelist()]
-    if array is None and len(names) == 1:
-        array = names[0]
+    values = [name for name in names if name != LABELS] or names
+    if array is None and len(values) == 1:
+        array = values[0]
     if array not in names:
         if not names:
             raise CommandError(f"{path} holds no arrays")
         problem = "holds several arrays" if array is None else f"has no array {array!r}"
         raise CommandError(f"{path} {problem}: choose one with --array: {', '.join(names)}")
     return archive[array]
+
+
+def classes_of(path: Path, array: str | None, count: int) -> list[str] | None:
+    """What an .npz file says of its samples' classes: its array "labels", of integers or names, one a sample."""
+    if path.suffix != ".npz" or array == LABELS:
+        return None
+    try:
+        archive: Any = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray) or LABELS not in archive.files:
+            return None
+        with archive:
+            found = archive[LABELS]
+    except Exception as error:
+        raise CommandError(f"cannot read {path}: {error or type(error).__name__}") from error
+    if found.dtype.kind not in "biuU" or found.shape != (count,):
+        raise CommandError(
+            f"{path}: labels: expected {count} integers or names, one a sample, got {found.dtype} of shape "
+            f"{found.shape}"
+        )
+    return [str(int(label)) if found.dtype.kind in "biu" else str(label) for label in found.tolist()]
 
 
 def prepare(rows: Rows, name: str, channels: str | None, image_shape: tuple[int, ...] | None) -> Preparation:

@@ -124,10 +124,15 @@ def _begun(
 
 
 def _data(settings: Settings, state: dict[str, Any] | None, arguments: argparse.Namespace) -> Data:
-    preparation = None
-    if state is not None:
-        with checkpoint.reading(arguments.resume):
-            preparation = Preparation.from_record(state["preparation"])
+    if state is None:
+        return prepare(settings)
+    for name in ("data", "test_data"):
+        source = getattr(settings, name)
+        if source in (None, DIGITS) or hasattr(arguments, name) or "{" in source or Path(source).exists():
+            continue
+        raise CommandError(f"no such data: {source}: if they have moved, say where: {options.option_name(name)} SOURCE")
+    with checkpoint.reading(arguments.resume):
+        preparation = Preparation.from_record(state["preparation"])
     return prepare(settings, preparation)
 
 
@@ -243,8 +248,12 @@ def _train(trainer: Trainer, directory: Path, group: Alone, *, quiet: bool) -> i
     print_summary(trainer, directory)
     trainer.save(directory)  # from here on --resume works
     group.to_go_on = f"; the last checkpoint is whole, to go on: {_resuming(directory)}"
+    # A run that is at its end is evaluated anew, and its last epoch logged anew with that.
+    again = trainer.history[-1:] if trainer.epoch == trainer.epochs else []
     log = loggers.logger(
-        settings if group.is_first else dataclasses.replace(settings, logger="none"), directory, trainer.epoch
+        settings if group.is_first else dataclasses.replace(settings, logger="none"),
+        directory,
+        trainer.epoch - len(again),
     )
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
@@ -256,18 +265,23 @@ def _train(trainer: Trainer, directory: Path, group: Alone, *, quiet: bool) -> i
         progress = stack.enter_context(Progress(trainer, quiet=quiet or not group.is_first))
         evaluations = evaluation.Evaluations(trainer, directory)
 
+        def logged(row: Row) -> None:
+            log.log(trainer.epoch, {name: value for name, value in row.items() if name != "epoch"})
+
         def evaluate() -> Row:
             row = evaluations.take()
-            log.log(trainer.epoch, {name: value for name, value in row.items() if name != "epoch"})
+            logged(row)
             return row
 
         def after_epoch(row: Row) -> None:
             progress.after_epoch(row)
-            log.log(trainer.epoch, {name: value for name, value in row.items() if name != "epoch"})
+            logged(row)
             if evaluations.is_due():
                 row = evaluate()
                 progress.say(f"  {evaluation.line(row, settings.evaluate_samples, settings.latent)}" if row else "")
 
+        for last in again:
+            logged(last)
         finished = trainer.run(
             directory, interruption=interruption, after_step=progress.after_step, after_epoch=after_epoch
         )

@@ -172,7 +172,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     option(
         model,
         "--logvar-floor",
-        f"lower bound of a {PER_PIXEL} log-variance: lower gives a better bound, higher better samples",
+        f"lower bound of what the decoder gives for a {PER_PIXEL} scale, a log-variance unless --recon-scale says "
+        "otherwise: lower gives a better bound, higher better samples",
         type=number(-math.inf),
         metavar="X",
     )
@@ -216,7 +217,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     option(
         training,
         "--grad-accum",
-        "compute a step in this many parts, one after the other, for less memory",
+        "compute a step in this many parts, one after the other, for less memory (default: 1, or more of images beyond "
+        "128 pixels)",
         type=integer(1),
         metavar="N",
     )
