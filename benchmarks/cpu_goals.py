@@ -10,8 +10,9 @@ lines are about costs that have a limit: elbo_loss with its gradients, made in t
 operations that read and write the same bytes, in fresh memory too, and compute next to nothing; and the noise of plain
 PyTorch, which an install without a compiler draws, against torch.randn.
 
-FUSEDVAE_CPU_ISA=avx2 in the environment measures the kernels that processors without AVX-512 run. `--compare FILE`
-reads what `--json` wrote before a change, and exits with 1 if a ratio has become worse than its range was there.
+FUSEDVAE_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 in the environment measures what processors without AVX-512 run: the
+second is PyTorch's own variable, which its operators and its compiler go by. `--compare FILE` reads what `--json` wrote
+before a change, and exits with 1 if a ratio has become worse than its range was there.
 """
 
 from __future__ import annotations
@@ -264,6 +265,7 @@ def main() -> int:
         "threads": args.threads,
         "python": sys.version,
         "backend": fusedvae.backends()["native"].description,
+        "rivals": torch.backends.cpu.get_cpu_capability(),
     }
     print(", ".join(f"{name} {value}" for name, value in environment.items()))
     record: dict[str, dict[str, Times]] = {}

@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/benchmarks.md from recorded runs.
+r"""Writes the tables and plots of docs/benchmarks.md from recorded runs.
 
     python benchmarks/figures.py
 
@@ -6,7 +6,8 @@ Each table stands between marks that name the file of its run, in benchmarks/res
 
     fusedvae bench --full --threads 2 --json benchmarks/results/cpu-avx512-2-threads.json
     python benchmarks/cpu_goals.py --json benchmarks/results/cpu-goals-avx512-2-threads.json
-    FUSEDVAE_CPU_ISA=avx2 python benchmarks/cpu_goals.py --json benchmarks/results/cpu-goals-avx2-2-threads.json
+    FUSEDVAE_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/cpu_goals.py --processes 3 \
+        --json benchmarks/results/cpu-goals-avx2-2-threads.json
     OUT=results python benchmarks/gpu_check.py    # its gpu_check.json is gpu-h100.json
 
 A file by another name is shown once a mark on the page names it.
@@ -107,7 +108,7 @@ def _plots(result: Result) -> list[Plot]:
 def of_goals(path: Path) -> Iterator[str]:
     """What benchmarks/cpu_goals.py found, each beside its goal."""
     record = json.loads(path.read_text())
-    yield f"PyTorch {record['torch']}, {record['threads']} threads, {record['backend']}."
+    yield f"PyTorch {record['torch']} ({record['rivals']}), {record['threads']} threads, {record['backend']}."
     yield from (
         "",
         "| | against eager | goal | against torch.compile | goal | |",
