@@ -252,12 +252,9 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
             f"-gencode=arch=compute_{arch},code=[{','.join(f'{kind}_{arch}' for kind in kinds[arch])}]"
             for arch in cuda.archs
         ]
-        chips = {
-            "ONE_CHIP": [arch.rstrip("af") for arch in cuda.archs if not arch.isdigit()],
-            "PTX": [arch for arch in cuda.ptx_archs if arch.isdigit()],
-        }
-        lists = [f"-DFUSEDVAE_CUDA_{name}={','.join(f'{arch}0' for arch in archs)}" for name, archs in chips.items()]
-        device = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, *lists, "-MD", "-MF", "$out.d"]
+        own = [] if cuda.archs[-1].isdigit() else ["-DFUSEDVAE_NEWEST_ARCH_IS_ONE_CHIP"]
+        own += [f"-DFUSEDVAE_OLDEST_PTX={arch}0" for arch in [a for a in cuda.ptx_archs if a.isdigit()][:1]]
+        device = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, *own, "-MD", "-MF", "$out.d"]
         ninja.rule("nvcc", [*device, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
         # Before all else, the longest first: what comes last is compiled while other processors have nothing to do.
         for source in sorted(cuda_sources(), key=lambda path: not path.stem.startswith("objective")):

@@ -1,6 +1,5 @@
 // What this machine's GPUs and driver can run of what was built.
-#include <algorithm>
-#include <initializer_list>
+#include <climits>
 
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -15,19 +14,29 @@ std::string dotted(int version, int unit) {
   return std::to_string(version / unit) + "." + std::to_string(version % unit / 10);
 }
 
-// Compute capabilities, a hundred times over: those that binaries were compiled for, those of them that are for one
-// chip's own features (90a) and serve no other chip, and those that there is PTX for.
-constexpr std::initializer_list<int> kBinaries = {__CUDA_ARCH_LIST__}, kOneChip = {FUSEDVAE_CUDA_ONE_CHIP},
-                                     kPtx = {FUSEDVAE_CUDA_PTX};
+// Compute capabilities, a hundred times over: those that binaries were compiled for, in ascending order, and the oldest
+// that there is PTX for.
+constexpr int kBuilt[] = {__CUDA_ARCH_LIST__};
+constexpr int kNewestBuilt = kBuilt[sizeof kBuilt / sizeof *kBuilt - 1];
+#if defined(FUSEDVAE_OLDEST_PTX)
+constexpr int kOldestPtx = FUSEDVAE_OLDEST_PTX;
+#else
+constexpr int kOldestPtx = INT_MAX;
+#endif
+
+// Whether the newest is for one chip's own features (90a), of which neither binary nor PTX serves another chip.
+#if defined(FUSEDVAE_NEWEST_ARCH_IS_ONE_CHIP)
+constexpr bool kNewestIsOneChip = true;
+#else
+constexpr bool kNewestIsOneChip = false;
+#endif
 
 // A binary serves its own generation from its own version on; PTX serves all that came after it.
 bool serves(int capability) {
-  for (const int ptx : kPtx)
-    if (ptx <= capability) return true;
-  for (const int built : kBinaries) {
-    const bool is_own = std::find(kOneChip.begin(), kOneChip.end(), built) != kOneChip.end();
-    if (is_own ? built == capability : built / 100 == capability / 100 && built <= capability) return true;
-  }
+  if (capability >= kOldestPtx || capability == kNewestBuilt) return true;
+  for (const int built : kBuilt)
+    if (built / 100 == capability / 100 && built <= capability && !(kNewestIsOneChip && built == kNewestBuilt))
+      return true;
   return false;
 }
 
