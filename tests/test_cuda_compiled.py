@@ -22,8 +22,8 @@ from fusedvae.backend.reference import FORMULAS
 REGISTERS = 65536
 """Of a multiprocessor, on every architecture from sm_80 on."""
 BLOCK = 256
-THREADS = 2048
-"""That a multiprocessor holds at most (sm_80, 90, 100; sm_120 three quarters of it)."""
+THREADS = {"sm_120": 1536}
+"""That a multiprocessor holds at most, where that is not 2048."""
 # Blocks of a multiprocessor that each kernel must leave room for, by the elements of an access. Full occupancy is 8.
 #
 # The passes have less, on purpose. What a memory-bound kernel needs is bytes on their way: an H100 needs about 18 KB on
@@ -180,10 +180,10 @@ def test_no_stack_frame_and_no_spills(architecture: str):
 
 def test_registers_leave_room_for_the_blocks(architecture: str):
     for kernel, used in resources(architecture):
-        blocks = BLOCKS[kernel.name, kernel.access] - (kernel.formula in FEWER_BLOCKS)
+        most = THREADS.get(architecture, 2048) // BLOCK
+        blocks = min(BLOCKS[kernel.name, kernel.access] - (kernel.formula in FEWER_BLOCKS), most)
         per_thread = -(-used["REG"] // 8) * 8  # allocated by eights
         assert per_thread * BLOCK * blocks <= REGISTERS, kernel
-        assert blocks * BLOCK <= THREADS, kernel
 
 
 def test_shared_memory_is_no_limit(architecture: str):

@@ -18,6 +18,13 @@ namespace cuda {
 // Every kernel's block. Eight warps are enough to hide a block's barriers behind its neighbours' work.
 constexpr int kLogThreads = 8, kThreads = 1 << kLogThreads;
 
+// Of these, how many a multiprocessor holds.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBlocksPerMultiprocessor = 6;
+#else
+constexpr int kBlocksPerMultiprocessor = 8;
+#endif
+
 inline void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error("fusedvae: " + what + ": " + cudaGetErrorString(error));
 }

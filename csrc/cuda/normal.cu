@@ -8,8 +8,6 @@ namespace fusedvae {
 namespace cuda {
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 8;
-
 // V elements a thread and step. `out` is aligned to all of them, or V is 1.
 template <class S, int V>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)

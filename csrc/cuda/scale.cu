@@ -7,8 +7,6 @@ namespace fusedvae {
 namespace cuda {
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 8;
-
 template <class T, class S>
 __device__ __forceinline__ void scale_elements(char* data, int64_t count, T factor) {
   constexpr int V = 16 / sizeof(S);
