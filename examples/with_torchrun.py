@@ -60,6 +60,9 @@ def main() -> None:
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in vae.parameters()]
     total = sum(p.detach().double().abs().sum().item() for p in whole)
     print(f"process {rank}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, parameters {total:.9f}", flush=True)
+    # The wrapper before its group: were it the last to hold that, PyTorch would end the group under the interpreter's
+    # lock, and wait for a thread that may want it.
+    del wrapped
     torch.distributed.destroy_process_group()
 
 

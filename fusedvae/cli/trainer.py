@@ -209,6 +209,16 @@ class Trainer:
                 self._gathered = self.settings.build_model(self.shape, len(self.data.classes))
                 self._gathered.load_state_dict(state)
 
+    def leave_group(self) -> None:
+        """From here on this process is alone.
+
+        The wrapper goes before the group: were it the last to hold that, PyTorch would end the group under the
+        interpreter's lock, and wait for a thread that may want it.
+        """
+        self._wrapped = self.objective
+        self.group.close()
+        self.group = ALONE
+
     def _whole_state(self, model: nn.Module) -> dict[str, Tensor]:
         keep = self.group.is_first
         return {name: sharding.whole(value, keep=keep) for name, value in model.state_dict().items()}

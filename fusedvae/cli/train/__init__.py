@@ -32,7 +32,7 @@ from ..errors import CommandError, require
 from ..files import only_writer, write_atomically
 from ..interruption import Interruption
 from ..options import usable_device
-from ..processes import ALONE, Alone, joined, noticing_losses
+from ..processes import Alone, joined, noticing_losses
 from ..settings import Settings
 from ..trainer import METRICS, MODEL_FILES, Row, Trainer
 from . import evaluation, loggers, options
@@ -291,9 +291,8 @@ def _train(trainer: Trainer, directory: Path, group: Alone, *, quiet: bool) -> i
             row = evaluate()
             trainer.save(directory)  # with that
         trainer.gather_model()
-        group.close()  # the others are done
-        if group.is_first:
-            trainer.group = ALONE
+        trainer.leave_group()
+        if group.is_first:  # the others are done
             trainer.save_model(directory)
             print(f"drawing pictures in {directory}", flush=True)
             pictures.draw(trainer, directory)
