@@ -253,7 +253,8 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
             for arch in cuda.archs
         ]
         own = [] if cuda.archs[-1].isdigit() else ["-DFUSEDVAE_NEWEST_ARCH_IS_ONE_CHIP"]
-        own += [f"-DFUSEDVAE_OLDEST_PTX={arch}0" for arch in [a for a in cuda.ptx_archs if a.isdigit()][:1]]
+        ptx = [arch for arch in cuda.ptx_archs if arch.isdigit()]
+        own += [f"-DFUSEDVAE_OLDEST_PTX={ptx[0]}0"] if ptx else []
         device = [*nvcc, *NVCC_FLAGS, f"-I{CSRC}", *targets, *own, "-MD", "-MF", "$out.d"]
         ninja.rule("nvcc", [*device, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
         # Before all else, the longest first: what comes last is compiled while other processors have nothing to do.

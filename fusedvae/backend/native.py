@@ -226,9 +226,11 @@ class _Native:
 def _gpus_unavailable() -> list[str | None]:
     """Why the CUDA kernels cannot serve each of this machine's GPUs, and the remedy; one reason where there is none."""
     if not hasattr(_C, "cuda_unavailable"):
-        reason = "this build of the extension has CPU kernels only; install fusedvae again where nvcc is found"
-        return [reason] * max(torch.cuda.device_count(), 1)
-    reasons = [reason or None for reason in _C.cuda_unavailable()]
+        found = ["this build of the extension has CPU kernels only; install fusedvae again where nvcc is found"]
+    else:
+        found = _C.cuda_unavailable()
+    reasons = [reason or None for reason in found]
+    # There may be one reason for all.
     return reasons if len(reasons) > 1 else reasons * max(torch.cuda.device_count(), 1)
 
 
