@@ -19,6 +19,9 @@ from test_cli_train import SOURCE, rows
 
 import fusedvae
 from fusedvae.cli import checkpoint, main, pictures, timing
+from fusedvae.cli.errors import LostProcessError
+from fusedvae.cli.interruption import Interruption
+from fusedvae.cli.processes import Alone, noticing_losses
 from fusedvae.cli.trainer import load_model
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a PyTorch without torch.distributed")
@@ -209,6 +212,25 @@ def test_in_torchrun_the_death_of_one_and_ctrl_c_end_all(tmp_path: Path) -> None
         assert "[rank" not in error  # no traceback of theirs
         epochs = str(checkpoint.load(out)["epoch"] + 1)
         assert main(["train", "--resume", str(out), "--epochs", epochs, "--quiet"]) == 0
+
+
+def test_who_notices_a_loss_is_not_ended_before_it_says_so() -> None:
+    """torchrun ends those that are left, at any time: also while they go back through what they were in."""
+    before = signal.getsignal(signal.SIGTERM)
+    group = Alone()
+    group.size, group.to_go_on = 2, "; to go on"
+    try:
+        with pytest.raises(LostProcessError, match="another process of this run has ended"), Interruption():
+            with noticing_losses(group):
+                raise RuntimeError("gloo: Connection closed by peer")
+        assert group.is_broken
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with Interruption():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def worker_of(parent: int, rank: int) -> int:

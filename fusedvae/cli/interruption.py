@@ -34,4 +34,5 @@ class Interruption:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            if signal.getsignal(number) == self._request:  # what has been set since stays
+                signal.signal(number, handler)  # type: ignore[arg-type]

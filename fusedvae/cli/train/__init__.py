@@ -257,6 +257,7 @@ def _train(trainer: Trainer, directory: Path, group: Alone, *, quiet: bool) -> i
     )
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
+        stack.enter_context(noticing_losses(group))  # here, too: between the two, a signal would end it without a word
         stack.callback(log.close)
         with group.together():
             if group.is_first:
