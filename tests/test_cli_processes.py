@@ -220,9 +220,9 @@ def test_who_notices_a_loss_is_not_ended_before_it_says_so() -> None:
     group = Alone()
     group.size, group.to_go_on = 2, "; to go on"
     try:
-        with pytest.raises(LostProcessError, match="another process of this run has ended"), Interruption():
-            with noticing_losses(group):
-                raise RuntimeError("gloo: Connection closed by peer")
+        lost = pytest.raises(LostProcessError, match="another process of this run has ended")
+        with lost, Interruption(), noticing_losses(group):
+            raise RuntimeError("gloo: Connection closed by peer")
         assert group.is_broken
         os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
