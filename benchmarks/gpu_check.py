@@ -988,6 +988,7 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu rehearses what needs none")
     check = Check(args)
+    about = machine(args.device)
     for name in args.steps.split(","):
         if args.device == "cpu" and name not in WITHOUT_GPU:
             check.results[name] = {"skipped": "needs a GPU"}
@@ -997,7 +998,7 @@ def main() -> int:
                 check.results[name] = STEPS[name](check)
             except Exception as error:  # whatever a step has met, the next ones are to run
                 check.results[name] = {"ok": False, "reason": f"{type(error).__name__}: {error}"}
-        everything = {"machine": machine(args.device), "steps": check.results}
+        everything = {"machine": about, "steps": check.results}
         (check.out / "gpu_check.json").write_text(json.dumps(everything, indent=1))
         (check.out / "gpu_check.txt").write_text(describe(check))
     print(describe(check), f"\nin {check.out}", sep="")

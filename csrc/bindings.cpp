@@ -15,6 +15,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -99,6 +100,8 @@ class Planned {
           operand.data = data + slot.bytes;
         else if (slot.has_elements && !is_zero(source))
           throw py::value_error("a tensor has no memory: its storage has been freed");
+        else if (slot.has_elements)  // one number for all elements: nothing is to look for them
+          for (int64_t& stride : operand.stride) stride = 0;
       }
       if (PyErr_Occurred()) throw py::error_already_set();
     }
@@ -272,12 +275,16 @@ cuda::Launch launch_on(int device, uintptr_t stream, uintptr_t workspace) {
   return {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(workspace)};
 }
 
+// Launches on a stream share a workspace. Some are of two kernels, between which no other thread's may come.
+std::mutex launching;
+
 // A launch of a kernel on a GPU.
 template <class Plan, class Task>
 auto launch(void (*kernel)(const Task&, const cuda::Launch&)) {
   return [kernel](const Plan& plan, const py::tuple& sources, int device, uintptr_t stream, uintptr_t workspace) {
     const Task task = plan.on(sources);
-    py::gil_scoped_release release;
+    py::gil_scoped_release release;  // before the lock: who holds that must not wait for the interpreter
+    const std::lock_guard<std::mutex> lock(launching);
     kernel(task, launch_on(device, stream, workspace));
   };
 }

@@ -36,7 +36,6 @@ from .calls import (
     positions,
 )
 from .torch_private import (
-    has_hooks_on_saved_tensors,
     has_tangent,
     is_sharded,
     is_transformed,
@@ -411,8 +410,7 @@ class _Objective(torch.autograd.Function):
         if call.overwrites:
             increment_version(operands[0])
             operands[0].is_overwritten = True
-        # A saved tensor that comes back as something else is that one's memory.
-        ctx.overwrites = call.in_place and not call.overwrites and not has_hooks_on_saved_tensors()
+        ctx.overwrites = call.in_place and not call.overwrites
         # With the terms comes the divergence: the gradient of beta.
         ctx.save_for_backward(*[operands[k] for k in deferred.tensors], *values[2:])
         ctx.numbers = [operands[k] for k in deferred.numbers]
@@ -443,7 +441,7 @@ class _Objective(torch.autograd.Function):
             )
         else:
             made_already = (False,) * len(call.spec.needed)
-        operands, divergence = _restored(ctx, call.deferred)
+        operands, divergence = _restored(ctx, call.deferred, ctx.saved_tensors)
         in_place = ctx.overwrites and not keeps_graph()
         rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)
         return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
@@ -501,9 +499,10 @@ class _DispatchedObjective(torch.autograd.Function):
         if is_loss_alone and values[0] is None:
             return tuple(grads)
         made = positions(ctx.made.needed)
-        operands, divergence = _restored(ctx, ctx.deferred)
+        saved = ctx.saved_tensors
+        operands, divergence = _restored(ctx, ctx.deferred, saved)
         if is_loss_alone and made and not torch.is_grad_enabled():
-            for k, gradient in zip(made, ctx.saved_tensors[-len(made) :], strict=True):
+            for k, gradient in zip(made, saved[-len(made) :], strict=True):
                 grads[k + 1] = gradient * values[0]
             made_already = spec.needed
         else:
@@ -512,9 +511,8 @@ class _DispatchedObjective(torch.autograd.Function):
         return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
 
 
-def _restored(ctx: Any, deferred: Deferred) -> tuple[list[Operand], Tensor | None]:
+def _restored(ctx: Any, deferred: Deferred, saved: Any) -> tuple[list[Operand], Tensor | None]:
     """The operands of a forward pass, and the value of the divergence if that was saved."""
-    saved = ctx.saved_tensors
     operands: list[Operand] = [None] * deferred.operands
     for k, tensor in zip(deferred.tensors, saved, strict=False):
         operands[k] = tensor.resolve_neg() if tensor.is_neg() else tensor  # hooks may give back such a view

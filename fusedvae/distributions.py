@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,7 +155,7 @@ class DiagonalGaussianDistribution:
             packed_dim=self._chunk_dim,
         )
         if reduction == "mean":
-            total = total / max(mean.numel() // max(total.numel(), 1), 1)
+            total = total / max(math.prod(mean) // max(math.prod(total.shape), 1), 1)
         return total
 
     def nll(self, sample: Tensor, dims: Dim = (1, 2, 3)) -> Tensor:

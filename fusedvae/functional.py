@@ -64,7 +64,14 @@ from .calls import Operand, Operands, find
 from .layout import broadcasts, dense_strides
 from .linear import LinearLikelihoodCall, linear_likelihood, usual_block
 from .random import normal
-from .torch_private import is_any_autocast_enabled, is_base_held, is_sharded, is_transformed
+from .torch_private import (
+    has_hooks_on_saved_tensors,
+    is_any_autocast_enabled,
+    is_base_held,
+    is_sharded,
+    is_transformed,
+    is_watched,
+)
 from .typing import (
     Backend,
     Bounds,
@@ -755,7 +762,7 @@ def _weighting(
     _check_weight(name, weight, shape, of, mean)
     if reduction != "weighted_mean":
         return (weight,)
-    times = shape.numel() / max(weight.numel(), 1)
+    times = math.prod(shape) / max(weight.numel(), 1)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # there is no other on Apple's GPUs
     total = weight.sum(dtype=dtype)
     if is_sharded((total,)):  # PyTorch 2.6 would take the reciprocal of each process's part
@@ -1097,6 +1104,7 @@ def _likelihood(
     operands = (*inputs, *weighting, None)
     if isinstance(dim, list):
         dim = tuple(dim)
+    inplace = inplace and _may_be_in_place()
     call = find(
         _likelihood_call,
         operands,
@@ -1143,6 +1151,14 @@ def _likelihood_call(
         full=full,
         inplace=inplace,
     )
+
+
+def _may_be_in_place() -> bool:
+    """Whether autograd notices that what an operation before has saved was written over.
+
+    Hooks on saved tensors, as checkpoints have them, give back what they kept, whatever has become of it.
+    """
+    return is_watched() or not has_hooks_on_saved_tensors()
 
 
 def _check_memory(call: autograd.RecordedObjective, operands: Operands) -> None:
@@ -1399,6 +1415,7 @@ def elbo_loss(
         operands = (*operands, grad_scale)
     if isinstance(reduction, list) and len(reduction) == 2:
         reduction = tuple(reduction)
+    inplace = inplace and _may_be_in_place()
     call = find(
         _elbo_call,
         operands,
@@ -1670,7 +1687,7 @@ def linear_elbo(
         divergence = _divergence(
             inputs, formula, posterior, prior, latent_weight, None, of_kl, None, packed_dim, backend
         )
-        name, batch = "mu", len(inputs[0])  # type: ignore[arg-type]
+        name, batch = "mu", inputs[0].shape[0]  # type: ignore[union-attr]
     else:
         if mu is not None or logvar is not None:
             raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
@@ -1682,7 +1699,7 @@ def linear_elbo(
         if kl.dim() != 1:
             raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}")
         _check_same_device("kl", kl, "x", x)
-        name, batch = "kl", len(kl)
+        name, batch = "kl", kl.shape[0]
         kl = kl.to(torch.promote_types(kl.dtype, torch.float32))
         divergence = kl if of_kl == "none" else kl.sum() if of_kl == "sum" else kl.mean()
     if batch != x.shape[0]:
@@ -1739,8 +1756,11 @@ def _linear_likelihood(
     operands = (hidden, linear_weight, linear_bias, x, *inputs[2:], weight)
     name = _backend_for(operands, backend)
     is_weight_learned = weight is not None and weight.requires_grad
-    block = block or usual_block(x.shape[:-1].numel(), x.device.type)
-    if name == "reference" or is_weight_learned or ops.needs_dispatcher(operands) or block >= x.shape[-1]:
+    if name == "reference" or is_weight_learned or ops.needs_dispatcher(operands):
+        block = x.shape[-1]  # whatever that is: a compiler may not know
+    elif block is None:
+        block = usual_block(x.shape[:-1].numel(), x.device.type)
+    if block >= x.shape[-1]:
         out = torch.nn.functional.linear(hidden, linear_weight, linear_bias)
         options = (written, full, weight, reduction, None, max(out.dim() - 1, 1), backend)
         nll = _likelihood(likelihood, (out, *inputs[1:]), *options)

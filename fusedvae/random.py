@@ -49,14 +49,14 @@ def normal(
     if isinstance(seed, Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed: expected a 0-dim int64 tensor, got shape {tuple(seed.shape)}, {seed.dtype}")
-        if seed.device.type != device.type:
+        if seed.device.type != device.type or device.index not in (None, seed.device.index):
             raise ValueError(f"seed: expected on {device}, got it on {seed.device}")
     elif isinstance(seed, Integral) and not isinstance(seed, bool):
         seed = int(seed)
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
         signed = seed - 2**64 if seed >= 2**63 else seed
-        seed = torch.tensor(signed, dtype=torch.int64, device=device)
+        seed = torch.full((), signed, dtype=torch.int64, device=device)  # which no host waits for
     else:
         raise TypeError(f"seed: expected an integer or a 0-dim int64 tensor, got {type(seed).__name__}")
     name = resolve(device.type, backend, index=device.index)

@@ -97,6 +97,8 @@ def is_transformed(operands: Sequence[Any]) -> bool:
     no operators of the package; or its tensors are made of others (gradients in batches, the shards of a DTensor).
     """
     if is_watched():
+        if torch.compiler.is_dynamo_compiling():
+            return _is_compiled_in_transform()
         return not _is_compiling() and (
             _transforms() is not None
             or _tracing_state() is not None
@@ -104,6 +106,12 @@ def is_transformed(operands: Sequence[Any]) -> bool:
             or _are_made_of_others(operands)
         )
     return _are_made_of_others(operands)
+
+
+@assumed_constant
+def _is_compiled_in_transform() -> bool:
+    """Whether the compiler goes through a transform of torch.func: it takes part in that while it looks."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _are_made_of_others(operands: Sequence[Any]) -> bool:
@@ -152,12 +160,13 @@ def _holders_of_base(view: Any) -> tuple[int, int]:
     return sys.getrefcount(base), base._use_count()
 
 
-_HELD_ALONE = _holders_of_base(torch.empty(1).view(1)) if hasattr(Tensor, "_use_count") else None
+with torch.inference_mode(False):
+    _HELD_ALONE = _holders_of_base(torch.empty(1).view(1)) if hasattr(Tensor, "_use_count") else None
 """The same of one that nothing else holds, which depends on the releases of Python and PyTorch."""
 
 
 def has_hooks_on_saved_tensors() -> bool:
-    """Whether tensors that are saved now may come back as something else. Without it, True: they are looked at then."""
+    """Whether tensors that are saved now may come back as something else. Without it, True: nothing is in place."""
     ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return ask is None or ask(False) is not None
 

@@ -432,7 +432,7 @@ def _negative_bound(
     if of_nll == "none":
         nll = p.nll(x, full, weight, "none", inplace).mean(0)
     elif of_nll in ("batchmean", "sum"):
-        nll = p.nll(x, full, weight, "sum", inplace) / (len(p.mean) * (len(x) if of_nll == "batchmean" else 1))
+        nll = p.nll(x, full, weight, "sum", inplace) / (p.mean.shape[0] * (x.shape[0] if of_nll == "batchmean" else 1))
     else:
         nll = p.nll(x, full, weight, of_nll, inplace)
     if of_kl != "none":

@@ -63,3 +63,42 @@ def test_poisson_likelihoods_of_distant_counts(target: Target, rate: float, x: f
     torch.testing.assert_close(value.double(), r - k * r.log() + torch.lgamma(k + 1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(d_rate.double(), 1 - k / r, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(d_x.double(), torch.digamma(k + 1) - r.log(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["std", "var", "softplus"])
+@pytest.mark.parametrize("is_learned", [False, True], ids=["standard", "learned"])
+def test_divergences_of_scales_without_logarithms_that_are_near(target: Target, is_learned: bool, scale: str) -> None:
+    """As near 0 as those of torch.distributions are: the gradients of equal scales are 0, and no value is below."""
+    step = torch.tensor([0.0, 1e-6, -1e-6, 1e-4, -1e-3, 1e-2, -0.1, 0.5])
+    priors = torch.tensor([1.0] if not is_learned else [1.1, 5e-5, 0.037, 18637.6875])[:, None]
+    if scale == "softplus":
+        priors = torch.log(torch.expm1(priors.double().clamp(max=30))).float()
+    prior, spread = (priors * torch.ones_like(step)).requires_grad_(), (priors * (1 + step)).requires_grad_()
+    zeros, options = torch.zeros_like(spread), {"reduction": "none", "dim": (), "backend": target.backend}
+    if is_learned:
+        value = functional.kl_normal(zeros, spread, zeros, prior, scale=scale, prior_scale=scale, **options)
+    else:
+        value = functional.kl_standard_normal(zeros, spread, scale=scale, **options)
+    given = [spread, prior] if is_learned else [spread]
+    found = torch.autograd.grad(value.sum(), given)
+    softplus = torch.nn.functional.softplus
+    of = {"std": torch.square, "var": torch.clone, "softplus": lambda s: softplus(s).square()}[scale]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    d = torch.log(of(exact[0])) - (torch.log(of(exact[1])) if is_learned else 0.0)
+    right = 0.5 * (torch.expm1(d) - d)
+    assert (value >= 0).all()
+    assert ((value - right).abs() <= 3e-7 * d.abs() + 1e-13).all()
+    for ours, theirs, at in zip(found, torch.autograd.grad(right.sum(), exact), exact, strict=True):
+        if scale != "softplus" and is_learned:
+            assert (ours[:, 0] == 0).all()
+        # (A small softplus is as an exponential: the relative error of its slope counts times its input.)
+        tolerance = 1e-6 * (1 + at.abs()) if scale == "softplus" else 4e-7
+        assert (((ours - theirs) * at).abs() <= tolerance).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_given_divergences_in_16_bits_are_those_of_32(target: Target, dtype: torch.dtype) -> None:
+    x, kl = torch.zeros(37, 3), torch.linspace(30000, 40000, 37).to(dtype)
+    for weight in (None, torch.ones(37, 3).requires_grad_()):  # that of the formula, too
+        loss = functional.elbo_loss(x, x, None, None, kl=kl, weight=weight, reduction="sum", backend=target.backend)
+        torch.testing.assert_close(loss, kl.double().sum().float())

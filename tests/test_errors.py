@@ -563,3 +563,8 @@ def test_the_environment_sets_the_first_choice() -> None:
     wrong = in_a_process_with("fastest", code)
     assert wrong.returncode
     assert "FUSEDVAE_BACKEND: expected one of 'auto', 'native', 'triton', 'reference'; got 'fastest'" in wrong.stderr
+
+
+def test_the_package_can_be_imported_in_inference_mode() -> None:
+    script = "import torch\nwith torch.inference_mode():\n    import fusedvae"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -265,3 +265,16 @@ def test_activation_checkpointing_makes_the_same_noise_again(target: Target) -> 
         results.append((value.detach(), mu.grad, logvar.grad))
     for plain, again in zip(*results, strict=True):
         assert torch.equal(plain, again)
+
+
+def test_the_default_dtype_has_no_say() -> None:
+    count = 1 << 17
+    with threads(1):
+        expected = normal(count, 7, backend="reference")
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = normal(count, 7, backend="reference")
+        finally:
+            torch.set_default_dtype(before)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -142,6 +142,42 @@ for units, file in zip((0, 2), sys.argv[1:]):
         assert np.max(np.abs(found - ours) / np.spacing(np.abs(ours))) <= ulps
 
 
+SHARED = """
+import cuda_on_ptx, executor, torch
+from concurrent.futures import ThreadPoolExecutor
+from fusedvae import functional
+from fusedvae.backend import native
+
+# As on a GPU: all memory is there for all kernels, and what launches share is kept between them.
+for task in (native._C.ObjectiveTask, native._C.ScaleTask):
+    task.launch = task.launch.__wrapped__
+executor.library().forget_all()
+executor.library().allow((1 << 12, 1 << 47))
+workspace = torch.zeros(1 << 20, dtype=torch.uint8)
+native._workspace = lambda *where, **options: workspace
+
+def step(mean, target, logvar):
+    loss = functional.gaussian_nll(mean, target, logvar, backend="native")
+    return loss, *torch.autograd.grad(loss, [mean, logvar])
+
+def count_wrong(operands):
+    right = before[operands[0].shape]
+    return sum(not all(map(torch.equal, step(*operands), right)) for _ in range(12))
+
+# Sums for each column are finished by a second kernel.
+problems = [[torch.randn(size).requires_grad_() for size in ((rows, columns), (rows, columns), (columns,))]
+            for rows, columns in ((40, 1200), (24, 900))]
+before = {operands[0].shape: step(*operands) for operands in problems}
+with ThreadPoolExecutor(2) as threads:
+    print(*threads.map(count_wrong, problems))
+"""
+
+
+@pytest.mark.usefixtures("cuda")
+def test_threads_that_share_a_stream_do_not_come_between_the_kernels_of_a_launch() -> None:
+    assert python("-c", SHARED).split() == ["0", "0"]
+
+
 # --- faults -----------------------------------------------------------------------------------------------------
 
 SHORTENED = """

@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 import fusedvae
 from fusedvae import functional
 from fusedvae.backend import reference
+from fusedvae.distributions import DiagonalGaussianDistribution
 
 pytestmark = [
     pytest.mark.parametrize("target", TARGETS, indirect=True),
@@ -143,12 +144,19 @@ def test_programs_of_torch_jit_trace_compute_what_was_traced() -> None:
         (functional.kl_normal, (mu, logvar, logvar, mu)),
         (functional.gaussian_nll, (recon_x, x)),
         (functional.elbo_loss, (recon_x, x, mu, logvar)),
+        (lambda *t: functional.elbo_loss(*t, reduction=("mean", "batchmean")), (recon_x, x, mu, logvar)),
+        (lambda r, t: functional.laplace_nll(r, t, weight=x[0].square(), reduction="weighted_mean"), (recon_x, x)),
+        (
+            lambda *t: functional.elbo_loss(*t, reduction="weighted_mean", weight=x[0].square()),
+            (recon_x, x, mu, logvar),
+        ),
         (lambda a, b: functional.gaussian_nll_loss(a, b, 1.0), (recon_x, x)),
+        (lambda p: DiagonalGaussianDistribution(p).kl(reduction="mean"), (torch.randn(8, 4, 2, 2),)),
         (lambda m, v, n: functional.reparameterize(m, v, noise=n), (mu, logvar, mu)),
     ]
     for function, inputs in cases:
         traced = torch.jit.trace(function, inputs, check_trace=False)
-        others = tuple(t * 2 for t in inputs)
+        others = tuple(torch.cat([t * 2, t[:3]]) for t in inputs)  # of another batch size
         torch.testing.assert_close(traced(*others), function(*others))
     drawn = torch.jit.trace(lambda m, v: functional.latent(m, v).z, (mu, logvar), check_trace=False)
     torch.manual_seed(3)
@@ -156,6 +164,24 @@ def test_programs_of_torch_jit_trace_compute_what_was_traced() -> None:
     assert not (first == second).any()
     torch.manual_seed(3)
     torch.testing.assert_close(drawn(mu, logvar), first)  # on a GPU the third run is in code of its compiler's own
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's own
+def test_compiled_transforms() -> None:
+    mu, logvar = pair(4, 3)
+    functions: list[Callable[[Tensor], Tensor]] = [
+        grad(lambda m: kl(m, logvar)),
+        vmap(lambda m: kl(m[None], logvar[:1])),
+        vmap(grad(lambda m: kl(m[None], logvar[:1]))),
+        lambda m: jvp(lambda m: kl(m, logvar), (m,), (logvar,))[1],
+        hessian(lambda m: kl(m, logvar)),
+        jacrev(lambda m: functional.elbo_loss(m, logvar, m, logvar, reduction="none")),
+        lambda m: kl(m, logvar),
+    ]
+    for function in functions:
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(function, backend="eager")(mu), function(mu))
 
 
 @pytest.mark.slow

@@ -62,14 +62,18 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    # Where it keeps the one that it has; to ask for it would be to look for a GPU.
-    where = "_active" if hasattr(triton.runtime.driver, "_active") else "active"
     driver = Driver()
-    monkeypatch.setattr(triton.runtime.driver, where, driver)
+    use(driver, monkeypatch)
     monkeypatch.setattr(type(backend.BACKEND), "unavailable", lambda self, device_type, index=None: None)
     forget()
     yield driver
     forget()
+
+
+def use(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where Triton keeps the one that it has; to ask for it would be to look for a GPU.
+    where = "_active" if hasattr(triton.runtime.driver, "_active") else "active"
+    monkeypatch.setattr(triton.runtime.driver, where, driver)
 
 
 def forget() -> None:
@@ -92,6 +96,50 @@ def operands(shift: int = 0) -> list[Tensor]:
     shapes = [(8, 16)] * 2 + [(16,)] + [(8, 4)] * 2
     found = [torch.zeros(shift + torch.Size(s).numel())[shift:].view(s) for s in shapes]
     return [t.requires_grad_() for t in found]
+
+
+class DriverWithoutCompiler:
+    @property
+    def utils(self) -> None:
+        raise RuntimeError("no gcc")
+
+
+@pytest.mark.parametrize(
+    ("driver", "reasons"),
+    [
+        (Driver(), [None, "compute capability 6.1 is older than 7.0, the first that the Triton kernels run on"]),
+        (
+            DriverWithoutCompiler(),
+            ["Triton cannot launch kernels (no gcc); install a C compiler, and the headers of Python"] * 2,
+        ),
+    ],
+    ids=["old GPU", "no compiler"],
+)
+def test_every_gpu_that_cannot_be_served_has_its_reason(
+    driver: Any, reasons: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(driver, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (6, 1)][index])
+    backend._gpus_unavailable.cache_clear()
+    try:
+        assert [backend.BACKEND.unavailable("cuda", index) for index in (0, 1)] == reasons
+        assert backend.BACKEND.unavailable("cuda") == reasons[0]
+    finally:
+        backend._gpus_unavailable.cache_clear()
+
+
+def test_a_tensor_without_memory_is_an_error_or_zeros(driver: Driver) -> None:
+    recon_x, x, logvar = (torch.randn(8, 16) for _ in range(3))
+    for target in (x, torch._efficientzerotensor((8, 16), dtype=torch.float32), x):
+        functional.gaussian_nll(recon_x, target, logvar, backend="triton")
+    known, of_zeros, again = ([value == 0 for value in launch] for launch in driver.launches)
+    assert of_zeros == again == known
+    logvar.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a tensor has no memory: its storage has been freed"):
+        functional.gaussian_nll(recon_x, x, logvar, backend="triton")
+    assert len(driver.launches) == 3
 
 
 @pytest.mark.parametrize("options", [{}, {"offset": 4}, {"offset": 2**33 + 1}], ids=["plain", "offset", "far"])

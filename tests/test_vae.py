@@ -1267,6 +1267,27 @@ def test_an_exported_vae_can_be_saved_and_moved(x: Tensor, options: dict) -> Non
     assert [str(node.kwargs["device"]) for node in drawn] == ["meta"]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of its exporter
+@pytest.mark.parametrize("options", [{"samples": 3}, {"reduction": "mean"}, {"samples": 2, "bound": "iwae"}], ids=str)
+def test_an_exported_loss_is_of_any_batch(options: dict) -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.vae.loss(x, **options)
+
+    loss, batch = Loss(), torch.export.Dim("batch", min=2)
+    x = torch.rand(9, *SHAPE)
+    exported = torch.export.export(loss, (x[:5],), dynamic_shapes=({0: batch},), strict=False).module()
+    torch.manual_seed(3)
+    expected = loss(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(exported(x), expected)
+
+
 def test_sizes_and_numbers_may_be_numpys() -> None:
     six, three = np.int64(6), np.int64(3)
     vae = VAE(*networks.mlp((six,), three, hidden=[np.int32(8)]), three)

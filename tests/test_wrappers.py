@@ -9,7 +9,9 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import KERNEL_TARGETS, Target
@@ -215,6 +217,20 @@ def test_checkpoints(target: Target, name: str, reentrant: bool) -> None:
         t.grad = None
     found.sum().backward()
     assert_same([found.detach(), *[t.grad for t in inputs]], reference_of(name, inputs))  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_checkpoints_of_what_the_dispatcher_sees(target: Target, reduction: str) -> None:
+    """What is saved can be unpacked once only there."""
+    h, w = torch.randn(4, 6), torch.randn(6, 8).requires_grad_()
+    x = torch.randn(4, 8)
+
+    def loss(h: Tensor, beta: Any) -> Tensor:
+        return functional.elbo_loss(h @ w, x, h[:, :2], h[:, 2:4], beta=beta, reduction=reduction).sum()
+
+    found = checkpoint(loss, h, np.float64(0.5), use_reentrant=False)
+    expected = loss(h, 0.5)
+    assert_same(*[[t.detach(), *torch.autograd.grad(t, [w])] for t in (found, expected)])
 
 
 @every_function

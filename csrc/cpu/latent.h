@@ -84,7 +84,8 @@ struct BesideSample {
         if (a.grad_z || (a.weight && Formula::kIsAtSample)) {
           const P d_z = a.grad_z ? in.grad_z + at.d_z : at.d_z;
           grads[0] += d_z;
-          grads[1] += d_z * in.noise * deviation.slope;
+          const P d_deviation = d_z * in.noise;
+          grads[1] += is_plain ? d_deviation * deviation.slope : through(d_deviation, deviation.slope);
         }
 #pragma GCC unroll 4
         for (int k = 0; k < n; ++k)

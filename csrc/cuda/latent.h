@@ -180,18 +180,23 @@ class LatentPass {
   __device__ __forceinline__ void add_gradients(const Beside<Divergence>& beside, T grad_z, T* grads) const {
     if (kIsUsual || task_.grad_z.given) {
       grads[0] = grad_z;
-      grads[1] = grad_z * beside.d_scale;
+      grads[1] = through_scale(grad_z, beside.d_scale);
     }
     if (kIsUsual ? makes == LatentMakes::gradients : task_.divergence.incoming.given) {
       auto element = beside.element;
       if (!is_plain_) adapt<Divergence>(task_.divergence, beside.spreads, element.grads);
       if (Divergence::kIsAtSample) {
         grads[0] += beside.d_z;
-        grads[1] += beside.d_z * beside.d_scale;
+        grads[1] += through_scale(beside.d_z, beside.d_scale);
       }
       FUSEDVAE_UNROLL
       for (int k = 0; k < Divergence::kInputs; ++k) grads[k] += element.grads[k];
     }
+  }
+
+  // Beyond the bounds of a scale there is no gradient, whatever comes in.
+  __device__ __forceinline__ T through_scale(T d_z, T d_scale) const {
+    return kIsUsual ? d_z * d_scale : FUSEDVAE_NAMESPACE::through(d_z, d_scale);
   }
 
   __device__ __forceinline__ Derived<T> deviation_of(T given) const {

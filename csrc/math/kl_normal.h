@@ -14,7 +14,7 @@ namespace FUSEDVAE_NAMESPACE {
 struct KlNormal {
   static constexpr const char* kName = "kl_normal";
   static constexpr int kInputs = 4, kUniform = 3;
-  static constexpr int kScales = 2, kScaleOf[] = {1, 3}, kPowers[] = {1, -1};
+  static constexpr int kScales = 2, kScaleOf[] = {1, 3}, kPowers[] = {1, kDivisor};
   static constexpr double kConstant = 0;
   static constexpr bool kIsAtSample = false;
 
@@ -30,10 +30,13 @@ struct KlNormal {
   }
   template <class T>
   static FUSEDVAE_INLINE Spread<T> derive(const Scale<T>* scales) {
-    const T difference = scales[0].log - scales[1].log;
-    const bool has_logs = scales[0].has_log && scales[1].has_log;
-    return {difference, has_logs ? exponential_minus_1(difference) : scales[0].power * scales[1].power - 1.0f,
-            scales[1].power};
+    const T difference = scales[0].log - scales[1].log, divisor = scales[1].power;
+    if (scales[0].has_log && scales[1].has_log) return {difference, exponential_minus_1(difference), divisor};
+    const bool is_inverse = scales[1].has_log;
+    const T ratio = is_inverse ? scales[0].power * divisor : scales[0].power / divisor;
+    // Logarithms that were each rounded would not cancel what the ratio is more than 1.
+    const auto is_usual = (ratio > 1e-30f) & (ratio < 1e30f);
+    return {is_usual ? logarithm(ratio) : difference, ratio - 1.0f, is_inverse ? divisor : 1.0f / divisor};
   }
   template <class T>
   static FUSEDVAE_INLINE Element<T, 4> element(const T* inputs, const Spread<T>& spread, T weight) {

@@ -42,14 +42,16 @@ FUSEDVAE_OUTLINE NegativeBinomial<T> negative_binomial(T mu, T x, T theta) {
   const T k_inverse = 1.0f / k, t_inverse = 1.0f / t, n_inverse = 1.0f / n, s_inverse = 1.0f / s;
   const T total_inverse = low / total;  // where it is needed
 
-  const LogOfRatio<T> v = log_of_ratio(((theta + eps) * t_inverse) * (n * s_inverse),
-                                       ((theta * (x - mu) + (eps * x - low * mu)) * t_inverse) * s_inverse);
+  const LogOfRatio<T> v =
+      log_of_ratio(((theta + eps) * t_inverse) * (n * s_inverse),
+                   (theta * t_inverse) * ((x - mu) * s_inverse) + ((eps * x - low * mu) * t_inverse) * s_inverse);
   const T w_ratio = (m * s_inverse) * (n * k_inverse);
   const LogOfRatio<T> w =
       log_of_ratio(w_ratio, ((theta * s_inverse) * (m - k) - (1.0f - low) * (m * s_inverse)) * k_inverse);
   const T spread = root(number<T>(6.28318530717958648) * k * (is_low ? t * n_inverse : n * t_inverse));
   const T log_spread = logarithm(is_low ? spread * (total / theta) : spread);
   const Binet<T> of_k = binet(k_inverse), of_t = binet(t_inverse), of_n = binet(n_inverse);
+  const T slopes = x == 0.0f ? zero : of_n.slope - of_t.slope;  // of two that are equal, one may be rounded once more
 
   const T high_part = (theta * v.gap + k * w.gap) + (w.log - eps * (total * s_inverse));
   const T low_part = -(theta * v.log + x * w.log) - 1.0f;
@@ -58,7 +60,7 @@ FUSEDVAE_OUTLINE NegativeBinomial<T> negative_binomial(T mu, T x, T theta) {
 
   const T d_mu = (theta * s_inverse) * ((m - x) / m);
   const T d_theta = (v.gap + (low - eps) * (x * t_inverse) * s_inverse + eps * (mu * s_inverse) / (theta + eps)) -
-                    ((0.5f * x * n_inverse) * t_inverse + (of_n.slope - of_t.slope) + x * total_inverse / theta);
+                    ((0.5f * x * n_inverse) * t_inverse + slopes + x * total_inverse / theta);
   const T d_x = (of_k.slope - of_n.slope) - 0.5f * (k_inverse - n_inverse) - w.log + total_inverse;
   const T top = number<T>(INFINITY);
   const auto is_known = (mu >= 0.0f) & (mu < top) & (theta > 0.0f) & (theta < top) & (x >= 0.0f) & (x < top);

@@ -74,7 +74,10 @@ FUSEDVAE_INLINE Derived<T> log_of(const Form& form, T given) {
   return form.squared ? Derived<T>{x.value + x.value, x.slope + x.slope} : x;
 }
 
-// The scale of x, with its first power, with its inverse (power = -1), or with what it is more than 1 (power = 0).
+// Of a scale that divides: its inverse if it has a logarithm, else itself, since a quotient is rounded but once.
+constexpr int kDivisor = 2;
+
+// The scale of x, with its first power, its inverse (power = -1), what it is more than 1 (power = 0), or kDivisor.
 template <int power, class T>
 FUSEDVAE_INLINE Scale<T> scale_of(const Form& form, T given) {
   if (form.has_log()) {
@@ -82,14 +85,15 @@ FUSEDVAE_INLINE Scale<T> scale_of(const Form& form, T given) {
     if constexpr (power == 0)
       return {log.value, exponential_minus_1(log.value), log.slope, true};
     else
-      return {log.value, exponential(power > 0 ? log.value : -log.value), log.slope, true};
+      return {log.value, exponential(power == 1 ? log.value : -log.value), log.slope, true};
   }
   const Derived<T> x = bounded(form, given);
   const Derived<T> base = base_of(form, x.value);
   const T inverse = 1.0f / base.value, log = logarithm(base.value), slope = through(base.slope * inverse, x.slope);
-  const T root = power < 0 ? inverse : base.value, value = form.squared ? root * root : root;
-  return {form.squared ? log + log : log, power == 0 ? value - 1.0f : value, form.squared ? slope + slope : slope,
-          false};
+  const T root = power < 0 ? inverse : base.value;
+  const T more = root - 1.0f;  // near 1 to the last digit, which its square has not
+  const T first = power == 0 ? more : root, second = power == 0 ? more * (root + 1.0f) : root * root;
+  return {form.squared ? log + log : log, form.squared ? second : first, form.squared ? slope + slope : slope, false};
 }
 
 // The standard deviation of a variance in some form, and its derivative by x.

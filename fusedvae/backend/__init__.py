@@ -185,6 +185,13 @@ class KernelBackend(Protocol):
         1, without a host sync."""
 
 
+def of_gpu(reasons: Sequence[str | None], index: int | None) -> str | None:
+    """Of why each GPU is not served, that of one GPU; without an index None if any is served."""
+    if index is None:
+        return None if None in reasons else reasons[0]
+    return reasons[index]
+
+
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from fusedvae.layout import Strides
 from fusedvae.torch_private import current_gpu, current_stream_address
 from fusedvae.version import __version__
 
-from . import MOST_KEPT, LatentWork, Launcher, ObjectiveWork, Part, TermWork, openmp
+from . import MOST_KEPT, LatentWork, Launcher, ObjectiveWork, Part, TermWork, of_gpu, openmp
 from .reference import GIVEN, Form
 from .walk import Copy, Walk, walk_latent, walk_term, with_copies
 
@@ -154,10 +154,7 @@ class _Native:
             return None
         if device_type != "cuda":
             return f"it has no kernels for {device_type!r}"
-        reasons = _gpus_unavailable()
-        if index is None:
-            return None if None in reasons else reasons[0]
-        return reasons[index]
+        return of_gpu(_gpus_unavailable(), index)
 
     def describe(self, device_type: str) -> str:
         if device_type == "cuda":

@@ -177,8 +177,11 @@ class Scale:
 
     @property
     def minus_1(self) -> Any:
-        """value - 1."""
-        return _expm1(self.log) if self.has_log else self.value - 1.0
+        """value - 1, near 1 to the last digit."""
+        if self.has_log:
+            return _expm1(self.log)
+        more = self._base - 1.0
+        return more * (self._base + 1.0) if self._form.squared else more
 
     @property
     def root(self) -> Any:
@@ -335,8 +338,14 @@ def kl_normal(mu: Tensor, scale: Scale, prior_mu: Number, prior: Scale) -> Tenso
     Welling 2014 (arXiv:1312.6114), appendix B, for any two normal distributions.
     """
     difference = scale.log - prior.log
-    has_logs = scale.has_log and prior.has_log
-    growth = _expm1(difference) if has_logs else scale.value * prior.inverse - 1.0
+    if scale.has_log and prior.has_log:
+        growth = _expm1(difference)
+    else:
+        # Logarithms that were each rounded would not cancel what the ratio is more than 1.
+        ratio = torch.as_tensor(scale.value, dtype=mu.dtype, device=mu.device) / prior.value
+        is_usual = (ratio > 1e-30) & (ratio < 1e30)
+        difference = torch.where(is_usual, torch.log(torch.where(is_usual, ratio, 1.0)), difference)
+        growth = ratio - 1.0
     value: Tensor = 0.5 * ((growth - difference) + (mu - prior_mu).square() * prior.inverse)
     return value
 
@@ -505,7 +514,8 @@ def negative_binomial_nll(mu: Tensor, x: Tensor, scale: Scale) -> Tensor:
     low = (theta < 1).to(x.dtype)
     k, t, m, total = x + 1.0, theta + low, mu + eps, x + theta
     n, s = x + t, theta + m
-    log_v, gap_v = _log_of_ratio((theta + eps) / t * (n / s), (theta * (x - mu) + (eps * x - low * mu)) / t / s)
+    more = theta / t * ((x - mu) / s) + (eps * x - low * mu) / t / s
+    log_v, gap_v = _log_of_ratio((theta + eps) / t * (n / s), more)
     log_w, gap_w = _log_of_ratio(m / s * (n / k), (theta / s * (m - k) - (1.0 - low) * (m / s)) / k)
     high_part = (theta * gap_v + k * gap_w) + (log_w - eps * (total / s)) + 0.5 * torch.log(k * (n / t))
     above = torch.where(low > 0, total / theta, 1.0)
@@ -621,7 +631,7 @@ def factor_of(reduction: str, shape: torch.Size) -> float:
     """What a sum over all elements is multiplied by; NaN for a mean over nothing."""
     if reduction in ("sum", "none", "weighted_mean"):
         return 1.0
-    count = shape[0] if reduction == "batchmean" else shape.numel()
+    count = shape[0] if reduction == "batchmean" else math.prod(shape)
     return 1.0 / count if count else math.nan
 
 
@@ -800,6 +810,7 @@ def objective(spec: Objective, operands: Sequence[Number | None]) -> list[Tensor
         if term.formula is GIVEN:
             (elements,) = operands[term.inputs]
             assert isinstance(elements, Tensor)
+            elements = elements.to(working_dtype(elements))
             shape = elements.shape
         else:
             elements = term_elements(term, operands, spec.packed_dim, full=spec.full)
@@ -939,7 +950,7 @@ def normal(shape: tuple[int, ...], seed: Tensor, dtype: torch.dtype, offset: Num
     if counters <= block:
         stream = lanes(0, counters)
     else:
-        stream = torch.empty(4 * counters, device=seed.device)
+        stream = torch.empty(4 * counters, dtype=torch.float32, device=seed.device)
         for start in range(0, counters, block):
             end = min(start + block, counters)
             stream[4 * start : 4 * end] = lanes(start, end)

@@ -7,7 +7,9 @@ with what workspace.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from math import inf, isqrt, prod
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from torch import Tensor
 from fusedvae.layout import Strides
 from fusedvae.torch_private import current_stream_address
 
-from . import MOST_KEPT, LatentWork, Launcher, ObjectiveWork, Part, TermWork
+from . import MOST_KEPT, LatentWork, Launcher, ObjectiveWork, Part, TermWork, of_gpu
 from .reference import GIVEN, Form
 from .walk import Copy, Extent, Walk, walk_latent, walk_term, with_copies
 
@@ -194,7 +196,7 @@ class _KernelLauncher:
 
     def __call__(self, sources: tuple[Any, ...]) -> None:
         device = self._device
-        if _is_traced:
+        if _tracing.is_on:
             launch = torch.library.wrap_triton(self._kernel)[(self._programs,)]
             launch(**{k: v for k, v in self._arguments(sources, None).items() if k != "enable_fp_fusion"})
         elif device.type != "cuda":
@@ -209,7 +211,11 @@ class _KernelLauncher:
         values = self._values.copy()
         together = 0
         for position, source, offset in self._addresses:
-            values[position] = address = sources[source].data_ptr() + offset
+            address = sources[source].data_ptr()
+            if not address and sources[source].numel():
+                self._launch(_with_memory(sources), stream)
+                return
+            values[position] = address = address + offset
             together |= address
         key = self._key(sources, values)
         if together & 15:
@@ -296,6 +302,19 @@ class _LatentLauncher(_KernelLauncher):
         return int(offset) or None, in_quads and offset % 4 == 0
 
 
+def _with_memory(sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The sources, autograd's zeros written out. Raises ValueError for a tensor that has lost its memory."""
+    found = []
+    for source in sources:
+        if isinstance(source, Tensor) and source.numel() and not source.data_ptr():
+            if not source._is_zerotensor():
+                raise ValueError("a tensor has no memory: its storage has been freed")
+            memory = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device=source.device)
+            source = memory.zero_()
+        found.append(source)
+    return tuple(found)
+
+
 def _nothing(sources: tuple[Any, ...]) -> None:
     """The launcher of no work."""
 
@@ -326,19 +345,24 @@ def _run_of(kernel: Any, compiled: Any, programs: int) -> _Run | None:
 
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2])) if triton else (0, 0)
 
-_is_traced = False
-"""Whether launches are for a compiler to see, on tensors without memory."""
+
+class _Tracing(threading.local):
+    """Whether a thread's launches are for a compiler to see, on tensors without memory."""
+
+    is_on = False
+
+
+_tracing = _Tracing()
 
 
 @contextlib.contextmanager
 def traced() -> Iterator[None]:
     """A block whose launches are for a compiler to see."""
-    global _is_traced
-    before, _is_traced = _is_traced, True
+    before, _tracing.is_on = _tracing.is_on, True
     try:
         yield
     finally:
-        _is_traced = before
+        _tracing.is_on = before
 
 
 class _Workspace(NamedTuple):
@@ -627,6 +651,9 @@ _WAVE = 1024
 
 # --- the backend ------------------------------------------------------------------------------------------------------
 
+_OLDEST = 7, 0
+"""The compute capability that atomic operations with an order need."""
+
 
 class _Triton:
     def unavailable(self, device_type: str, index: int | None = None) -> str | None:
@@ -636,7 +663,9 @@ class _Triton:
             return "Triton has no compiler for CPUs; set TRITON_INTERPRET=1 to run its interpreter, which is slow"
         if device_type not in ("cpu", "cuda"):
             return f"there are no Triton kernels for {device_type!r} devices; use the reference"
-        return None
+        if _interpreted() or not torch.cuda.is_available():  # without a GPU here, it is for compilers to see
+            return None
+        return of_gpu(_gpus_unavailable(), index)
 
     def describe(self, device_type: str) -> str:
         if _interpreted():
@@ -806,6 +835,28 @@ def _prepare_values(work: ObjectiveWork, sources: int, device: torch.device, kee
         keeps_workspace=keeps_workspace,
     )
     return with_copies(launch, copies)
+
+
+@lru_cache(maxsize=1)  # the GPUs and the compilers of a process do not change
+def _gpus_unavailable() -> list[str | None]:
+    """Why Triton cannot serve each of this machine's GPUs, and the remedy."""
+    count = torch.cuda.device_count()
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018 - made now, by the C compiler that launches need, too
+    except AttributeError:  # a Triton that has them elsewhere
+        pass
+    except Exception as error:  # of any kind, as compilers and searches for libraries fail
+        return [f"Triton cannot launch kernels ({error}); install a C compiler, and the headers of Python"] * count
+    if torch.version.hip is not None:
+        return [None] * count
+    return [
+        None
+        if capability >= _OLDEST
+        else "compute capability {}.{} is older than {}.{}, the first that the Triton kernels run on".format(
+            *capability, *_OLDEST
+        )
+        for capability in map(torch.cuda.get_device_capability, range(count))
+    ]
 
 
 def _interpreted() -> bool:

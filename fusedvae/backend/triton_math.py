@@ -181,7 +181,7 @@ def negative_binomial(mu, x, theta):
     total_inverse = divide(low, total)
     log_v, gap_v = log_of_ratio(
         ((theta + 1e-8) * t_inverse) * (n * s_inverse),
-        ((theta * (x - mu) + (1e-8 * x - low * mu)) * t_inverse) * s_inverse,
+        (theta * t_inverse) * ((x - mu) * s_inverse) + ((1e-8 * x - low * mu) * t_inverse) * s_inverse,
     )
     log_w, gap_w = log_of_ratio(
         (m * s_inverse) * (n * k_inverse),
@@ -192,12 +192,13 @@ def negative_binomial(mu, x, theta):
     of_k, d_k = binet(k_inverse)
     of_t, d_t = binet(t_inverse)
     of_n, d_n = binet(n_inverse)
+    slopes = tl.where(x == 0.0, 0.0, d_n - d_t)  # of two that are equal, one may be rounded once more
     high_part = (theta * gap_v + k * gap_w) + (log_w - 1e-8 * (total * s_inverse))
     low_part = -(theta * log_v + x * log_w) - 1.0
     value = tl.where(is_low, low_part, high_part) + (log_spread + (of_k + (of_t - of_n)))
     d_mu = (theta * s_inverse) * divide(m - x, m)
     d_theta = (gap_v + (low - 1e-8) * (x * t_inverse) * s_inverse + divide(1e-8 * (mu * s_inverse), theta + 1e-8)) - (
-        (0.5 * x * n_inverse) * t_inverse + (d_n - d_t) + divide(x * total_inverse, theta)
+        (0.5 * x * n_inverse) * t_inverse + slopes + divide(x * total_inverse, theta)
     )
     d_x = (d_k - d_n) - 0.5 * (k_inverse - n_inverse) - log_w + total_inverse
     # 1 of what is finite and in its range; 0 times an infinity is NaN.
@@ -267,8 +268,11 @@ def kl_standard_normal(mu, spread, in2, in3, weight, form0: tl.constexpr, eps0, 
         log, slope = log_of(spread, form0)
         _, growth = sigma_and_expm1(log)
     else:
-        log, variance, slope = scale_of(spread, 1, form0, eps0)
-        growth = variance - 1.0
+        log, _, slope = scale_of(spread, 1, form0, eps0)
+        base, _ = base_of(spread, form0, eps0)
+        growth = base - 1.0  # near 1 to the last digit, which its square has not
+        if SQUARED & form0:
+            growth = growth * (base + 1.0)
     value = 0.5 * (mu * mu + (growth - log))
     return value, weight * mu, through(weight * (0.5 * growth), slope, form0), 0.0, 0.0
 
@@ -287,9 +291,17 @@ def kl_normal(mu, spread, prior_mu, prior_spread, weight, form0: tl.constexpr, e
         _, growth = sigma_and_expm1(difference)
     else:
         log, variance, slope = scale_of(spread, 1, form0, eps0)
-        prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1, eps1)
-        difference = log - prior_log
-        growth = variance * precision - 1.0
+        if MAP & form1 == LOG:
+            prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1, eps1)
+            ratio = variance * precision
+        else:
+            prior_log, prior_variance, prior_slope = scale_of(prior_spread, 1, form1, eps1)
+            precision = divide(tl.full((), 1.0, prior_variance.dtype), prior_variance)
+            ratio = divide(variance, prior_variance)
+        # Logarithms that were each rounded would not cancel what the ratio is more than 1.
+        is_usual = (ratio > 1e-30) & (ratio < 1e30)
+        difference = tl.where(is_usual, logarithm(tl.where(is_usual, ratio, 1.0)), log - prior_log)
+        growth = ratio - 1.0
     error = mu - prior_mu
     pull = error * precision
     square = error * pull

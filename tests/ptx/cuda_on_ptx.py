@@ -9,6 +9,7 @@ Each launch may touch what it was given, and nothing else.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def _watch(task: Any) -> None:
     """Have launches of a kind of task announce the memory that they are given."""
     launch = task.launch
 
+    @functools.wraps(launch)
     def watched(self: Any, sources: Sequence[Any], device: int, stream: int, workspace: int) -> None:
         library = executor.library()
         library.forget_all()
