@@ -92,7 +92,7 @@ def test_divergences_of_scales_without_logarithms_that_are_near(target: Target, 
         if scale != "softplus" and is_learned:
             assert (ours[:, 0] == 0).all()
         # (A small softplus is as an exponential: the relative error of its slope counts times its input.)
-        tolerance = 1e-6 * (1 + at.abs()) if scale == "softplus" else 4e-7
+        tolerance = 4e-7 * (1 + at.abs() if scale == "softplus" else 1) + 1e-6 * (theirs * at).abs()
         assert (((ours - theirs) * at).abs() <= tolerance).all()
 
 
