@@ -43,7 +43,8 @@ def test_versions_threads_and_devices(capsys: pytest.CaptureFixture[str]) -> Non
     text = shown(capsys)
     assert text.startswith(f"fusedvae {fusedvae.__version__}\n")
     assert f"Python {platform.python_version()}, PyTorch {torch.__version__}, Triton " in text
-    assert f"{torch.get_num_threads()} CPU threads" in text
+    threads = torch.get_num_threads()
+    assert f" {threads} CPU thread{'' if threads == 1 else 's'} (" in text
     assert f"\ncpu: {info._cpu_name()}\n  uses {backend.resolve('cpu')}: " in text
     for name in backend.NAMES:
         assert f"\n  {name:9}  " in text

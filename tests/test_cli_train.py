@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import time
 import weakref
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ import torch
 from PIL import Image
 
 import fusedvae
-from fusedvae.cli import checkpoint, data, main, pictures, timing, train
+from fusedvae.cli import checkpoint, data, errors, main, pictures, timing, train
 from fusedvae.cli.errors import CommandError
 from fusedvae.cli.settings import Settings
 from fusedvae.cli.trainer import Trainer, load_model
@@ -1096,14 +1098,32 @@ def test_a_run_that_goes_on_stays_what_it_is(
 
 
 @pytest.mark.parametrize("module", ["tqdm", "matplotlib.figure"])
+@pytest.mark.parametrize("command", ["train", "bench"])
 def test_a_missing_package_is_named_with_its_extra(
-    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    assert main(["train"]) == 2
+    words = ["bench", "--quick", "--report", str(tmp_path / "report")] if command == "bench" else ["train"]
+    assert main(words) == 2
     message = one_line_error(capsys)
-    assert f"this needs {module}" in message
-    assert "pip install 'fusedvae[train]'" in message
+    assert f"this needs {module.partition('.')[0]} (" in message
+    assert message.endswith(f"install it with {errors.extra_command(command)}\n")
+
+
+def test_the_command_of_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of the package that is installed, which compiles nothing; else by the checkout's folder."""
+
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", lambda name: None)
+    assert errors.extra_command("train") == "pip install 'fusedvae[train]'"
+    monkeypatch.setattr(metadata, "distribution", missing)
+    assert shlex.split(errors.extra_command("h5ad")) == ["pip", "install", f"{SOURCE}[h5ad]"]
 
 
 def test_commands_import_heavy_packages_only_when_they_run() -> None:
@@ -1148,7 +1168,8 @@ def test_a_wrong_command_line_is_one_line(
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "Train a VAE on digits, on an array, or on a folder of images." in shown
+    said = "Train a VAE on digits, arrays, .h5ad files, folders of images, or .tar files of images."
+    assert said in " ".join(shown.split())
     assert "Show versions" in shown
 
 

@@ -18,7 +18,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import fusedvae
-from fusedvae.cli import checkpoint, data, main, metrics
+from fusedvae.cli import checkpoint, data, errors, main, metrics
 from fusedvae.cli.settings import Settings
 from fusedvae.cli.train import options
 from fusedvae.cli.trainer import Trainer, load_model
@@ -249,9 +249,12 @@ def test_such_runs_go_on_bit_for_bit(
         (["--condition", "labels"], "--condition labels needs labels"),
         (["--fsdp"], "--fsdp is for several processes"),
         (["--likelihood", "bernoulli", "--recon-scale", "logvar"], "--recon-scale: expected none, as the bernoulli"),
-        (["--likelihood", "laplace", "--recon-scale", "logvar"], "--recon-scale: expected"),
-        (["--clamp", "3,2"], "--clamp: expected LOW,HIGH"),
-        (["--clamp", ","], "--clamp: expected LOW,HIGH"),
+        (
+            ["--likelihood", "laplace", "--recon-scale", "logvar"],
+            "--recon-scale: expected one of 'logscale', 'softplus', as",
+        ),
+        (["--clamp", "3,2"], "--clamp: expected LOW,HIGH, LOW no higher than HIGH, got '3,2'"),
+        (["--clamp", ","], "--clamp: expected LOW,HIGH, of which one may be empty"),
         (["--amp", "fp8"], "--amp: expected bf16 or fp16"),
         (["--amp", "bf16", "--dtype", "float64"], "argument --dtype: not allowed with argument --amp"),
         (["--ema", "1"], "--ema: expected a number above 0 and below 1"),
@@ -434,7 +437,7 @@ def test_a_logger_that_is_missing_is_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(["train", "--data", str(array), "--out", str(tmp_path / "a"), *TINY, "--logger", "wandb"]) == 2
-    assert "pip install 'fusedvae[wandb]'" in one_line_error(capsys)
+    assert errors.extra_command("wandb") in one_line_error(capsys)
     assert not (tmp_path / "a").exists()
 
 

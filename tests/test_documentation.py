@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import os
@@ -117,6 +118,68 @@ def test_the_readme_is_a_page() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120
     assert {"docs/tutorial.md", "docs/losses.md", "docs/benchmarks.md"} <= set(re.findall(r"\]\(([^)]+)\)", text))
+
+
+# --- the table of layers ----------------------------------------------------------------------------------------
+
+
+def _layers() -> dict[str, int]:
+    """Paths in CONTRIBUTING's table, each with its row: the later, the higher a layer."""
+    found: dict[str, int] = {}
+    rows = re.findall(r"^\| (`fusedvae/[^|]*) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    for number, row in enumerate(rows):
+        folder = ""
+        for path in re.findall(r"`([^`]+)`", row):
+            folder = path.rpartition("/")[0] if path.startswith("fusedvae/") and path.endswith(".py") else folder
+            found[path if path.startswith("fusedvae/") else f"{folder or 'fusedvae'}/{path}"] = number
+    return found
+
+
+def _layer_of(path: str, layers: dict[str, int]) -> int:
+    """A file's own row, else that of its folder."""
+    fitting = [name for name in layers if path == name or (name.endswith("/") and path.startswith(name))]
+    assert fitting, f"{path} is in no row of CONTRIBUTING's table"
+    return layers[max(fitting, key=len)]
+
+
+def _imported(path: Path) -> set[str]:
+    """Modules of the package that a module imports, wherever it does, but for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            place = ROOT.joinpath(*name.split("."))
+            for file in (place.with_suffix(".py"), place / "__init__.py"):
+                if name.startswith("fusedvae.") and file.is_file():
+                    found.add(file.relative_to(ROOT).as_posix())
+    return found
+
+
+def test_layers_know_those_above_them_in_the_table() -> None:
+    layers = _layers()
+    for path in layers:
+        assert (ROOT / path).exists(), path
+    wrong, seen = [], 0
+    for path in sorted((ROOT / "fusedvae").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if name in ("fusedvae/__init__.py", "fusedvae/__main__.py"):  # which are over all of them
+            continue
+        for other in _imported(path):
+            seen += 1
+            if _layer_of(other, layers) > _layer_of(name, layers):
+                wrong.append(f"{name} imports {other}")
+    assert seen > 100
+    assert not wrong
 
 
 # --- links, and the site ----------------------------------------------------------------------------------------

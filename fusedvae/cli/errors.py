@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import shlex
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 EXTRAS = {
@@ -17,7 +20,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }
-"""Which extra of the package brings a module that only commands need."""
+"""Which extra of the package brings a module that only commands need, unless a command has one of its own."""
 
 
 class CommandError(Exception):
@@ -28,10 +31,25 @@ class LostProcessError(CommandError):
     """Another process of the run has ended: said by each of those that are left, as the first may be the one."""
 
 
-def require(module: str) -> ModuleType:
-    """Import ``module``, or say which extra has it."""
+def require(module: str, extra: str | None = None) -> ModuleType:
+    """Import ``module``, or say which extra has it: ``extra``, if the one of `EXTRAS` is another command's."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        extra = EXTRAS[module.partition(".")[0]]
-        raise CommandError(f"this needs {module} ({error}): install it with pip install 'fusedvae[{extra}]'") from error
+        package = module.partition(".")[0]
+        command = extra_command(extra or EXTRAS[package])
+        raise CommandError(f"this needs {package} ({error}): install it with {command}") from error
+
+
+def extra_command(extra: str) -> str:
+    """The command that brings what an extra lists.
+
+    To an install, from whatever source, pip adds that by the package's name: it looks for no release and compiles
+    nothing. A checkout that was not installed has to be named by its folder.
+    """
+    try:
+        metadata.distribution("fusedvae")
+        what = "fusedvae"
+    except metadata.PackageNotFoundError:
+        what = str(Path(__file__).parents[2])
+    return f"pip install {shlex.quote(f'{what}[{extra}]')}"

@@ -111,7 +111,7 @@ def _as_text(found: dict[str, Any]) -> str:
         f"fusedvae {versions['fusedvae']}",
         f"  Python {versions['python']}, PyTorch {versions['torch']}, Triton {versions['triton'] or 'not installed'}",
         f"  {found['platform']}",
-        f"  {found['threads']} CPU threads (torch.set_num_threads, OMP_NUM_THREADS)",
+        f"  {found['threads']} CPU thread{'s' * (found['threads'] != 1)} (torch.set_num_threads, OMP_NUM_THREADS)",
     ]
     runtime, working = found["openmp"]["runtime"], found["openmp"]["working"]
     if found["devices"]["cpu"]["backends"]["native"]["available"]:

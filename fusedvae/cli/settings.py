@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import torch
 
 from .. import networks
+from ..backend.reference import LIKELIHOODS as REGISTRY
 from ..typing import Backend, Bound, LikelihoodName, LikelihoodScale, NormalScale
 from ..vae import VAE
 from .errors import CommandError
@@ -132,6 +133,13 @@ class Settings:
         if self.logvar_floor != networks.LOGVAR_FLOOR and (self.recon_logvar != PER_PIXEL or not self.has_scale):
             given = f"--recon-logvar {self.recon_logvar}" if self.has_scale else f"the {self.likelihood} likelihood"
             raise CommandError(f"--logvar-floor bounds a {PER_PIXEL} log-variance, and {given} has none")
+        if self.has_scale and self.recon_scale is not None:
+            forms = [form for form in RECON_SCALES if form in REGISTRY[self.likelihood].forms]
+            if self.recon_scale not in forms:
+                raise CommandError(
+                    f"--recon-scale: expected one of {', '.join(map(repr, forms))}, as the likelihood is "
+                    f"{self.likelihood}; got {self.recon_scale!r}"
+                )
         if self.condition == "labels" and classes == 0:
             raise CommandError(f"--condition labels needs labels, and {self.data} has none")
         if self.condition == "labels" and not tested_on_labels:

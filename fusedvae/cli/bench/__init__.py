@@ -146,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
-        require("matplotlib.figure")
+        require("matplotlib.figure", "bench")
     _check_destinations(arguments)
     old = None if arguments.compare is None else load(arguments.compare)
     if arguments.source is not None:
@@ -253,7 +253,7 @@ def _measure(arguments: argparse.Namespace, settings: Settings, old: Result | No
     cases = settings.cases()
     bar = None
     if not arguments.quiet:
-        bar = require("tqdm").tqdm(total=len(cases), unit="case", disable=None, leave=False)
+        bar = require("tqdm", "bench").tqdm(total=len(cases), unit="case", disable=None, leave=False)
     written = print if bar is None else lambda line: bar.write(line, file=sys.stdout)
 
     def progress(what: str) -> None:

@@ -125,8 +125,8 @@ def _models(result: Result) -> list[tuple[str, Result]]:
 
 def _draw(name: str, width: float, height: float, draw: Callable[[Any], None]) -> str:
     """A figure as SVG that can stand in a page: the same bytes for the same data."""
-    matplotlib = require("matplotlib")
-    figure_module = require("matplotlib.figure")
+    matplotlib = require("matplotlib", "bench")
+    figure_module = require("matplotlib.figure", "bench")
     out = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = figure_module.Figure((width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""Train a VAE on digits, on an array, or on a folder of images.
+"""Train a VAE on digits, arrays, .h5ad files, folders of images, or .tar files of images.
 
 Writes to the run's directory a checkpoint (checkpoint.pt), the metrics of each epoch (metrics.csv), and
 pictures: held-out samples beside their reconstructions, samples of the prior, a walk along each latent
@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help=f"options in YAML or JSON, as a run leaves them in {options.OPTIONS}; those of the command line count",
+        help=f"options in YAML or JSON, as a run leaves them in {options.OPTIONS}; "
+        "options on the command line override it",
     )
     run.add_argument("--quiet", action="store_true", help="no progress bar, no line an epoch")
     options.add_settings(parser)

@@ -83,8 +83,10 @@ def _clamp(text: str) -> tuple[float | None, float | None]:
         bounds = tuple(number(-math.inf)(bound) if bound else None for bound in (low, high))
     except argparse.ArgumentTypeError:
         bounds = (None, None)
-    if not comma or bounds == (None, None) or (None not in bounds and bounds[0] > bounds[1]):  # type: ignore[operator]
+    if not comma or bounds == (None, None):
         raise argparse.ArgumentTypeError(f"expected LOW,HIGH, of which one may be empty, got {text!r}")
+    if None not in bounds and bounds[0] > bounds[1]:  # type: ignore[operator]
+        raise argparse.ArgumentTypeError(f"expected LOW,HIGH, LOW no higher than HIGH, got {text!r}")
     return bounds  # type: ignore[return-value]
 
 
@@ -165,7 +167,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         model,
         "--recon-logvar",
         f"log-variance of the likelihood (or its scale, see --recon-scale): '{PER_PIXEL}', from the decoder; "
-        f"'{LEARNED}', one learned number; or a number that stays",
+        f"'{LEARNED}', one learned number; or a fixed number",
         type=_recon_logvar,
         metavar="WHAT",
     )

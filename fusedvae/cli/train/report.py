@@ -23,7 +23,7 @@ def print_summary(trainer: Trainer, directory: Path) -> None:
     print(
         f"{len(trainer.train_samples)} samples of {'x'.join(map(str, trainer.shape))} to train on, "
         f"{len(trainer.heldout_samples)} held out; {parameters:,} parameters; "
-        f"{processes}{settings.device}, {settings.threads} threads, {settings.dtype}, "
+        f"{processes}{settings.device}, {settings.threads} thread{'s' * (settings.threads != 1)}, {settings.dtype}, "
         f"{resolve(trainer.device.type)} backend; {trainer.epochs} epochs of {trainer.steps_per_epoch} steps; "
         f"writing to {directory}",
         flush=True,
