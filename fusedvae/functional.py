@@ -93,11 +93,42 @@ if TYPE_CHECKING:
 
     from .typing import ELBOArguments, LinearELBOArguments
 
+__all__ = [
+    "ELBOTerms",
+    "Latent",
+    "bernoulli_nll",
+    "discretized_logistic_nll",
+    "elbo_loss",
+    "gaussian_nll",
+    "gaussian_nll_loss",
+    "importance_weighted_bound",
+    "kl_normal",
+    "kl_standard_normal",
+    "laplace_nll",
+    "latent",
+    "linear_elbo",
+    "negative_binomial_nll",
+    "poisson_nll",
+    "reparameterize",
+    "zero_inflated_negative_binomial_nll",
+]
+
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _TOTALS = ("batchmean", "sum", "mean", "weighted_mean")
 
-_FORGOTTEN: Any = object()
-"""Stands for a log-variance that was not given: None says that it is packed in the mean."""
+
+class _Absent:
+    """Stands for a log-variance that was not given: None says that it is packed in the mean."""
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def __repr__(self) -> str:
+        return self._shown
+
+
+_REQUIRED: Any = _Absent("<required>")
+_REQUIRED_WITH_PRIOR_MU: Any = _Absent("<required with prior_mu>")
 
 
 def _check_forgotten(kl: Tensor | None) -> None:
@@ -210,10 +241,12 @@ def _check_divergence(inputs: Operands, packed_dim: int) -> None:
         assert isinstance(prior_mu, Tensor)
         _check_same_device("prior_mu", prior_mu, "mu", mu)
         _check_packed("prior_mu", prior_mu, packed_dim)
-        if not broadcasts(half_of(prior_mu.shape, packed_dim), shape):
+        half = half_of(prior_mu.shape, packed_dim)
+        # Halves of size 1 would broadcast, too: but a mean alone looks like them where the latent has two dimensions.
+        if not broadcasts(half, shape) or half[packed_dim] != shape[packed_dim % len(half) - len(half)]:
             raise ValueError(
                 f"prior_mu: packed (no log-variance given), expected a shape whose halves along dimension {packed_dim} "
-                f"broadcast to {tuple(shape)}, got {tuple(prior_mu.shape)}"
+                f"have mu's size along it and broadcast to {tuple(shape)}, got {tuple(prior_mu.shape)}"
             )
         return
     _check_parameter("prior_mu", prior_mu, shape, "mu", mu)
@@ -414,7 +447,7 @@ def reparameterize(
     Args:
         mu: mean of q, shape (batch, ...); or mean and scale packed, with ``logvar=None``.
         logvar: log-variance of q, mu's shape; or what ``scale`` says.
-        scale, clamp, eps: the form of the scale: see above.
+        scale, clamp, eps: the form of the scale: see `fusedvae.functional`.
         samples: how many samples to draw, along a dimension in front; None for one, without it.
         offset: position of the first element in the noise stream: a process that holds the rows [r0, r1) of a batch
             passes r0 * (elements a row), and gets the noise that one process would have given these rows.
@@ -437,7 +470,7 @@ def latent(
     mu: Tensor,
     logvar: Tensor | None,
     prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = _REQUIRED_WITH_PRIOR_MU,
     *,
     scale: NormalScale = "logvar",
     prior_scale: NormalScale = "logvar",
@@ -463,7 +496,7 @@ def latent(
         mu: mean of q, shape (batch, ...); or mean and scale packed, with ``logvar=None``.
         logvar: log-variance of q, mu's shape; or what ``scale`` says.
         prior_mu, prior_logvar: those of the prior, as `kl_normal` takes them; N(0, I) without.
-        scale, clamp, eps, prior_scale, prior_clamp, prior_eps: the forms of the two scales: see above and `kl_normal`.
+        scale, clamp, eps, prior_scale, prior_clamp, prior_eps: the forms of the two scales: see `kl_normal`.
         estimator: "analytic", or "sample" for the divergence at the sample, with the gradients along the path of z.
         samples: how many samples to draw, along a dimension in front; None for one, without it.
         dim: what kl is summed over, counted in mu's dimensions: by default all but the batch; () for nothing.
@@ -642,8 +675,8 @@ def kl_standard_normal(
     Args:
         mu: mean of q, shape (batch, ...); or mean and scale packed, with ``logvar=None``.
         logvar: log-variance of q, mu's shape; or what ``scale`` says.
-        scale, clamp, eps: the form of the scale: see above.
-        weight: of the elements: see above.
+        scale, clamp, eps: the form of the scale: see `fusedvae.functional`.
+        weight: of the elements: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
         packed_dim: the dimension that halves of packed tensors are along.
@@ -659,7 +692,7 @@ def kl_normal(
     mu: Tensor,
     logvar: Tensor | None,
     prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = _REQUIRED_WITH_PRIOR_MU,
     *,
     scale: NormalScale = "logvar",
     prior_scale: NormalScale = "logvar",
@@ -686,9 +719,10 @@ def kl_normal(
             ``prior_logvar=None``. Without both, p = N(0, I).
         prior_logvar: log-variance of p, or what ``prior_scale`` says: a tensor that broadcasts to mu's shape, or a
             number.
-        scale, clamp, eps, prior_scale, prior_clamp, prior_eps: the forms of the two scales: see above. Without a
-            ``prior_eps``, it is ``eps`` where the prior's scale is a tensor of the same form, else 0.
-        weight: of the elements: see above.
+        scale, clamp, eps, prior_scale, prior_clamp, prior_eps: the forms of the two scales: see
+            `fusedvae.functional`. Without a ``prior_eps``, it is ``eps`` where the prior's scale is a tensor of the
+            same form, else 0.
+        weight: of the elements: see `fusedvae.functional`.
         balance: a number a: the gradients to q are multiplied by 1 - a, those to p by a; the value is what it is
             (Hafner et al. 2021, arXiv:2010.02193, section 2.2).
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
@@ -709,9 +743,14 @@ def _divergence_of(
 ) -> tuple[str, tuple[Operand, ...]]:
     """The divergence of a posterior from this prior, and its inputs."""
     if prior_mu is None:
-        if prior_logvar is not None:
+        if prior_logvar is not None and prior_logvar is not _REQUIRED_WITH_PRIOR_MU:
             raise ValueError("prior_logvar: expected None without prior_mu; a prior of mean 0 has prior_mu=0.0")
         return "kl_standard_normal", (mu, logvar)
+    if prior_logvar is _REQUIRED_WITH_PRIOR_MU:
+        raise TypeError(
+            "prior_logvar: expected a tensor or number beside prior_mu, or None if both are packed in prior_mu; "
+            "got nothing"
+        )
     return "kl_normal", (mu, logvar, prior_mu, prior_logvar)
 
 
@@ -826,12 +865,12 @@ def gaussian_nll(
         recon_x: decoder mean, shape (batch, ...); or mean and scale packed, with ``recon_logvar=None``.
         x: data, the shape of the mean; may be of integers or bools.
         recon_logvar: decoder log-variance, or what ``scale`` says: a tensor that broadcasts to x's shape, or a number.
-        scale, clamp, eps: the form of the scale: see above.
+        scale, clamp, eps: the form of the scale: see `fusedvae.functional`.
         full: add the constant log(2 pi) / 2 an element.
-        weight: of the elements: see above.
+        weight: of the elements: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
-        inplace: write the gradient of recon_x into its memory: see above.
+        inplace: write the gradient of recon_x into its memory: see `fusedvae.functional`.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
@@ -868,13 +907,13 @@ def laplace_nll(
         x: data, the shape of the median; may be of integers or bools.
         log_scale: logarithm of the scale b, or what ``scale`` says: a tensor that broadcasts to x's shape, or a number.
         scale: "logscale" (b = e^s), "scale" (b = s) or "softplus" (b = softplus(s)).
-        clamp, eps: bounds of s, and what is added to b: see above.
+        clamp, eps: bounds of s, and what is added to b: see `fusedvae.functional`.
         extra: added to the absolute error of each element: a tensor that broadcasts to x's shape, or a number.
         full: add the constant log 2 an element.
-        weight: of the elements: see above.
+        weight: of the elements: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
-        inplace: write the gradient of recon_x into its memory: see above.
+        inplace: write the gradient of recon_x into its memory: see `fusedvae.functional`.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
@@ -907,10 +946,10 @@ def bernoulli_nll(
         x: data, the shape of recon_x; may be of integers or bools.
         from_logits: what recon_x is.
         pos_weight: of logits, how many times the part of x counts: a tensor that broadcasts to x's shape, or a number.
-        weight: of the elements: see above.
+        weight: of the elements: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
-        inplace: write the gradient of recon_x into its memory: see above.
+        inplace: write the gradient of recon_x into its memory: see `fusedvae.functional`.
         backend: overrides the process's choice for this call.
     """
     inputs: tuple[Operand, ...] = (recon_x, x)
@@ -950,11 +989,11 @@ def discretized_logistic_nll(
         x: data in [-1, 1], the shape of the mean.
         log_scale: logarithm of the scale s, or what ``scale`` says: a tensor that broadcasts to x's shape, or a number.
         scale: "logscale" (s = e^l), "scale" (s = l) or "softplus" (s = softplus(l)).
-        clamp, eps: bounds of l, and what is added to s: see above. ``clamp=(-7, None)`` is usual.
-        weight: of the elements: see above.
+        clamp, eps: bounds of l, and what is added to s: see `fusedvae.functional`. ``clamp=(-7, None)`` is usual.
+        weight: of the elements: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
-        inplace: write the gradient of recon_x into its memory: see above.
+        inplace: write the gradient of recon_x into its memory: see `fusedvae.functional`.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
@@ -990,12 +1029,12 @@ def poisson_nll(
         x: counts, the shape of the rate; need not be integers. With ``full``, NaN comes of negative ones.
         scale: "rate" (the rate itself, to which 1e-8 is added), "lograte" (its logarithm) or "softplus" (a number of
             which it is the softplus; and 1e-8).
-        clamp, eps: bounds of what is given, and what more is added to the rate: see above.
+        clamp, eps: bounds of what is given, and what more is added to the rate: see `fusedvae.functional`.
         full: add log x!, the logarithm of gamma(x + 1), an element.
-        weight: of the elements: see above.
+        weight: of the elements: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
-        inplace: write the gradient of rate into its memory: see above.
+        inplace: write the gradient of rate into its memory: see `fusedvae.functional`.
         backend: overrides the process's choice for this call.
     """
     written = None if scale == "rate" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
@@ -1031,11 +1070,11 @@ def negative_binomial_nll(
         theta: inverse dispersion, more than 0, or what ``scale`` says: a tensor that broadcasts to x's shape (one a
             gene, or one a gene and cell), or a number.
         scale: "theta" (itself), "logtheta" (theta = e^t: scvi-tools' ``px_r``) or "softplus" (theta = softplus(t)).
-        clamp, eps: bounds of t, and what is added to theta: see above.
-        weight: of the elements: see above.
+        clamp, eps: bounds of t, and what is added to theta: see `fusedvae.functional`.
+        weight: of the elements: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
-        inplace: write the gradient of mu into its memory: see above.
+        inplace: write the gradient of mu into its memory: see `fusedvae.functional`.
         packed_dim: with ``theta=None``, the dimension along which mu and theta are halves of ``mu``.
         backend: overrides the process's choice for this call.
     """
@@ -1071,10 +1110,10 @@ def zero_inflated_negative_binomial_nll(
     Args:
         mu, x, theta, scale, clamp, eps: as `negative_binomial_nll` takes them.
         zi_logits: logits of the dropout: a tensor that broadcasts to x's shape, or a number.
-        weight: of the elements: see above.
+        weight: of the elements: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
-        inplace: write the gradient of mu into its memory: see above.
+        inplace: write the gradient of mu into its memory: see `fusedvae.functional`.
         packed_dim: with ``theta=None``, the dimension along which mu and theta are halves of ``mu``.
         backend: overrides the process's choice for this call.
     """
@@ -1313,7 +1352,7 @@ def elbo_loss(
     recon_x: Tensor,
     x: Tensor,
     mu: Tensor | None,
-    logvar: Tensor | None = _FORGOTTEN,
+    logvar: Tensor | None = _REQUIRED,
     recon_logvar: Tensor | float | None = 0.0,
     *,
     likelihood: LikelihoodName = "gaussian",
@@ -1324,7 +1363,7 @@ def elbo_loss(
     recon_clamp: Bounds = None,
     recon_eps: float = 0.0,
     prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = _REQUIRED_WITH_PRIOR_MU,
     prior_scale: NormalScale = "logvar",
     prior_clamp: Bounds = None,
     prior_eps: float | None = None,
@@ -1359,7 +1398,7 @@ def elbo_loss(
             "laplace"; "l1" for the absolute error; "bernoulli" of logits, "bernoulli_probs" of probabilities;
             "poisson", "negative_binomial" and "zero_inflated_negative_binomial" of counts;
             "discretized_logistic" of pixels in [-1, 1].
-        scale, clamp, eps: the form of q's scale: see above.
+        scale, clamp, eps: the form of q's scale: see `fusedvae.functional`.
         recon_scale, recon_clamp, recon_eps: the form of the likelihood's: by default "logvar", or "logscale", "theta",
             "rate" (of recon_x itself).
         prior_mu: mean of the prior: a tensor that broadcasts to mu's shape, or a number; or mean and scale packed, with
@@ -1376,18 +1415,18 @@ def elbo_loss(
         extra: of the Laplace likelihood, what is added to the absolute error: see `laplace_nll`.
         pos_weight: of the Bernoulli likelihood of logits: see `bernoulli_nll`.
         zi_logits: of the zero-inflated likelihood: see `zero_inflated_negative_binomial_nll`.
-        weight: of the elements of x, latent_weight: of those of the latent: see above.
+        weight: of the elements of x, latent_weight: of those of the latent: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none" (shape (batch,)); or a pair, of the
             likelihood's and of the KL's: ("mean", "batchmean") is what `torch.nn.functional.mse_loss` + KL code does.
         grad_scale: what gradients are made times, while the value is what it is: a number or a 0-dim tensor, the factor
             of a GradScaler, say, or 1 / the steps that gradients are accumulated over.
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
-        inplace: write the gradient of recon_x into its memory: see above.
+        inplace: write the gradient of recon_x into its memory: see `fusedvae.functional`.
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
     inputs = _inputs_of(likelihood, recon_x, x, recon_logvar, extra, pos_weight, zi_logits)
-    if logvar is _FORGOTTEN:
+    if logvar is _REQUIRED:
         _check_forgotten(kl)
         logvar = None
     weightings = 0, 0
@@ -1409,7 +1448,7 @@ def elbo_loss(
         divergence, operands = GIVEN.name, (*inputs, kl, beta)
         if mu is not None or logvar is not None:
             raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
-        if prior_mu is not None or prior_logvar is not None:
+        if prior_mu is not None or not (prior_logvar is None or prior_logvar is _REQUIRED_WITH_PRIOR_MU):
             raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
     if grad_scale is not None:
         operands = (*operands, grad_scale)
@@ -1596,7 +1635,7 @@ def linear_elbo(
     linear_bias: Tensor | None,
     x: Tensor,
     mu: Tensor | None,
-    logvar: Tensor | None = _FORGOTTEN,
+    logvar: Tensor | None = _REQUIRED,
     recon_logvar: Tensor | float | None = 0.0,
     *,
     likelihood: LikelihoodName = "gaussian",
@@ -1607,7 +1646,7 @@ def linear_elbo(
     recon_clamp: Bounds = None,
     recon_eps: float = 0.0,
     prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = _REQUIRED_WITH_PRIOR_MU,
     prior_scale: NormalScale = "logvar",
     prior_clamp: Bounds = None,
     prior_eps: float | None = None,
@@ -1656,7 +1695,7 @@ def linear_elbo(
 
     Under autocast, the products are in its dtype, as those of `torch.nn.functional.linear`.
     """
-    if logvar is _FORGOTTEN:
+    if logvar is _REQUIRED:
         _check_forgotten(kl)
         logvar = None
     of_nll, of_kl = _checked_reductions(reduction)
@@ -1691,7 +1730,7 @@ def linear_elbo(
     else:
         if mu is not None or logvar is not None:
             raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
-        if prior_mu is not None or prior_logvar is not None:
+        if prior_mu is not None or not (prior_logvar is None or prior_logvar is _REQUIRED_WITH_PRIOR_MU):
             raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
         if latent_weight is not None:
             raise ValueError("latent_weight: expected None when kl is given, whose elements are summed already")

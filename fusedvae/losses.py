@@ -156,11 +156,11 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
         recon_x: Tensor,
         x: Tensor,
         mu: Tensor | None,
-        logvar: Tensor | None = functional._FORGOTTEN,
+        logvar: Tensor | None = functional._REQUIRED,
         recon_logvar: Tensor | float | None = 0.0,
         *,
         prior_mu: Tensor | float | None = None,
-        prior_logvar: Tensor | float | None = None,
+        prior_logvar: Tensor | float | None = functional._REQUIRED_WITH_PRIOR_MU,
         kl: Tensor | None = None,
         extra: Tensor | float | None = None,
         pos_weight: Tensor | float | None = None,
@@ -351,7 +351,7 @@ class LinearLikelihood(nn.Linear):
         hidden: Tensor,
         x: Tensor | None = None,
         mu: Tensor | None = None,
-        logvar: Tensor | None = functional._FORGOTTEN,
+        logvar: Tensor | None = functional._REQUIRED,
         **arguments: Unpack[LinearELBOArguments],
     ) -> Any:
         """The loss of a batch: the negative bound, or without ``mu`` and ``kl`` the negative log-likelihood alone.
@@ -368,7 +368,7 @@ class LinearLikelihood(nn.Linear):
         options: Any = {"full": self.full, "block": self.block, "backend": self.backend, **arguments}
         layer = hidden, self.weight, self.bias, x
         scale = self.recon_logvar if self.recon_logvar is not None or LIKELIHOODS[self.likelihood].pairs else 0.0
-        if mu is None and options.get("kl") is None and logvar is functional._FORGOTTEN:
+        if mu is None and options.get("kl") is None and logvar is functional._REQUIRED:
             written = functional._written(self.recon_scale, self.recon_clamp, self.recon_eps)
             options = {"reduction": functional._checked_reductions(self.reduction)[0], **options}
             return functional._linear_likelihood(*layer, scale, likelihood=self.likelihood, written=written, **options)

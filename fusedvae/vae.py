@@ -766,7 +766,7 @@ class VAE(nn.Module):
 
         Args:
             x: data, ``(batch, *)``.
-            condition: what the modules take beside their inputs: see above.
+            condition: what the modules take beside their inputs: see `VAE`.
             samples: how many samples of the posterior there are of each sample of the batch. The decoder sees them all
                 as one batch, the first sample of each first.
             bound: "elbo", the NLL averaged over the samples; or "iwae", -log mean exp of log p(x|z) + log p(z) -
@@ -829,7 +829,7 @@ class VAE(nn.Module):
 
         Args:
             x: data, ``(batch, *)``.
-            condition: what the modules take beside their inputs: see above.
+            condition: what the modules take beside their inputs: see `VAE`.
             samples: how many samples of the posterior there are of each sample of the batch.
             chunk: how many of them are decoded at a time. It bounds the memory, and changes nothing but rounding.
                 By default chunks have 4 million elements of x, or one sample.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -289,6 +290,57 @@ CASES: dict[str, tuple[Callable, dict, list]] = {
 def test_a_forgotten_log_variance_is_an_error_and_not_half_of_the_mean(call: Callable) -> None:
     with pytest.raises(TypeError, match="logvar"):
         call()
+
+
+PAIR = torch.zeros(8, 2)
+
+
+def with_prior(*prior: object, **named: object) -> Iterator[Callable]:
+    """Calls of all that takes a prior, whose latent has two dimensions: halves of it broadcast to it."""
+    yield lambda: functional.kl_normal(PAIR, PAIR, *prior, **named)
+    yield lambda: functional.latent(PAIR, PAIR, *prior, **named)
+    named = {**dict(zip(("prior_mu", "prior_logvar"), prior, strict=False)), **named}
+    yield lambda: functional.elbo_loss(PAIR, PAIR, PAIR, PAIR, **named)
+    yield lambda: fusedvae.ELBOLoss()(PAIR, PAIR, PAIR, PAIR, **named)
+    layer = torch.zeros(2, 2), None
+    yield lambda: functional.linear_elbo(PAIR, *layer, PAIR, PAIR, PAIR, **named)
+    yield lambda: fusedvae.LinearLikelihood(2, 2)(PAIR, PAIR, PAIR, PAIR, **named)
+
+
+def test_a_forgotten_log_variance_of_the_prior_is_an_error_and_not_half_of_its_mean() -> None:
+    forgotten = r"^prior_logvar: expected a tensor or number beside prior_mu, or None if both are packed .* got nothing"
+    for mean in (PAIR, 0.5):
+        for call in with_prior(mean):
+            with pytest.raises(TypeError, match=forgotten):
+                call()
+    # Said, it is one size too small: halves of one element would broadcast to two.
+    for call in with_prior(PAIR, None):
+        with pytest.raises(ValueError, match=r"^prior_mu: packed .* have mu's size along it .* got \(8, 2\)"):
+            call()
+    with pytest.raises(ValueError, match=r"^prior_mu: packed .* along dimension -1 have mu's size .* got \(5, 2\)"):
+        functional.kl_normal(torch.zeros(8, 5, 2), torch.zeros(8, 5, 2), torch.zeros(5, 2), None, packed_dim=-1)
+
+
+def test_priors_that_are_said_as_a_whole() -> None:
+    packed = torch.zeros(8, 4)
+    for prior in ((), (None,), (None, None), (PAIR, PAIR), (0.0, 0.0), (packed, None), (packed[:1], None)):
+        for call in with_prior(*prior):
+            call()
+    functional.kl_normal(torch.zeros(8, 5, 2), torch.zeros(8, 5, 2), torch.zeros(5, 4), None, packed_dim=-1)
+    functional.elbo_loss(PAIR, PAIR, None, None, kl=torch.zeros(8))
+
+
+def test_what_stands_for_nothing_can_be_read() -> None:
+    shown = str(inspect.signature(functional.elbo_loss))
+    assert "logvar: 'Tensor | None' = <required>, recon_logvar" in shown
+    assert "prior_logvar: 'Tensor | float | None' = <required with prior_mu>, " in shown
+
+
+def test_the_public_functions_are_named() -> None:
+    own = {n for n, value in vars(functional).items() if getattr(value, "__module__", "") == "fusedvae.functional"}
+    assert {n for n in own if not n.startswith("_")} == set(functional.__all__)
+    for name in functional.__all__:
+        assert "see above" not in (getattr(functional, name).__doc__ or "")
 
 
 @pytest.mark.parametrize(("dim", "error"), [(0, ValueError), (-2, ValueError), (2, ValueError), ("1", TypeError)])
