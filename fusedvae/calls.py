@@ -71,8 +71,11 @@ def find(make: Callable[..., _Found], operands: Operands, *options: Any, whole: 
         )
         kind = (make, *map(type, operands), *options, *context)
         kept = _calls.get(kind)
-        if kept is not None and kept.are_alike(*[operands[k] for k in kept.tensors]):
-            return kept.call
+        if kept is not None:
+            tensors: list[Any] = [operands[k] for k in kept.tensors]
+            # To compare the strides that a nested tensor has not would end the process.
+            if True not in [t.is_nested for t in tensors] and kept.are_alike(*tensors):
+                return kept.call
         key = (
             kind,
             # All that may matter of an operand but the values in it.
@@ -88,8 +91,8 @@ def find(make: Callable[..., _Found], operands: Operands, *options: Any, whole: 
         call = make(whole, *options)
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
-        tensors = positions([isinstance(t, Tensor) for t in operands])
-        kept = _calls[key] = _Kept(call, tensors, likeness([operands[k] for k in tensors]))  # type: ignore[misc]
+        where = positions([isinstance(t, Tensor) for t in operands])
+        kept = _calls[key] = _Kept(call, where, likeness([operands[k] for k in where]))  # type: ignore[misc]
     _calls[kind] = kept
     return kept.call
 
