@@ -72,10 +72,10 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def one_line_error(capsys: pytest.CaptureFixture[str]) -> str:
+def one_line_error(capsys: pytest.CaptureFixture[str], command: str = "train") -> str:
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1, captured.err
-    assert captured.err.startswith("fusedvae train: error: ")
+    assert captured.err.startswith(f"fusedvae {command}: error: ")
     return captured.err
 
 
@@ -1109,7 +1109,7 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     words = ["bench", "--quick", "--report", str(tmp_path / "report")] if command == "bench" else ["train"]
     assert main(words) == 2
-    message = one_line_error(capsys)
+    message = one_line_error(capsys, command)
     assert f"this needs {module.partition('.')[0]} (" in message
     assert message.endswith(f"install it with {errors.extra_command(command)}\n")
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,30 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         torch.use_deterministic_algorithms(False)
         for patch in list(dropins._active.values()):
             patch.undo()
+
+
+def test_several_samples_in_a_loop_of_ones_own() -> None:
+    """How-to's block with the exact KL: value and gradients of a plain loop over the samples, on the same noise."""
+    page = DOCS / "how-to" / "importance-weights.md"
+    setting, *others = blocks(page.read_text())
+    (block,) = (block for block in others if "nll.mean() + kl.mean()" in block.code)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(setting.compiled(page), names)
+    vae, x = names["vae"], names["x"]
+    vae.zero_grad()
+    exec(block.compiled(page), names)
+    gradients = [parameter.grad.clone() for parameter in vae.parameters()]
+    noise = ((names["z"] - names["mu"]) / (names["logvar"] / 2).exp()).detach()
+    mu, logvar = vae.encode(x)
+    loss = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
+    for of_one in noise:
+        logits = vae.decode(mu + (logvar / 2).exp() * of_one).logits
+        cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+        loss = loss + cross_entropy.sum(1).mean() / len(noise)
+    torch.testing.assert_close(names["loss"], loss, rtol=1e-5, atol=0)
+    expected = torch.autograd.grad(loss, list(vae.parameters()))
+    torch.testing.assert_close(gradients, list(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_are_found_with_what_they_need() -> None:
