@@ -34,6 +34,7 @@ Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6
 
 from __future__ import annotations
 
+import enum
 import math
 import numbers
 from collections.abc import Sequence
@@ -117,18 +118,18 @@ _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64
 _TOTALS = ("batchmean", "sum", "mean", "weighted_mean")
 
 
-class _Absent:
+class _Absent(enum.Enum):  # (Of all objects with a name of their own, torch.compile knows these best.)
     """Stands for a log-variance that was not given: None says that it is packed in the mean."""
 
-    def __init__(self, shown: str) -> None:
-        self._shown = shown
+    LOGVAR = "<required>"
+    PRIOR_LOGVAR = "<required with prior_mu>"
 
     def __repr__(self) -> str:
-        return self._shown
+        return self.value
 
 
-_REQUIRED: Any = _Absent("<required>")
-_REQUIRED_WITH_PRIOR_MU: Any = _Absent("<required with prior_mu>")
+_REQUIRED: Any = _Absent.LOGVAR
+_REQUIRED_WITH_PRIOR_MU: Any = _Absent.PRIOR_LOGVAR
 
 
 def _check_forgotten(kl: Tensor | None) -> None:

@@ -336,6 +336,14 @@ def test_what_stands_for_nothing_can_be_read() -> None:
     assert "prior_logvar: 'Tensor | float | None' = <required with prior_mu>, " in shown
 
 
+def test_what_stands_for_nothing_breaks_no_graph() -> None:
+    for call in (functional.kl_normal, lambda *t: fusedvae.ELBOLoss()(*t, *t, prior_mu=t[0], prior_logvar=t[1])):
+        compiled = torch.compile(call, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(PAIR + 1, PAIR), call(PAIR + 1, PAIR))
+    compiled = torch.compile(fusedvae.ELBOLoss(), backend="eager", fullgraph=True)
+    assert compiled(PAIR, PAIR, PAIR, PAIR).item() == 0.0
+
+
 def test_the_public_functions_are_named() -> None:
     own = {n for n, value in vars(functional).items() if getattr(value, "__module__", "") == "fusedvae.functional"}
     assert {n for n in own if not n.startswith("_")} == set(functional.__all__)
