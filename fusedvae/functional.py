@@ -739,12 +739,16 @@ def kl_normal(
     return _divergence(inputs, formula, posterior, prior, weight, balance, reduction, dim, packed_dim, backend)
 
 
+def _is_given(prior_logvar: Tensor | float | None) -> bool:
+    return prior_logvar is not None and prior_logvar is not _REQUIRED_WITH_PRIOR_MU
+
+
 def _divergence_of(
     mu: Operand, logvar: Operand, prior_mu: Operand, prior_logvar: Operand
 ) -> tuple[str, tuple[Operand, ...]]:
     """The divergence of a posterior from this prior, and its inputs."""
     if prior_mu is None:
-        if prior_logvar is not None and prior_logvar is not _REQUIRED_WITH_PRIOR_MU:
+        if _is_given(prior_logvar):
             raise ValueError("prior_logvar: expected None without prior_mu; a prior of mean 0 has prior_mu=0.0")
         return "kl_standard_normal", (mu, logvar)
     if prior_logvar is _REQUIRED_WITH_PRIOR_MU:
@@ -1449,7 +1453,7 @@ def elbo_loss(
         divergence, operands = GIVEN.name, (*inputs, kl, beta)
         if mu is not None or logvar is not None:
             raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
-        if prior_mu is not None or not (prior_logvar is None or prior_logvar is _REQUIRED_WITH_PRIOR_MU):
+        if prior_mu is not None or _is_given(prior_logvar):
             raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
     if grad_scale is not None:
         operands = (*operands, grad_scale)
@@ -1731,7 +1735,7 @@ def linear_elbo(
     else:
         if mu is not None or logvar is not None:
             raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
-        if prior_mu is not None or not (prior_logvar is None or prior_logvar is _REQUIRED_WITH_PRIOR_MU):
+        if prior_mu is not None or _is_given(prior_logvar):
             raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
         if latent_weight is not None:
             raise ValueError("latent_weight: expected None when kl is given, whose elements are summed already")
