@@ -195,12 +195,14 @@ def _check_batched(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected a batch dimension, got a 0-dim tensor")
 
 
-def _check_packed(name: str, value: Tensor, dim: int, expected: torch.Size | None = None) -> None:
+def _check_packed(
+    name: str, value: Tensor, dim: int, expected: torch.Size | None = None, *, dim_name: str = "packed_dim"
+) -> None:
     if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"packed_dim: expected an integer, got {type(dim).__name__}")
+        raise TypeError(f"{dim_name}: expected an integer, got {type(dim).__name__}")
     if value.dim() >= 2 and (not -value.dim() <= dim < value.dim() or dim % value.dim() == 0):
         raise ValueError(
-            f"packed_dim: expected a dimension of {name}, of shape {tuple(value.shape)}, not the batch; got {dim}"
+            f"{dim_name}: expected a dimension of {name}, of shape {tuple(value.shape)}, not the batch; got {dim}"
         )
     if value.dim() < 2 or value.shape[dim] % 2:
         raise ValueError(
@@ -344,7 +346,7 @@ def _check_parameter(name: str, value: object, shape: torch.Size, other_name: st
         _check_tensor(name, value)
         _check_same_device(name, value, other_name, other)
         _check_broadcast(name, value, shape)
-    elif not isinstance(value, numbers.Real):
+    elif not _is_number(value) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a tensor, a number or None, got {type(value).__name__}")
 
 
@@ -358,6 +360,12 @@ def _check_weight(name: str, weight: object, shape: torch.Size, other_name: str,
         raise TypeError(f"{name}: expected a tensor or None, got {type(weight).__name__}")
     _check_tensor(name, weight, integers=True)
     _check_same_device(name, weight, other_name, other)
+    if weight.shape == shape[:1] and not broadcasts(weight.shape, shape):
+        each = "unsqueeze(1)" if len(shape) == 2 else f"view({', '.join(['-1', *['1'] * (len(shape) - 1)])})"
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(weight.shape)}; one a sample is "
+            f"{name}.{each}"
+        )
     _check_broadcast(name, weight, shape)
 
 
@@ -370,8 +378,14 @@ def _checked_reduction(reduction: object) -> TermReduction:
 
 def _checked_reductions(reduction: object) -> tuple[TermReduction, TermReduction]:
     """Those of the likelihood and of the divergence."""
-    if not isinstance(reduction, (tuple, list)) or len(reduction) != 2:
+    if not isinstance(reduction, (tuple, list)):
         return (_checked_reduction(reduction),) * 2
+    if len(reduction) != 2:
+        expected = ", ".join(map(repr, _TOTALS))
+        raise ValueError(
+            f"reduction: expected {expected} or 'none', got {reduction!r}; or a pair of these, the likelihood's and "
+            "the KL's"
+        )
     first, second = map(_checked_reduction, reduction)
     if (first == "none") != (second == "none"):
         raise ValueError(f"reduction: expected 'none' for both or for neither, got {reduction!r}")
@@ -397,7 +411,7 @@ def _dimensions(name: str, dim: object, dims: int) -> tuple[int, ...]:
         if not isinstance(d, numbers.Integral) or isinstance(d, bool):
             raise TypeError(f"{name}: expected an integer or a sequence of them, got {dim!r}")
         if not -dims <= int(d) < dims:
-            raise ValueError(f"{name}: expected dimensions of a tensor that has {dims}, got {d}")
+            raise ValueError(f"{name}: expected a dimension from {-dims} to {dims - 1}, got {d}")
         found.add(int(d) % dims)
     if len(found) != len(given):
         raise ValueError(f"{name}: expected each dimension once, got {dim!r}")
@@ -410,8 +424,22 @@ def _check_number(name: str, value: object) -> None:
             raise ValueError(
                 f"{name}: expected a number or a 0-dim float tensor, got shape {tuple(value.shape)}, {value.dtype}"
             )
-    elif not isinstance(value, numbers.Real):
+    elif not _is_number(value):
         raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {type(value).__name__}")
+
+
+def _check_factor(name: str, value: object, x: Tensor) -> None:
+    """Check a coefficient; a tensor of one has a value, wherever it is."""
+    _check_number(name, value)
+    if isinstance(value, Tensor) and value.device.type == "meta" != x.device.type:
+        _check_same_device(name, value, "x", x)
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number as PyTorch takes them: no fraction. (A bool counts where it is a coefficient.)"""
+    return isinstance(value, numbers.Real) and (
+        isinstance(value, numbers.Integral) or not isinstance(value, numbers.Rational)
+    )
 
 
 def _value_dtype(device_type: str, *operands: Tensor | float | None, is_sum: bool = True) -> torch.dtype:
@@ -724,8 +752,8 @@ def kl_normal(
             `fusedvae.functional`. Without a ``prior_eps``, it is ``eps`` where the prior's scale is a tensor of the
             same form, else 0.
         weight: of the elements: see `fusedvae.functional`.
-        balance: a number a: the gradients to q are multiplied by 1 - a, those to p by a; the value is what it is
-            (Hafner et al. 2021, arXiv:2010.02193, section 2.2).
+        balance: a number a from 0 to 1: the gradients to q are multiplied by 1 - a, those to p by a; the value is what
+            it is (Hafner et al. 2021, arXiv:2010.02193, section 2.2).
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none".
         dim: with "none", what is summed over: by default all but the batch.
         packed_dim: the dimension that halves of packed tensors are along.
@@ -832,6 +860,8 @@ def _divergence_call(
     _check_divergence(inputs, packed_dim)
     if balance is not None and (not isinstance(balance, numbers.Real) or isinstance(balance, bool)):
         raise TypeError(f"balance: expected a number or None, got {type(balance).__name__}")
+    if balance is not None and not 0 <= balance <= 1:
+        raise ValueError(f"balance: expected a number from 0 to 1, got {balance}")
     mu = inputs[0]
     assert isinstance(mu, Tensor)
     return _objective_call(
@@ -1523,6 +1553,19 @@ def _inputs_of(
     return found
 
 
+def _check_kl(kl: Tensor, x: Tensor) -> None:
+    """Check a KL that is given: one value per sample of the batch of x."""
+    of_several = (
+        '; of several samples in front, take the likelihood by itself, one value each: reduction="none", dim=-1'
+    )
+    if kl.dim() != 1:
+        hint = of_several if kl.dim() == 2 else ""
+        raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}{hint}")
+    if kl.shape[0] != x.shape[0]:
+        hint = of_several if x.dim() > 2 and kl.shape[0] == x.shape[1] else ""
+        raise ValueError(f"kl: expected the batch size of x, {x.shape[0]}, got {kl.shape[0]}{hint}")
+
+
 def _elbo_call(
     operands: Operands,
     likelihood: str,
@@ -1562,16 +1605,15 @@ def _elbo_call(
         _check_tensor("kl", kl)
         name, first, forms = "kl", kl, []
         assert isinstance(kl, Tensor)
-        if kl.dim() != 1:
-            raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}")
+        _check_kl(kl, x)
     assert isinstance(first, Tensor)
     if first.shape[0] != x.shape[0]:
         raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {first.shape[0]}")
     if first.device != x.device:
         raise ValueError(f"{name}: expected on {x.device}, where x is; got it on {first.device}")
-    _check_number("beta", operands[-2 if is_grad_scaled else -1])
+    _check_factor("beta", operands[-2 if is_grad_scaled else -1], x)
     if is_grad_scaled:
-        _check_number("grad_scale", operands[-1])
+        _check_factor("grad_scale", operands[-1], x)
     return _objective_call(
         operands,
         [(formula, [recon_form] if recon_form else [], weightings[0]), (second, forms, weightings[1])],
@@ -1740,8 +1782,7 @@ def linear_elbo(
         if latent_weight is not None:
             raise ValueError("latent_weight: expected None when kl is given, whose elements are summed already")
         _check_tensor("kl", kl)
-        if kl.dim() != 1:
-            raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}")
+        _check_kl(kl, x)
         _check_same_device("kl", kl, "x", x)
         name, batch = "kl", kl.shape[0]
         kl = kl.to(torch.promote_types(kl.dtype, torch.float32))
@@ -1910,7 +1951,7 @@ def importance_weighted_bound(log_weights: Tensor, dim: int = 0) -> Tensor:
     if not isinstance(dim, numbers.Integral) or isinstance(dim, bool):
         raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
     if not -log_weights.dim() <= dim < log_weights.dim():
-        raise ValueError(f"dim: expected a dimension of a tensor that has {log_weights.dim()}, got {dim}")
+        raise ValueError(f"dim: expected a dimension from {-log_weights.dim()} to {log_weights.dim() - 1}, got {dim}")
     widest = torch.promote_types(log_weights.dtype, torch.float32)
     return torch.logsumexp(log_weights.to(widest), int(dim)) - math.log(max(log_weights.shape[dim], 1))
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 
 import pytest
 import torch
@@ -52,6 +53,8 @@ RECONSTRUCTION = [
         "x: expected a batch dimension, got a 0-dim tensor",
     ),
     ({"recon_logvar": "0"}, TypeError, "recon_logvar: expected a tensor, a number or None, got str"),
+    ({"recon_logvar": False}, TypeError, "recon_logvar: expected a tensor, a number or None, got bool"),
+    ({"recon_logvar": Fraction(1, 2)}, TypeError, "recon_logvar: expected a tensor, a number or None, got Fraction"),
     ({"recon_logvar": 1j}, TypeError, "recon_logvar: expected a tensor, a number or None, got complex"),
     ({"recon_logvar": COMPLEX}, TypeError, "recon_logvar: expected a float tensor, got torch.complex64"),
     ({"recon_logvar": INTEGERS}, TypeError, "recon_logvar: expected a float tensor, got torch.int64"),
@@ -127,6 +130,11 @@ REDUCTION = [
         ValueError,
         "reduction: expected 'batchmean', 'sum', 'mean', 'weighted_mean' or 'none', got ['sum']",
     ),
+    (
+        {"reduction": ("mean", "sum", "sum")},
+        ValueError,
+        "reduction: expected 'batchmean', 'sum', 'mean', 'weighted_mean' or 'none', got ('mean', 'sum', 'sum')",
+    ),
 ]
 GENERATOR = [
     ({"generator": 3}, TypeError, "generator: expected a torch.Generator, a list of them or None, got int"),
@@ -139,6 +147,7 @@ BACKEND = [
 BETA = [
     ({"beta": "1"}, TypeError, "beta: expected a number or a 0-dim tensor, got str"),
     ({"beta": None}, TypeError, "beta: expected a number or a 0-dim tensor, got NoneType"),
+    ({"beta": Fraction(1, 2)}, TypeError, "beta: expected a number or a 0-dim tensor, got Fraction"),
     ({"beta": torch.ones(1)}, ValueError, "beta: expected a number or a 0-dim float tensor, got shape (1,), torch.f"),
     (
         {"beta": torch.ones((), dtype=torch.int64)},
@@ -214,6 +223,66 @@ CASES: dict[str, tuple[Callable, dict, list]] = {
                 {"mu": META_LATENT, "logvar": META_LATENT},
                 ValueError,
                 "mu: expected on cpu, where x is; got it on meta",
+            ),
+            (
+                {"reduction": ("mean", "sum", "sum")},
+                ValueError,
+                "reduction: expected 'batchmean', 'sum', 'mean', 'weighted_mean' or 'none', got ('mean', 'sum', 'sum')"
+                "; or a pair of these, the likelihood's and the KL's",
+            ),
+            (
+                {"prior_mu": False, "prior_logvar": 0.0},
+                TypeError,
+                "prior_mu: expected a tensor, a number or None, got bool",
+            ),
+            (
+                {"beta": torch.zeros((), device="meta")},
+                ValueError,
+                "beta: expected on cpu, where x is; got it on meta",
+            ),
+            (
+                {"grad_scale": torch.zeros((), device="meta")},
+                ValueError,
+                "grad_scale: expected on cpu, where x is; got it on meta",
+            ),
+            (
+                {"weight": torch.ones(4)},
+                ValueError,
+                "weight: expected a shape that broadcasts to (4, 6), got (4,); one a sample is weight.unsqueeze(1)",
+            ),
+            (
+                {"latent_weight": torch.ones(4)},
+                ValueError,
+                "latent_weight: expected a shape that broadcasts to (4, 3), got (4,); one a sample is "
+                "latent_weight.unsqueeze(1)",
+            ),
+            ({"weight": torch.ones(5)}, ValueError, "weight: expected a shape that broadcasts to (4, 6), got (5,)"),
+            (
+                {
+                    "recon_x": torch.zeros(4, 2, 3, 3),
+                    "x": torch.zeros(4, 2, 3, 3),
+                    "weight": torch.ones(4),
+                },
+                ValueError,
+                "weight: expected a shape that broadcasts to (4, 2, 3, 3), got (4,); one a sample is "
+                "weight.view(-1, 1, 1, 1)",
+            ),
+            (
+                {"kl": torch.zeros(5, 4), "mu": None, "logvar": None},
+                ValueError,
+                "kl: expected one value per sample, shape (4,), got (5, 4); of several samples in front, take the "
+                'likelihood by itself, one value each: reduction="none", dim=-1',
+            ),
+            (
+                {
+                    "recon_x": X.expand(5, 4, 6),
+                    "x": X.expand(5, 4, 6),
+                    "kl": torch.zeros(4),
+                    "mu": None,
+                    "logvar": None,
+                },
+                ValueError,
+                "kl: expected the batch size of x, 5, got 4; of several samples in front, take the likelihood",
             ),
             ({"kl": torch.zeros(4)}, ValueError, "kl: expected None when mu or logvar is given"),
             ({"kl": torch.zeros(4), "mu": None}, ValueError, "kl: expected None when mu or logvar is given"),
@@ -337,6 +406,8 @@ def test_what_stands_for_nothing_can_be_read() -> None:
 
 
 def test_what_stands_for_nothing_breaks_no_graph() -> None:
+    if backend_module.unavailable("native", "cpu"):
+        pytest.skip("needs the extension")
     for call in (functional.kl_normal, lambda *t: fusedvae.ELBOLoss()(*t, *t, prior_mu=t[0], prior_logvar=t[1])):
         compiled = torch.compile(call, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(PAIR + 1, PAIR), call(PAIR + 1, PAIR))

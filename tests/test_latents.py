@@ -170,7 +170,7 @@ def test_a_generator_for_each_sample() -> None:
             "samples: expected None with a generator for each sample of the batch",
         ),
         ({"noise": torch.zeros(4, 6), "samples": 2}, ValueError, "noise: expected shape (2, 4, 6), got (4, 6)"),
-        ({"dim": 5}, ValueError, "dim: expected dimensions of a tensor that has 2, got 5"),
+        ({"dim": 5}, ValueError, "dim: expected a dimension from -2 to 1, got 5"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -199,7 +199,7 @@ def test_importance_weighted_bound(dim: int, dtype: torch.dtype) -> None:
 def test_importance_weights_of_no_use_and_wrong_dimensions() -> None:
     dead = torch.full((3, 2), -torch.inf)
     assert torch.equal(functional.importance_weighted_bound(dead), torch.full((2,), -torch.inf))
-    with pytest.raises(ValueError, match="dim: expected a dimension of a tensor that has 2, got 2"):
+    with pytest.raises(ValueError, match="dim: expected a dimension from -2 to 1, got 2"):
         functional.importance_weighted_bound(dead, 2)
     with pytest.raises(TypeError, match="dim: expected an integer, got str"):
         functional.importance_weighted_bound(dead, "0")  # type: ignore[arg-type]

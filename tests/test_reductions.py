@@ -287,7 +287,7 @@ def test_sums_of_half_precision_are_single(dtype: torch.dtype) -> None:
     ("options", "error", "message"),
     [
         ({"dim": 0}, ValueError, "dim: expected None with reduction='batchmean'; it is for 'none'"),
-        ({"reduction": "none", "dim": 2}, ValueError, "dim: expected dimensions of a tensor that has 2, got 2"),
+        ({"reduction": "none", "dim": 2}, ValueError, "dim: expected a dimension from -2 to 1, got 2"),
         ({"reduction": "none", "dim": (0, -2)}, ValueError, "dim: expected each dimension once, got (0, -2)"),
         ({"reduction": "none", "dim": "1"}, TypeError, "dim: expected an integer or a sequence of them, got str"),
         ({"reduction": "none", "dim": (True,)}, TypeError, "dim: expected an integer or a sequence of them, got"),
@@ -317,6 +317,9 @@ def test_wrong_pairs_and_numbers() -> None:
         functional.elbo_loss(t, t, t, t, grad_scale=t)
     with pytest.raises(TypeError, match="balance: expected a number or None, got str"):
         functional.kl_normal(t, t, t, t, balance="0.8")  # type: ignore[arg-type]
+    for balance in (80, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"balance: expected a number from 0 to 1, got {balance}"):
+            functional.kl_normal(t, t, t, t, balance=balance)
     with pytest.raises(ValueError, match="recon_logvar: expected none, as the mse likelihood has no scale"):
         functional.elbo_loss(t, t, t, t, t, likelihood="mse")
     with pytest.raises(ValueError, match="recon_scale: expected none, as the l1 likelihood has no scale"):
