@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import torch
@@ -144,6 +145,8 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
             return super().__setattr__(name, value)
         if name == "beta" or value is not None:
             functional._check_number(name, value)
+        if isinstance(getattr(type(self), name, None), property):  # of torch.nn.utils.parametrize: it has a setter
+            return object.__setattr__(self, name, value)
         if name in self._buffers or name in self._parameters or name in self.__dict__:
             delattr(self, name)  # it may have been a tensor, and now be a number
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -361,16 +364,25 @@ class LinearLikelihood(nn.Linear):
             x: data, shape (batch, ..., out_features); without it, what the layer gives is returned, a packed mean and
                 scale along the last dimension if it gives both.
             mu, logvar, arguments: as `functional.linear_elbo` takes them; of the likelihood alone ``weight``,
-                ``extra``, ``pos_weight``, ``zi_logits`` and ``grad_scale``.
+                ``extra``, ``pos_weight``, ``zi_logits`` and ``grad_scale``, ``reduction``, ``full``, ``block`` and
+                ``backend``: all else is a TypeError without a KL.
         """
+        self._check_sizes(hidden, x)
         if x is None:
             return super().forward(hidden)
         options: Any = {"full": self.full, "block": self.block, "backend": self.backend, **arguments}
         layer = hidden, self.weight, self.bias, x
         scale = self.recon_logvar if self.recon_logvar is not None or LIKELIHOODS[self.likelihood].pairs else 0.0
         if mu is None and options.get("kl") is None and logvar is functional._REQUIRED:
+            for name in options:
+                if name not in _OPTIONS:
+                    raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}")
+                if name not in _OF_THE_LIKELIHOOD_ALONE:
+                    raise TypeError(
+                        f"{name}: expected with mu and logvar, or kl, only; without them, this is the likelihood alone"
+                    )
             written = functional._written(self.recon_scale, self.recon_clamp, self.recon_eps)
-            options = {"reduction": functional._checked_reductions(self.reduction)[0], **options}
+            options["reduction"] = functional._checked_reductions(options.get("reduction", self.reduction))[0]
             return functional._linear_likelihood(*layer, scale, likelihood=self.likelihood, written=written, **options)
         return functional.linear_elbo(
             *layer,
@@ -384,11 +396,24 @@ class LinearLikelihood(nn.Linear):
             **{"reduction": self.reduction, **options},
         )
 
+    def _check_sizes(self, hidden: Tensor, x: Tensor | None) -> None:
+        for name, value, expected in (("hidden", hidden, "in_features"), ("x", x, "out_features")):
+            size = getattr(self, expected)
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[-1] != size:
+                raise ValueError(f"{name}: expected {expected} {size}, got {value.shape[-1]}")
+
     def extra_repr(self) -> str:
         shown = [super().extra_repr(), f"likelihood={self.likelihood!r}"]
         if LIKELIHOODS[self.likelihood].pairs:
             shown.append(f"recon_logvar={_shown(self.recon_logvar)}")
         return ", ".join(shown)
+
+
+_OPTIONS = frozenset(inspect.signature(functional.linear_elbo).parameters)
+_OF_THE_LIKELIHOOD_ALONE = frozenset(
+    ("full", "reduction", "weight", "extra", "pos_weight", "zi_logits", "grad_scale", "block", "backend")
+)
+"""What a call of a `LinearLikelihood` takes beside x where there is no KL."""
 
 
 class GaussianNLLLoss(nn.GaussianNLLLoss):
@@ -430,20 +455,9 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
 
 
 _DEFAULTS = {
-    "likelihood": "gaussian",
-    "scale": "logvar",
-    "clamp": None,
-    "eps": 0.0,
-    "recon_scale": None,
-    "recon_clamp": None,
-    "recon_eps": 0.0,
-    "prior_scale": "logvar",
-    "prior_clamp": None,
-    "prior_eps": None,
-    "full": False,
-    "grad_scale": None,
-    "inplace": False,
-    "packed_dim": 1,
+    name: parameter.default
+    for name, parameter in inspect.signature(ELBOLoss).parameters.items()
+    if name not in ("beta", "reduction", "return_terms", "backend")
 }
 """What a module shows of itself where it is something else."""
 

@@ -389,6 +389,31 @@ def test_the_modules_scales() -> None:
         fusedvae.LinearLikelihood(FEATURES, COLUMNS, recon_logvar="learned")  # type: ignore[arg-type]
 
 
+def test_the_module_names_what_the_likelihood_alone_does_not_take() -> None:
+    module = fusedvae.LinearLikelihood(4, 12)
+    hidden, x = torch.rand(8, 4), torch.rand(8, 12)
+    alone: Any
+    for alone in ({"beta": 0.5}, {"return_terms": True}, {"latent_weight": x}, {"kl": None}, {"packed_dim": -1}):
+        (name,) = alone
+        with pytest.raises(TypeError, match=f"^{name}: expected with mu and logvar, or kl, only; .*likelihood alone"):
+            module(hidden, x, **alone)
+    with pytest.raises(TypeError, match="^LinearLikelihood got an unexpected keyword argument 'wieght'"):
+        module(hidden, x, wieght=x)
+    each = module(hidden, x, reduction="none", block=3, full=True, weight=torch.ones(12), backend="reference")
+    torch.testing.assert_close(each, functional.gaussian_nll(module(hidden), x, None, full=True, reduction="none"))
+    summed = functional.gaussian_nll(module(hidden), x, None, reduction="sum")
+    torch.testing.assert_close(module(hidden, x, reduction=("sum", "mean")), summed)
+
+
+def test_the_module_names_its_own_sizes() -> None:
+    module = fusedvae.LinearLikelihood(4, 12)
+    for arguments in ((torch.rand(8, 5),), (torch.rand(8, 5), torch.rand(8, 12))):
+        with pytest.raises(ValueError, match=r"^hidden: expected in_features 4, got 5"):
+            module(*arguments)
+    with pytest.raises(ValueError, match=r"^x: expected out_features 12, got 7"):
+        module(torch.rand(8, 4), torch.rand(8, 7))
+
+
 # --- wrong arguments --------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [

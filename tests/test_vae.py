@@ -993,6 +993,9 @@ def test_repr_names_the_options() -> None:
     criterion = ELBOLoss(torch.tensor(0.5), ("mean", "sum"), likelihood="l1", clamp=(-30, 20), grad_scale=2.0)
     shown = "beta=tensor, reduction=('mean', 'sum'), likelihood='l1', clamp=(-30, 20), grad_scale=2.0"
     assert repr(criterion) == f"ELBOLoss({shown})"
+    assert repr(ELBOLoss(packed_dim=-1, prior_eps=0.1)) == (
+        "ELBOLoss(beta=1.0, reduction='batchmean', prior_eps=0.1, packed_dim=-1)"
+    )
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -1366,6 +1369,27 @@ def test_the_scale_of_gradients_may_be_assigned() -> None:
         assert not list(criterion.buffers())
         with pytest.raises(TypeError, match="grad_scale"):
             criterion.grad_scale = "two"
+
+
+def test_a_parametrized_beta_may_be_assigned() -> None:
+    class Halved(nn.Module):
+        def forward(self, beta: Tensor) -> Tensor:
+            return beta / 2
+
+        def right_inverse(self, beta: Tensor) -> Tensor:
+            return beta * 2
+
+    t = torch.zeros(4, 3)
+    criterion = ELBOLoss(torch.tensor(1.0))
+    nn.utils.parametrize.register_parametrization(criterion, "beta", Halved())
+    criterion.beta = torch.tensor(0.25)
+    assert criterion(t, t, t + 1, t).item() == 0.375
+    assert criterion.parametrizations.beta.original.item() == 0.5
+    with pytest.raises(TypeError, match="beta: expected a number"):
+        criterion.beta = "one"
+    nn.utils.parametrize.remove_parametrizations(criterion, "beta")
+    criterion.beta = 0.5
+    assert criterion(t, t, t + 1, t).item() == 0.75
 
 
 @pytest.mark.parametrize(
