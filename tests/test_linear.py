@@ -397,7 +397,7 @@ def test_the_module_names_what_the_likelihood_alone_does_not_take() -> None:
         (name,) = alone
         with pytest.raises(TypeError, match=f"^{name}: expected with mu and logvar, or kl, only; .*likelihood alone"):
             module(hidden, x, **alone)
-    with pytest.raises(TypeError, match="^LinearLikelihood got an unexpected keyword argument 'wieght'"):
+    with pytest.raises(TypeError, match=r"^LinearLikelihood got an unexpected keyword argument 'wieght'"):
         module(hidden, x, wieght=x)
     each = module(hidden, x, reduction="none", block=3, full=True, weight=torch.ones(12), backend="reference")
     torch.testing.assert_close(each, functional.gaussian_nll(module(hidden), x, None, full=True, reduction="none"))
