@@ -58,7 +58,11 @@ class DiagonalGaussianDistribution:
             raise ValueError(f"parameters: expected a tensor or a pair (mean, logvar), got {len(pair)} of them")
         self._mu: Any = pair[0]
         self._logvar: Any = pair[1]
-        functional._check_latents(self._mu, self._logvar, chunk_dim)
+        if self._logvar is None:
+            functional._check_tensor("parameters", self._mu)
+            functional._check_packed("parameters", self._mu, chunk_dim, dim_name="chunk_dim")
+        else:
+            functional._check_latents(self._mu, self._logvar, chunk_dim)
         self.parameters = parameters
         self.deterministic = deterministic
         self._chunk_dim, self._clamp = chunk_dim, clamp

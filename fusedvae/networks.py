@@ -192,10 +192,10 @@ def mlp(
 ) -> tuple[nn.Module, nn.Module]:
     """A matching `MLPEncoder` and `MLPDecoder`; ``hidden`` is the encoder's, the decoder
     mirrors it. With ``classes``, so many, a labelled pair that takes labels as its condition."""
-    of_decoder: dict[str, Any] = {"mean_only": mean_only, "logvar_floor": logvar_floor}
-    of_decoder["hidden"] = tuple(reversed(hidden))
+    hidden = _checked_sizes("hidden", hidden)
+    of_decoder: dict[str, Any] = {"mean_only": mean_only, "logvar_floor": logvar_floor, "hidden": hidden[::-1]}
     if classes is not None:
-        encoder = LabelledEncoder("mlp", shape, latent_dim, classes, hidden=tuple(hidden))
+        encoder = LabelledEncoder("mlp", shape, latent_dim, classes, hidden=hidden)
         return encoder, LabelledDecoder("mlp", latent_dim, shape, classes, **of_decoder)
     return MLPEncoder(shape, latent_dim, hidden=hidden), MLPDecoder(latent_dim, shape, **of_decoder)
 

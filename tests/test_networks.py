@@ -144,6 +144,7 @@ def test_networks_work_in_other_dtypes(dtype: torch.dtype) -> None:
         (lambda: networks.mlp(784, 2), TypeError, r"shape: expected a sequence of integers, got 784"),
         (lambda: networks.mlp((4,), 0), ValueError, r"latent_dim: expected at least 1, got 0"),
         (lambda: networks.mlp((4,), 2.0), TypeError, r"latent_dim: expected an integer, got 2.0"),
+        (lambda: networks.mlp((4,), 2, hidden=64), TypeError, r"^hidden: expected a sequence of integers, got 64$"),
         (lambda: networks.mlp((4,), 2, hidden=(3, -1)), ValueError, r"hidden: expected positive.*\(3, -1\)"),
         (lambda: networks.conv((8, 8), 2), ValueError, r"shape: expected positive integers, at least 3"),
         (lambda: networks.conv((1, 2, 8, 8), 2), ValueError, r"shape: expected \(channels, height, width\)"),

@@ -101,7 +101,10 @@ def patch(
         version = importlib.metadata.version(LIBRARIES[library])
         importlib.import_module(library)
     except ImportError as error:
-        raise ImportError(f"library: {library} is not installed here, or cannot be imported: {error}") from error
+        raise ImportError(
+            f"library: {library} is not installed here, or cannot be imported: {error}; "
+            f"pip install {LIBRARIES[library]}"
+        ) from error
     module = importlib.import_module(f".{library}", __name__)
     chosen: str = noise or module.DEFAULT_NOISE
     active = _active.get(library)
