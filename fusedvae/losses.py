@@ -265,11 +265,11 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
 
     def extra_repr(self) -> str:
         """Beta, the reduction, and what else is not as it is without a word."""
-        shown = [f"beta={_shown(self.beta)}", f"reduction={self.reduction!r}"]
+        shown = [f"beta={shown_value(self.beta)}", f"reduction={self.reduction!r}"]
         for name, default in _DEFAULTS.items():
             value = getattr(self, name)
             if isinstance(value, Tensor) or value != default:
-                shown.append(f"{name}={_shown(value)}")
+                shown.append(f"{name}={shown_value(value)}")
         return ", ".join(shown)
 
 
@@ -405,7 +405,7 @@ class LinearLikelihood(nn.Linear):
     def extra_repr(self) -> str:
         shown = [super().extra_repr(), f"likelihood={self.likelihood!r}"]
         if LIKELIHOODS[self.likelihood].pairs:
-            shown.append(f"recon_logvar={_shown(self.recon_logvar)}")
+            shown.append(f"recon_logvar={shown_value(self.recon_logvar)}")
         return ", ".join(shown)
 
 
@@ -462,7 +462,7 @@ _DEFAULTS = {
 """What a module shows of itself where it is something else."""
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
     return "tensor" if isinstance(value, Tensor) else repr(value)
 
 

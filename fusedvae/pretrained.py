@@ -30,7 +30,7 @@ SAFETENSORS, PICKLED = "model.safetensors", "model.pt"
 FORMAT = 1
 """Changes with the meaning of a config's entries."""
 
-_OPTIONS = (
+OPTIONS = (
     "likelihood",
     "recon_scale",
     "recon_clamp",
@@ -81,7 +81,7 @@ def config_of(model: VAE) -> dict[str, Any]:
     sizes = model.latent_shape
     config["latent_dim"] = sizes[0] if len(sizes) == 1 and sizes[0] is not None else list(sizes)
     config["recon_logvar"] = _value(model.recon_logvar)
-    for name in _OPTIONS:
+    for name in OPTIONS:
         value = getattr(model, name)
         config[name] = list(value) if isinstance(value, tuple) else value
     return config
@@ -102,7 +102,7 @@ def load(make: type[VAE], directory: Path, modules: dict[str, nn.Module | None])
         if config["library"] != "fusedvae" or config["format"] != FORMAT:
             raise ValueError("it is not of this version of fusedvae")
         given = {name: _made(name, config.get(name), modules.get(name)) for name in _MODULES}
-        options = {name: _untupled(config[name]) for name in _OPTIONS}
+        options = {name: _untupled(config[name]) for name in OPTIONS}
         options["recon_logvar"] = _unvalued(config["recon_logvar"])
         latent_dim, weights = config["latent_dim"], config["weights"]
     except (LookupError, TypeError, ValueError) as error:

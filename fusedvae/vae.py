@@ -10,6 +10,7 @@ of several samples and the estimate of log p(x): Burda, Grosse & Salakhutdinov 2
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
@@ -21,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor, distributed, nn
 
-from . import functional, ops, pretrained
-from .backend.reference import LIKELIHOODS, PLAIN, Form, Formula, Scale, with_gradient_times, working_dtype
+from . import functional, networks, ops, pretrained
+from .backend.reference import LIKELIHOODS, PLAIN, Form, Formula, Scale, half_of, with_gradient_times, working_dtype
 from .functional import ELBOTerms, Latent
 from .layout import broadcasts
-from .losses import checked_latent_forms, checked_recon_form
+from .losses import checked_latent_forms, checked_recon_form, shown_value
 from .torch_private import is_in_forward_of_ddp, register_outputs, standard_gamma
 from .typing import (
     Bound,
@@ -291,12 +292,6 @@ class VAEOutput(NamedTuple):
             return_terms=return_terms,
             inplace=inplace,
         )
-
-
-# What an encoder, a decoder or a prior gave, in the form the functional interface takes: a mean and its scale, or both
-# packed along dimension 1 and None. Packed tensors stay whole on their way to the kernels: reading halves in place is
-# free, but gradients of two halves would have to be put together again.
-_Parameters = tuple[Tensor, Tensor | float | None]
 
 
 class _Kind(NamedTuple):
@@ -602,7 +597,7 @@ class VAE(nn.Module):
             for name, value in zip(("prior_mu", "prior_logvar"), prior, strict=True):
                 if not (_is_number(value) or isinstance(value, Tensor)):
                     raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-                if isinstance(value, Tensor) and not _broadcasts_to_latent(value.shape, self.latent_shape):
+                if isinstance(value, Tensor) and not _broadcasts(value.shape, (1, *self.latent_shape)):
                     raise ValueError(
                         f"{name}: expected a shape that broadcasts to latent_dim {_shown(self.latent_shape)}, "
                         f"got {tuple(value.shape)}"
@@ -844,7 +839,8 @@ class VAE(nn.Module):
         """
         samples = _checked_count("samples", samples)
         chunk = None if chunk is None else _checked_count("chunk", chunk)
-        posterior, prior = self._posterior(x, condition), self._prior(condition)
+        posterior = self._posterior(x, condition)
+        prior = self._prior(condition, _shape_of(posterior))
         if chunk is None:
             chunk = max(1, _ELEMENTS_AT_A_TIME // max(x.numel(), 1))
         mu, scale = posterior
@@ -879,12 +875,16 @@ class VAE(nn.Module):
     ) -> Tensor:
         """Decode ``n`` draws from the prior; a tensor ``(n, *)``.
 
-        Each is the mean of p(x|z), as usually shown, or with ``sample`` a draw from p(x|z). The generator
-        must be on the model's device. A condition is one of a batch of ``n``.
+        Each is the mean of p(x|z), as usually shown, or with ``sample`` a draw from p(x|z). A condition is one of a
+        batch of ``n``. The draws from the prior are of the package's noise, as samples of the posterior are: the same
+        for a seed on every device. A generator must be on the model's device with ``sample``, where the likelihood is
+        no Gaussian.
         """
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
         shape: tuple[int | None, ...] = (_checked_count("n", n), *self.latent_shape)
         like = next(self.decoder.parameters(), torch.empty(()))
-        prior = self._prior_distribution(condition, like)
+        prior = self._prior_distribution(condition, shape, like)
         if _fits(prior.mu.shape, shape):  # it may know the sizes that were left open
             shape = tuple(prior.mu.shape)
         sizes = [size for size in shape if size is not None]
@@ -894,12 +894,9 @@ class VAE(nn.Module):
                 "decode(torch.randn(...)) with the sizes wanted"
             )
         for moment in prior:
-            if not broadcasts(moment.shape, sizes):
-                raise ValueError(
-                    f"prior: expected moments that broadcast to {tuple(sizes)}, got shape {tuple(moment.shape)}"
-                )
-        noise = torch.randn(sizes, generator=generator, dtype=like.dtype, device=like.device)
-        z = (prior.mu + torch.exp(0.5 * prior.logvar) * noise).to(like.dtype)
+            _check_prior(moment.shape, sizes)
+        moments = [moment.expand(sizes) for moment in prior]
+        z = functional.reparameterize(*moments, generator=generator).to(like.dtype)
         return self._image(self.decode(z, condition), sample, generator)
 
     def embed(self, x: Tensor, condition: Any = None) -> Tensor:
@@ -976,10 +973,14 @@ class VAE(nn.Module):
         shown = [f"latent_dim={latent_dim}"]
         if self.likelihood != "gaussian":
             shown.append(f"likelihood={self.likelihood!r}")
-        if LIKELIHOODS[self.likelihood].pairs and not isinstance(self.recon_logvar, Tensor):
-            shown.append(f"recon_logvar={self.recon_logvar}")
-        if self.scale != "logvar":
-            shown.append(f"scale={self.scale!r}")
+        if LIKELIHOODS[self.likelihood].pairs:
+            shown.append(f"recon_logvar={shown_value(self.recon_logvar)}")
+        if self.prior_mu is not None:
+            shown.append(f"prior=({shown_value(self.prior_mu)}, {shown_value(self.prior_logvar)})")
+        for name in pretrained.OPTIONS:
+            value = getattr(self, name)
+            if name != "likelihood" and value != inspect.signature(VAE).parameters[name].default:
+                shown.append(f"{name}={value!r}")
         return ", ".join(shown)
 
     @staticmethod
@@ -1006,7 +1007,8 @@ class VAE(nn.Module):
             draws = None
         posterior = self._posterior(x, condition)
         estimator: Estimator = "analytic" if bound == "elbo" else "sample"
-        latent = self._latent(posterior, self._prior(condition), draws, estimator, generator, offset, noise)
+        prior = self._prior(condition, _shape_of(posterior))
+        latent = self._latent(posterior, prior, draws, estimator, generator, offset, noise)
         return posterior, latent, self._decoded(latent.z, condition, of=x, samples=draws)
 
     def _posterior(self, x: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
@@ -1015,15 +1017,18 @@ class VAE(nn.Module):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.ndim == 0:
             raise ValueError("x: expected a batch dimension, got a 0-dim tensor")
-        mu, logvar = _mean_and_scale("encoder", _called(self.encoder, x, condition))
+        mu, logvar = _mean_and_scale("encoder", _called("encoder", self.encoder, x, condition=condition))
         if logvar is None:
             channels, *rest = self.latent_shape
             expected = (x.shape[0], None if channels is None else 2 * channels, *rest)
             if not _fits(mu.shape, expected):
+                hint = (
+                    "; one that packs along another dimension gives a pair, chunk(2, dim=...)" if mu.dim() > 2 else ""
+                )
                 raise ValueError(
                     f"encoder: expected a packed posterior of shape {_shown(expected)}, means and "
                     f"log-variances along dimension 1 for latent_dim {_shown(self.latent_shape)}; "
-                    f"got {tuple(mu.shape)}"
+                    f"got {tuple(mu.shape)}{hint}"
                 )
         else:
             expected = (x.shape[0], *self.latent_shape)
@@ -1035,12 +1040,24 @@ class VAE(nn.Module):
                     )
         return mu, logvar
 
-    def _prior(self, condition: Any) -> tuple[Tensor | float, Tensor | float | None] | None:
-        """The prior's mean and scale, or both packed and None; None for N(0, I)."""
+    def _prior(
+        self, condition: Any, shape: Sequence[int | None]
+    ) -> tuple[Tensor | float, Tensor | float | None] | None:
+        """The prior's mean and scale, or both packed and None, of latents of a shape; None for N(0, I)."""
         if self.prior is not None:
-            mean, scale = _mean_and_scale("prior", self.prior() if condition is None else self.prior(condition))
+            mean, scale = _mean_and_scale("prior", _called("prior", self.prior, condition=condition))
             if scale is None:
                 functional._check_packed("prior", mean, 1)
+                half = half_of(mean.shape, 1)
+                _check_prior(half, shape)
+                if len(half) != len(shape) or shape[1] not in (None, half[1]):
+                    raise ValueError(
+                        f"prior: expected one packed tensor to have twice the latent's size {_shown(shape)} along "
+                        f"dimension 1, means and log-variances, got {tuple(mean.shape)}"
+                    )
+            else:
+                _check_prior(mean.shape, shape)
+                _check_prior(scale.shape, shape)
             return mean, scale
         return None if self.prior_mu is None else (self.prior_mu, self.prior_logvar)
 
@@ -1089,7 +1106,7 @@ class VAE(nn.Module):
         self, z: Tensor, condition: Any, of: Tensor | None
     ) -> tuple[Tensor, Tensor | float | None, Tensor | None]:
         """Run the decoder and check what it gives against ``recon_logvar`` and, if there are some, the data."""
-        output = _called(self.decoder, z, condition)
+        output = _called("decoder", self.decoder, z, condition=condition)
         zi_logits: Tensor | None = None
         if self.likelihood == "zero_inflated_negative_binomial":
             output, zi_logits = _with_zi_logits(output)
@@ -1108,6 +1125,11 @@ class VAE(nn.Module):
                 f"got {tuple(mean.shape)}"
             )
         word = "log-variance" if self.likelihood == "gaussian" else "scale"
+        if packed and zi_logits is not None and zi_logits.shape == mean.shape:
+            raise TypeError(
+                "decoder: expected (mu, theta, zi_logits) from it, as the likelihood is "
+                "zero_inflated_negative_binomial; got two tensors of one shape: zi_logits is missing"
+            )
         if packed and mean.shape[1] % 2:
             raise ValueError(
                 f"decoder: expected a mean and a {word} packed along dimension 1, an even size, "
@@ -1120,11 +1142,20 @@ class VAE(nn.Module):
                 if packed:
                     what = f"packed mean and {word}"
                     otherwise = "; if it gives the mean only, pass recon_logvar to the VAE"
+                    if zi_logits is not None:
+                        otherwise = "; of (mu, theta), zi_logits is missing"
                 elif has_scale:
                     what, otherwise = "mean", f"; if it gives the {word} too, leave recon_logvar None"
                 raise ValueError(
                     f"decoder: expected a {what} of shape {tuple(expected)} for x of shape {tuple(of.shape)}, "
                     f"got {tuple(mean.shape)}{otherwise}"
+                )
+        shape = half_of(mean.shape, 1) if packed else mean.shape
+        for what, beside in ((word, logvar), ("zi_logits", zi_logits)):
+            if beside is not None and not broadcasts(beside.shape, shape):
+                raise ValueError(
+                    f"decoder: expected {'a ' if beside is logvar else ''}{what} that broadcasts to {tuple(shape)}, "
+                    f"got {tuple(beside.shape)}"
                 )
         if not has_scale:
             return mean, 0.0, None
@@ -1139,9 +1170,9 @@ class VAE(nn.Module):
             return DiagonalGaussian(mu, scale)
         return DiagonalGaussian(mu, _log_of(scale, mu, self._latent_forms(None)[0]))
 
-    def _prior_distribution(self, condition: Any, like: Tensor) -> DiagonalGaussian:
-        """The prior, likewise; where it is of numbers, of tensors like another."""
-        prior = self._prior(condition)
+    def _prior_distribution(self, condition: Any, shape: Sequence[int | None], like: Tensor) -> DiagonalGaussian:
+        """The prior of latents of a shape, likewise; where it is of numbers, of tensors like another."""
+        prior = self._prior(condition, shape)
         if prior is None:
             return DiagonalGaussian(like.new_zeros(()), like.new_zeros(()))
         mu, scale = prior
@@ -1217,8 +1248,38 @@ def _checked_count(name: str, value: object) -> int:
     return int(value)
 
 
-def _called(module: nn.Module, argument: Tensor, condition: Any) -> object:
-    return module(argument) if condition is None else module(argument, condition)
+def _called(name: str, module: nn.Module, *arguments: Tensor, condition: Any) -> object:
+    """What a module gives, with an error of its own where it takes no condition, or must have one."""
+    given = arguments if condition is None else (*arguments, condition)
+    if torch.compiler.is_compiling():
+        return module(*given)
+    try:
+        return module(*given)
+    except TypeError as error:
+        kind = type(module).__name__
+        if _takes(module, given):  # the error is from inside
+            raise
+        if arguments and condition is None and isinstance(module, (networks.LabelledEncoder, networks.LabelledDecoder)):
+            expected = f"labels of shape ({len(arguments[0])},), as the {name} is a {kind}"
+        elif condition is None and _takes(module, (*given, None)):
+            expected = f"one, as the {name} ({kind}) takes it"
+        elif condition is not None and _takes(module, arguments):
+            expected = f"None, as the {name} ({kind}) takes none"
+        else:
+            raise
+        got = None if condition is None else type(condition).__name__
+        raise TypeError(f"condition: expected {expected}; got {got}") from error
+
+
+def _takes(module: nn.Module, arguments: Sequence[object]) -> bool:
+    """Whether a module can be called with so many arguments, as far as that can be told."""
+    try:
+        inspect.signature(module.forward).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        pass
+    return True
 
 
 _Condition = TypeVar("_Condition")
@@ -1269,10 +1330,21 @@ def _log_of(scale: Tensor | float, mean: Tensor, form: Form) -> Tensor:
     return log.to(scale.dtype)
 
 
-def _broadcasts_to_latent(shape: Sequence[int], latent: Sequence[int | None]) -> bool:
-    """Whether it does to latents of any batch."""
-    lead = len(latent) + 1 - len(shape)
-    return lead >= 0 and all(s in (1, t) or t is None for s, t in zip(shape, (1, *latent)[lead:], strict=True))
+def _broadcasts(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
+    """Whether one shape does to another, of which some sizes may be anything."""
+    lead = len(expected) - len(shape)
+    return lead >= 0 and all(s in (1, t) or t is None for s, t in zip(shape, expected[lead:], strict=True))
+
+
+def _check_prior(moment: torch.Size, shape: Sequence[int | None]) -> None:
+    """Check the shape of a prior's mean, or scale, against that of latents."""
+    if not _broadcasts(moment, shape):
+        raise ValueError(f"prior: expected moments that broadcast to {_shown(shape)}, got shape {tuple(moment)}")
+
+
+def _shape_of(posterior: tuple[Tensor, Tensor | None]) -> torch.Size:
+    mu, scale = posterior
+    return mu.shape if scale is not None else half_of(mu.shape, 1)
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:

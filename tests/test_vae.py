@@ -91,6 +91,12 @@ def kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return ((mu**2 + torch.expm1(logvar) - logvar) / 2).flatten(1).sum(1)
 
 
+def drawn_from_seed(seed: int, *shape: int) -> Tensor:
+    """The package's noise, of a seed from a generator of PyTorch's with a seed of its own."""
+    seeds = torch.randint(-(2**63), 2**63 - 1, (), generator=torch.Generator().manual_seed(seed))
+    return fusedvae.random.normal(shape, seeds)
+
+
 def make_vae(**options: object) -> VAE:
     torch.manual_seed(0)
     return VAE(packed_encoder(), packed_decoder(), LATENT, **options)
@@ -454,7 +460,7 @@ def test_a_decoded_latent_is_a_distribution_of_its_likelihood(likelihood: str) -
     assert (error.abs() < 5 * (expected.variance / 4000).sqrt()).all()
     torch.testing.assert_close(drawn.var(0), expected.variance, rtol=0.2, atol=0.01)
     images = vae.generate(3, generator=torch.Generator().manual_seed(1))
-    again = torch.randn(3, LATENT, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    again = drawn_from_seed(1, 3, LATENT).double()
     torch.testing.assert_close(images, vae.decode(again).mu)
 
 
@@ -612,7 +618,7 @@ def test_a_prior_may_be_a_pair(x: Tensor, prior: tuple, keys: list[str]) -> None
     q = torch.distributions.Normal(out.mu, torch.exp(out.logvar / 2))
     p = torch.distributions.Normal(mean, torch.exp(logvar / 2))
     torch.testing.assert_close(out.kl, torch.distributions.kl_divergence(q, p).sum(1))
-    noise = torch.randn(6, LATENT, generator=torch.Generator().manual_seed(5))
+    noise = drawn_from_seed(5, 6, LATENT)
     images = vae.generate(6, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(images, vae.decode(mean + torch.exp(logvar / 2) * noise).mu)
 
@@ -668,7 +674,7 @@ def test_a_condition_goes_with_every_method(bits: Tensor) -> None:
     torch.testing.assert_close(vae.embed(bits, condition), mu)
     torch.testing.assert_close(vae.reconstruct(bits, condition), vae.decoder(mu, condition)[:, :CHANNELS])
     torch.testing.assert_close(vae.decode(mu, condition).logvar, vae.decoder(mu, condition)[:, CHANNELS:])
-    noise = torch.randn(BATCH, LATENT, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    noise = drawn_from_seed(5, BATCH, LATENT).double()
     mean, logvar = vae.prior(condition).chunk(2, 1)
     images = vae.generate(BATCH, condition, generator=torch.Generator().manual_seed(5))
     z = mean + torch.exp(logvar / 2) * noise
@@ -865,9 +871,8 @@ def test_reconstruct_can_sample(x: Tensor) -> None:
 
 def test_generate_decodes_the_prior() -> None:
     vae = make_vae()
-    z = torch.randn(6, LATENT, generator=torch.Generator().manual_seed(5))
     images = vae.generate(6, generator=torch.Generator().manual_seed(5))
-    torch.testing.assert_close(images, vae.decode(z).mu)
+    torch.testing.assert_close(images, vae.decode(drawn_from_seed(5, 6, LATENT)).mu)
     sampled = vae.generate(6, sample=True, generator=torch.Generator().manual_seed(5))
     assert sampled.shape == images.shape
     assert not torch.equal(sampled, images)
@@ -987,8 +992,15 @@ def test_repr_names_the_options() -> None:
     assert "latent_dim=2, recon_logvar=None" in repr(make_vae())
     spatial = VAE(nn.Identity(), nn.Identity(), (4, None, None), recon_logvar="learned")
     assert "latent_dim=(4, None, None)" in repr(spatial)
+    assert "recon_logvar=tensor" in repr(spatial)
     bernoulli = VAE(nn.Identity(), nn.Identity(), 2, likelihood="bernoulli", scale="softplus")
     assert "latent_dim=2, likelihood='bernoulli', scale='softplus'" in repr(bernoulli)
+    forms = {"recon_scale": "std", "recon_clamp": (0.1, None), "clamp": (-30, 20), "eps": 0.1, "prior_scale": "std"}
+    vae = VAE(nn.Identity(), nn.Identity(), 2, recon_logvar=0.5, prior=(0.0, torch.ones(2)), **forms)
+    assert repr(vae).splitlines()[1].strip() == (
+        "latent_dim=2, recon_logvar=0.5, prior=(0.0, tensor), recon_scale='std', recon_clamp=(0.1, None), "
+        "clamp=(-30, 20), eps=0.1, prior_scale='std'"
+    )
     assert repr(ELBOLoss()) == "ELBOLoss(beta=1.0, reduction='batchmean')"
     criterion = ELBOLoss(torch.tensor(0.5), ("mean", "sum"), likelihood="l1", clamp=(-30, 20), grad_scale=2.0)
     shown = "beta=tensor, reduction=('mean', 'sum'), likelihood='l1', clamp=(-30, 20), grad_scale=2.0"
@@ -1133,6 +1145,75 @@ def test_what_a_prior_gives_is_checked(
         call(make_vae(prior=Apply(prior)), x)
 
 
+def test_one_tensor_of_a_prior_is_packed_and_has_twice_the_latents_size(x: Tensor) -> None:
+    for given in (torch.zeros(1, LATENT), torch.zeros(len(x), LATENT)):
+        for call in (VAE.loss, VAE.forward, VAE.log_likelihood, lambda vae, x: vae.generate(len(x))):
+            with pytest.raises(ValueError, match=r"^prior: expected one packed tensor to have twice the latent's size"):
+                call(make_vae(prior=Apply(lambda given=given: given)), x)
+    make_vae(prior=Apply(lambda: torch.zeros(1, 2 * LATENT))).loss(x)
+
+
+@pytest.mark.parametrize("method", ["loss", "reconstruct", "forward"])
+def test_what_lies_beside_a_decoders_mean_is_checked(x: Tensor, method: str) -> None:
+    def error(kind: type[Exception], give: Callable, **options: Any) -> str:
+        with pytest.raises(kind) as found:
+            getattr(VAE(packed_encoder(), Apply(give), LATENT, **options), method)(x)
+        return str(found.value)
+
+    def wrong(z: Tensor) -> Tensor:
+        return z.new_zeros(len(z), *SHAPE), z.new_zeros(len(z), 7)
+
+    assert error(ValueError, wrong).startswith(
+        "decoder: expected a log-variance that broadcasts to (5, 3, 4, 4), got (5, 7)"
+    )
+    assert error(ValueError, wrong, likelihood="laplace").startswith("decoder: expected a scale that broadcasts to")
+    zinb: dict = {"likelihood": "zero_inflated_negative_binomial"}
+    mean, theta = torch.ones(BATCH, *SHAPE), torch.ones(CHANNELS, 1, 1)
+    assert error(TypeError, lambda z: (mean, mean), **zinb).endswith("zi_logits is missing")
+    of_no_sample = VAE(packed_encoder(), Apply(lambda z: (mean, mean)), LATENT, **zinb)
+    with pytest.raises(TypeError, match=r"zi_logits is missing$"):
+        of_no_sample.generate(BATCH)
+    packed = torch.ones(BATCH, 2 * CHANNELS, 4, 4)
+    VAE(packed_encoder(), Apply(lambda z: (packed, mean)), LATENT, **zinb).loss(x)
+    assert "zi_logits that broadcasts to (5, 3, 4, 4), got (7,)" in error(
+        ValueError, lambda z: (mean, theta, z.new_zeros(7)), **zinb
+    )
+    even = torch.ones(BATCH, 4, 4, 4)
+    assert error(ValueError, lambda z: (even, theta), **zinb).endswith("; of (mu, theta), zi_logits is missing")
+
+
+def test_an_encoder_that_packs_tokens_is_told_to_give_a_pair() -> None:
+    encoder = Apply(lambda x: x.repeat(1, 1, 2))
+    with pytest.raises(ValueError, match=r"got \(2, 5, 6\); one that packs along another dimension gives a pair"):
+        VAE(encoder, nn.Identity(), (5, 3), recon_logvar=0.0).loss(torch.rand(2, 5, 3))
+
+
+def test_a_condition_that_is_missing_or_too_much_is_named(x: Tensor) -> None:
+    labelled = VAE(*networks.mlp(SHAPE, LATENT, hidden=(8,), classes=4), LATENT)
+    for call in (VAE.loss, VAE.forward, VAE.encode, VAE.embed):
+        with pytest.raises(
+            TypeError,
+            match=r"^condition: expected labels of shape \(5,\), as the encoder is a LabelledEncoder; got None$",
+        ):
+            call(labelled, x)
+    with pytest.raises(TypeError, match=r"^condition: .* shape \(3,\), as the decoder is a LabelledDecoder; got None$"):
+        labelled.generate(3)
+    with pytest.raises(TypeError, match=r"^condition: expected None, as the encoder \(Sequential\) takes none; got T"):
+        make_vae().loss(x, torch.zeros(5))
+    with pytest.raises(TypeError, match=r"^condition: expected one, as the prior \(Linear\) takes it; got None$"):
+        make_vae(prior=nn.Linear(3, 2 * LATENT)).loss(x)
+
+
+def test_errors_from_inside_of_a_module_are_its_own(x: Tensor) -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor, condition: object = None) -> Tensor:
+            return len(3)  # type: ignore[arg-type]
+
+    for condition in (None, 1):
+        with pytest.raises(TypeError, match=r"^object of type 'int' has no len"):
+            VAE(Wrong(), nn.Identity(), 2).loss(x, condition)
+
+
 def test_an_even_number_of_channels_is_told_from_a_packed_output_by_the_data() -> None:
     # Means of two channels look like one mean and one log-variance until there is an x to compare with.
     decoder = nn.Sequential(nn.Linear(LATENT, 8), nn.Unflatten(1, (2, 2, 2)))
@@ -1150,6 +1231,11 @@ def test_an_even_number_of_channels_is_told_from_a_packed_output_by_the_data() -
     [
         (lambda vae: vae.generate(0), ValueError, r"n: expected at least 1, got 0"),
         (lambda vae: vae.generate(2.0), TypeError, r"n: expected an integer, got float"),
+        (
+            lambda vae: vae.generate(2, generator=3),
+            TypeError,
+            r"generator: expected a torch.Generator or None, got int",
+        ),
         (lambda vae: vae.loss([1.0]), TypeError, r"x: expected a tensor, got list"),
         (lambda vae: vae.encode(torch.tensor(1.0)), ValueError, r"x: expected a batch dimension"),
         (lambda vae: vae.loss(torch.rand(2, *SHAPE), reduction="median"), ValueError, r"reduction: .* got 'median'"),
