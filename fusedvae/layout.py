@@ -19,7 +19,7 @@ Strides = tuple[int, ...]
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     """Whether a tensor of one shape broadcasts to the other."""
     lead = len(target) - len(shape)
-    return lead >= 0 and all(s in (1, t) for s, t in zip(shape, target[lead:], strict=True))
+    return lead >= 0 and all(s == 1 or s == t for s, t in zip(shape, target[lead:], strict=True))
 
 
 class Layout(NamedTuple):

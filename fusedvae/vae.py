@@ -1333,7 +1333,7 @@ def _log_of(scale: Tensor | float, mean: Tensor, form: Form) -> Tensor:
 def _broadcasts(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
     """Whether one shape does to another, of which some sizes may be anything."""
     lead = len(expected) - len(shape)
-    return lead >= 0 and all(s in (1, t) or t is None for s, t in zip(shape, expected[lead:], strict=True))
+    return lead >= 0 and all(s == 1 or t is None or s == t for s, t in zip(shape, expected[lead:], strict=True))
 
 
 def _check_prior(moment: torch.Size, shape: Sequence[int | None]) -> None:

@@ -1204,6 +1204,15 @@ def test_a_condition_that_is_missing_or_too_much_is_named(x: Tensor) -> None:
         make_vae(prior=nn.Linear(3, 2 * LATENT)).loss(x)
 
 
+def test_a_program_of_any_batch_takes_what_lies_beside_a_decoders_mean() -> None:
+    torch._dynamo.reset()
+    vae = VAE(*networks.mlp((6,), LATENT, hidden=(8,)), LATENT, prior=Apply(lambda: torch.zeros(1, 2 * LATENT)))
+    compiled = torch.compile(lambda x, noise: vae.loss(x, noise=noise), backend="eager", dynamic=True, fullgraph=True)
+    for batch in (4, 7):
+        operands = torch.rand(batch, 6), torch.randn(batch, LATENT)
+        torch.testing.assert_close(compiled(*operands), vae.loss(operands[0], noise=operands[1]))
+
+
 def test_errors_from_inside_of_a_module_are_its_own(x: Tensor) -> None:
     class Wrong(nn.Module):
         def forward(self, x: Tensor, condition: object = None) -> Tensor:
