@@ -168,6 +168,11 @@ def _written(scale: str | None, clamp: Bounds, eps: float) -> _Written:
     return _Written(scale, tuple(clamp) if isinstance(clamp, list) else clamp, eps)
 
 
+def _unless_usual(scale: str, clamp: Bounds, eps: float, usual: str) -> _Written | None:
+    """The same, or None of the usual form."""
+    return None if scale == usual and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+
+
 # --- checks -----------------------------------------------------------------------------------------------------
 
 
@@ -489,7 +494,7 @@ def reparameterize(
     Returns:
         z, of mu's shape (half a packed one's; ``samples`` in front) and the promoted dtype of mu and logvar.
     """
-    written = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    written = _unless_usual(scale, clamp, eps, "logvar")
     return _sampled(
         (mu, logvar), None, False, written, None, samples, None, offset, generator, noise, packed_dim, backend
     )[0]
@@ -540,7 +545,7 @@ def latent(
     if estimator != "analytic" and estimator != "sample":
         raise ValueError(f"estimator: expected 'analytic' or 'sample', got {estimator!r}")
     formula, inputs = _divergence_of(mu, logvar, prior_mu, prior_logvar)
-    posterior = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    posterior = _unless_usual(scale, clamp, eps, "logvar")
     prior = None
     if prior_scale != "logvar" or prior_clamp is not None or prior_eps is not None:
         prior = _written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
@@ -711,7 +716,7 @@ def kl_standard_normal(
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    posterior = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    posterior = _unless_usual(scale, clamp, eps, "logvar")
     return _divergence(
         (mu, logvar), "kl_standard_normal", posterior, None, weight, None, reduction, dim, packed_dim, backend
     )
@@ -760,7 +765,7 @@ def kl_normal(
         backend: overrides the process's choice for this call.
     """
     formula, inputs = _divergence_of(mu, logvar, prior_mu, prior_logvar)
-    posterior = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    posterior = _unless_usual(scale, clamp, eps, "logvar")
     prior = None
     if prior_scale != "logvar" or prior_clamp is not None or prior_eps is not None:
         prior = _written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
@@ -909,7 +914,7 @@ def gaussian_nll(
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    written = None if scale == "logvar" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    written = _unless_usual(scale, clamp, eps, "logvar")
     return _likelihood(
         "gaussian", (recon_x, x, recon_logvar), written, full, weight, reduction, dim, packed_dim, backend, inplace
     )
@@ -953,7 +958,7 @@ def laplace_nll(
         backend: overrides the process's choice for this call.
     """
     inputs = (recon_x, x, log_scale, 0.0 if extra is None else extra)
-    written = None if scale == "logscale" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    written = _unless_usual(scale, clamp, eps, "logscale")
     return _likelihood("laplace", inputs, written, full, weight, reduction, dim, packed_dim, backend, inplace)
 
 
@@ -1032,7 +1037,7 @@ def discretized_logistic_nll(
         packed_dim: the dimension that halves of packed tensors are along.
         backend: overrides the process's choice for this call.
     """
-    written = None if scale == "logscale" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    written = _unless_usual(scale, clamp, eps, "logscale")
     inputs = (recon_x, x, log_scale)
     return _likelihood(
         "discretized_logistic", inputs, written, False, weight, reduction, dim, packed_dim, backend, inplace
@@ -1072,7 +1077,7 @@ def poisson_nll(
         inplace: write the gradient of rate into its memory: see `fusedvae.functional`.
         backend: overrides the process's choice for this call.
     """
-    written = None if scale == "rate" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    written = _unless_usual(scale, clamp, eps, "rate")
     return _likelihood("poisson", (rate, x), written, full, weight, reduction, dim, 1, backend, inplace)
 
 
@@ -1113,7 +1118,7 @@ def negative_binomial_nll(
         packed_dim: with ``theta=None``, the dimension along which mu and theta are halves of ``mu``.
         backend: overrides the process's choice for this call.
     """
-    written = None if scale == "theta" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    written = _unless_usual(scale, clamp, eps, "theta")
     inputs = (mu, x, theta)
     return _likelihood(
         "negative_binomial", inputs, written, False, weight, reduction, dim, packed_dim, backend, inplace
@@ -1152,7 +1157,7 @@ def zero_inflated_negative_binomial_nll(
         packed_dim: with ``theta=None``, the dimension along which mu and theta are halves of ``mu``.
         backend: overrides the process's choice for this call.
     """
-    written = None if scale == "theta" and clamp is None and eps == 0.0 else _written(scale, clamp, eps)
+    written = _unless_usual(scale, clamp, eps, "theta")
     inputs = (mu, x, theta, zi_logits)
     return _likelihood(
         "zero_inflated_negative_binomial", inputs, written, False, weight, reduction, dim, packed_dim, backend, inplace
