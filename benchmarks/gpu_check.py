@@ -238,8 +238,9 @@ def speed(report: Report, device: str, deadline: float) -> None:
 
 def exercise(report: Report, device: str, deadline: float, backends: Sequence[str] = ()) -> None:
     """Every operation once on small odd problems, in every dtype."""
-    from fusedvae import functional
     from fusedvae.backend.reference import LIKELIHOODS
+    from fusedvae.functional.forms import as_written
+    from fusedvae.functional.likelihoods import run_likelihood
 
     def uniform(dtype: str, *shape: int) -> Tensor:  # what is a probability and a standard deviation, too
         return torch.empty(shape, device=device).uniform_(0.1, 0.9).to(getattr(torch, dtype)).requires_grad_()
@@ -253,8 +254,8 @@ def exercise(report: Report, device: str, deadline: float, backends: Sequence[st
             for form, reduction in itertools.product(
                 formula.forms if formula.scales else [None], ("batchmean", "none")
             ):
-                written = functional._written(form, None, 0.0)
-                nll = functional._likelihood(name, inputs, written, False, None, reduction, None, 1, backend)
+                written = as_written(form, None, 0.0)
+                nll = run_likelihood(name, inputs, written, False, None, reduction, None, 1, backend)
                 torch.autograd.grad(nll.sum(), inputs)
         report.add(f"{backend} torch.{dtype}", "done")
 

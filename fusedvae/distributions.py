@@ -17,6 +17,7 @@ from torch.distributions.kl import register_kl
 
 from . import functional
 from .backend.reference import half_of
+from .functional.checks import check_broadcast, check_latents, check_packed, check_tensor
 from .typing import Bounds, Dim, Generator
 
 __all__ = ["DiagonalGaussianDistribution", "Normal"]
@@ -59,10 +60,10 @@ class DiagonalGaussianDistribution:
         self._mu: Any = pair[0]
         self._logvar: Any = pair[1]
         if self._logvar is None:
-            functional._check_tensor("parameters", self._mu)
-            functional._check_packed("parameters", self._mu, chunk_dim, dim_name="chunk_dim")
+            check_tensor("parameters", self._mu)
+            check_packed("parameters", self._mu, chunk_dim, dim_name="chunk_dim")
         else:
-            functional._check_latents(self._mu, self._logvar, chunk_dim)
+            check_latents(self._mu, self._logvar, chunk_dim)
         self.parameters = parameters
         self.deterministic = deterministic
         self._chunk_dim, self._clamp = chunk_dim, clamp
@@ -171,10 +172,10 @@ class DiagonalGaussianDistribution:
         """
         if self.deterministic:
             return self._nothing()
-        functional._check_tensor("sample", sample, integers=True)
+        check_tensor("sample", sample, integers=True)
         shape = self._shape
         if sample.shape != shape:
-            functional._check_broadcast("sample", sample, shape)
+            check_broadcast("sample", sample, shape)
             sample = sample.expand(shape)
         return functional.gaussian_nll(
             self._mu,

@@ -12,6 +12,17 @@ from . import functional
 from .backend import checked_name
 from .backend.reference import FORMULAS, LIKELIHOODS, Form
 from .functional import ELBOTerms
+from .functional.checks import (
+    REQUIRED,
+    REQUIRED_WITH_PRIOR_MU,
+    check_broadcast,
+    check_count,
+    check_number,
+    checked_reductions,
+)
+from .functional.forms import as_written, checked_forms, checked_recon_form
+from .functional.likelihoods import checked_likelihood
+from .functional.linear import run_linear_likelihood
 from .typing import Backend, Bounds, LikelihoodName, LikelihoodScale, NormalScale, Reduction
 
 if TYPE_CHECKING:
@@ -120,9 +131,9 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
         backend: Backend | None = None,
     ) -> None:
         super().__init__()
-        functional._checked_reductions(reduction)
-        checked_recon_form(likelihood, recon_scale, recon_clamp, recon_eps)
-        checked_latent_forms(scale, clamp, eps, prior_scale, prior_clamp, prior_eps)
+        checked_reductions(reduction)
+        checked_recon_options(likelihood, recon_scale, recon_clamp, recon_eps)
+        checked_latent_options(scale, clamp, eps, prior_scale, prior_clamp, prior_eps)
         if not isinstance(packed_dim, int) or isinstance(packed_dim, bool):
             raise TypeError(f"packed_dim: expected an integer, got {type(packed_dim).__name__}")
         if backend is not None:
@@ -144,7 +155,7 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
         if name not in ("beta", "grad_scale"):
             return super().__setattr__(name, value)
         if name == "beta" or value is not None:
-            functional._check_number(name, value)
+            check_number(name, value)
         if isinstance(getattr(type(self), name, None), property):  # of torch.nn.utils.parametrize: it has a setter
             return object.__setattr__(self, name, value)
         if name in self._buffers or name in self._parameters or name in self.__dict__:
@@ -159,11 +170,11 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
         recon_x: Tensor,
         x: Tensor,
         mu: Tensor | None,
-        logvar: Tensor | None = functional._REQUIRED,
+        logvar: Tensor | None = REQUIRED,
         recon_logvar: Tensor | float | None = 0.0,
         *,
         prior_mu: Tensor | float | None = None,
-        prior_logvar: Tensor | float | None = functional._REQUIRED_WITH_PRIOR_MU,
+        prior_logvar: Tensor | float | None = REQUIRED_WITH_PRIOR_MU,
         kl: Tensor | None = None,
         extra: Tensor | float | None = None,
         pos_weight: Tensor | float | None = None,
@@ -325,9 +336,9 @@ class LinearLikelihood(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        functional._checked_reductions(reduction)
-        checked_recon_form(likelihood, recon_scale, recon_clamp, recon_eps)
-        functional._check_block(block)
+        checked_reductions(reduction)
+        checked_recon_options(likelihood, recon_scale, recon_clamp, recon_eps)
+        check_count("block", block)
         if backend is not None:
             checked_name(backend)
         has_scale = len(LIKELIHOODS[likelihood].pairs) > 0
@@ -335,7 +346,7 @@ class LinearLikelihood(nn.Linear):
             if not has_scale:
                 raise ValueError(f"recon_logvar: expected None, as the {likelihood} likelihood has no scale")
             if isinstance(recon_logvar, Tensor):
-                functional._check_broadcast("recon_logvar", recon_logvar, torch.Size((1, out_features)))
+                check_broadcast("recon_logvar", recon_logvar, torch.Size((1, out_features)))
             elif not isinstance(recon_logvar, (int, float)) or isinstance(recon_logvar, bool):
                 raise TypeError(f"recon_logvar: expected None, a number or a tensor, got {type(recon_logvar).__name__}")
         rows = 2 * out_features if has_scale and recon_logvar is None else out_features
@@ -354,7 +365,7 @@ class LinearLikelihood(nn.Linear):
         hidden: Tensor,
         x: Tensor | None = None,
         mu: Tensor | None = None,
-        logvar: Tensor | None = functional._REQUIRED,
+        logvar: Tensor | None = REQUIRED,
         **arguments: Unpack[LinearELBOArguments],
     ) -> Any:
         """The loss of a batch: the negative bound, or without ``mu`` and ``kl`` the negative log-likelihood alone.
@@ -373,7 +384,7 @@ class LinearLikelihood(nn.Linear):
         options: Any = {"full": self.full, "block": self.block, "backend": self.backend, **arguments}
         layer = hidden, self.weight, self.bias, x
         scale = self.recon_logvar if self.recon_logvar is not None or LIKELIHOODS[self.likelihood].pairs else 0.0
-        if mu is None and options.get("kl") is None and logvar is functional._REQUIRED:
+        if mu is None and options.get("kl") is None and logvar is REQUIRED:
             for name in options:
                 if name not in _OPTIONS:
                     raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}")
@@ -381,9 +392,9 @@ class LinearLikelihood(nn.Linear):
                     raise TypeError(
                         f"{name}: expected with mu and logvar, or kl, only; without them, this is the likelihood alone"
                     )
-            written = functional._written(self.recon_scale, self.recon_clamp, self.recon_eps)
-            options["reduction"] = functional._checked_reductions(options.get("reduction", self.reduction))[0]
-            return functional._linear_likelihood(*layer, scale, likelihood=self.likelihood, written=written, **options)
+            written = as_written(self.recon_scale, self.recon_clamp, self.recon_eps)
+            options["reduction"] = checked_reductions(options.get("reduction", self.reduction))[0]
+            return run_linear_likelihood(*layer, scale, likelihood=self.likelihood, written=written, **options)
         return functional.linear_elbo(
             *layer,
             mu,
@@ -466,13 +477,13 @@ def shown_value(value: object) -> str:
     return "tensor" if isinstance(value, Tensor) else repr(value)
 
 
-def checked_recon_form(likelihood: str, scale: str | None, clamp: Bounds, eps: float) -> Form | None:
+def checked_recon_options(likelihood: str, scale: str | None, clamp: Bounds, eps: float) -> Form | None:
     """The form of a likelihood's scale, of the options ``recon_scale``, ...; None of one that has no scale."""
-    written = functional._written(scale, clamp, eps)
-    return functional._checked_recon_form(functional._checked_likelihood(likelihood), written)
+    written = as_written(scale, clamp, eps)
+    return checked_recon_form(checked_likelihood(likelihood), written)
 
 
-def checked_latent_forms(
+def checked_latent_options(
     scale: str,
     clamp: Bounds,
     eps: float,
@@ -485,7 +496,7 @@ def checked_latent_forms(
 
     Without a ``prior_eps``, that depends on it: a number has none.
     """
-    posterior = functional._written(scale, clamp, eps)
-    prior = functional._written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
-    q, p = functional._checked_forms(FORMULAS["kl_normal"], posterior, prior, prior_logvar)
+    posterior = as_written(scale, clamp, eps)
+    prior = as_written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
+    q, p = checked_forms(FORMULAS["kl_normal"], posterior, prior, prior_logvar)
     return q, p

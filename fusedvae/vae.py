@@ -25,8 +25,11 @@ from torch import Tensor, distributed, nn
 from . import functional, networks, ops, pretrained
 from .backend.reference import LIKELIHOODS, PLAIN, Form, Formula, Scale, half_of, with_gradient_times, working_dtype
 from .functional import ELBOTerms, Latent
+from .functional.checks import check_number, check_packed, check_tensor, checked_reductions
+from .functional.forms import as_written
+from .functional.likelihoods import inputs_of, run_likelihood
 from .layout import broadcasts
-from .losses import checked_latent_forms, checked_recon_form, shown_value
+from .losses import checked_latent_options, checked_recon_options, shown_value
 from .torch_private import is_in_forward_of_ddp, register_outputs, standard_gamma
 from .typing import (
     Bound,
@@ -309,7 +312,7 @@ class _Kind(NamedTuple):
     @property
     def form(self) -> Form:
         """That of its scale; any, where there is none."""
-        return checked_recon_form(*self) or PLAIN
+        return checked_recon_options(*self) or PLAIN
 
     def numbers(self) -> tuple[int, int, float | None, float | None, float] | None:
         """The same as `VAEOutput` has it."""
@@ -352,12 +355,12 @@ class _Decoded(NamedTuple):
 
         The kernels read each element of ``x``, expanded to the samples, where it lies.
         """
-        functional._check_tensor("x", x, integers=True)
+        check_tensor("x", x, integers=True)
         targets = x.expand(len(self.mean), *x.shape)
-        return functional._likelihood(
+        return run_likelihood(
             self.kind.likelihood,
-            functional._inputs_of(self.kind.likelihood, self.mean, targets, self.scale, None, None, self.zi_logits),
-            functional._written(self.kind.scale, self.kind.clamp, self.kind.eps),
+            inputs_of(self.kind.likelihood, self.mean, targets, self.scale, None, None, self.zi_logits),
+            as_written(self.kind.scale, self.kind.clamp, self.kind.eps),
             full,
             weight,
             reduction,
@@ -397,7 +400,7 @@ def _negative_bound(
             p, x, kl, beta, reduction, full, weight, grad_scale, return_terms=return_terms, inplace=inplace
         )
     if reduction not in ("batchmean", "sum", "none"):
-        _, of_kl = functional._checked_reductions(reduction)
+        _, of_kl = checked_reductions(reduction)
         if of_kl in ("mean", "weighted_mean"):
             # A mean over elements of what has been summed over all but the batch.
             kl = kl / z.shape[2 if is_of_several else 1 :].numel()
@@ -422,8 +425,8 @@ def _negative_bound(
             return_terms=return_terms,
             inplace=inplace,
         )
-    functional._check_number("beta", beta)
-    of_nll, of_kl = functional._checked_reductions(reduction)
+    check_number("beta", beta)
+    of_nll, of_kl = checked_reductions(reduction)
     if of_nll == "none":
         nll = p.nll(x, full, weight, "none", inplace).mean(0)
     elif of_nll in ("batchmean", "sum"):
@@ -466,7 +469,7 @@ def _with_gradient_times(value: Tensor, factor: float | Tensor | None) -> Tensor
     """The value itself, whose gradient is multiplied by a factor, if there is one."""
     if factor is None:
         return value
-    functional._check_number("grad_scale", factor)
+    check_number("grad_scale", factor)
     scaled: Tensor = with_gradient_times(value, factor)
     return scaled
 
@@ -567,8 +570,8 @@ class VAE(nn.Module):
         for name, module in (("encoder", encoder), ("decoder", decoder)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}")
-        form = checked_recon_form(likelihood, recon_scale, recon_clamp, recon_eps)
-        checked_latent_forms(scale, clamp, eps, prior_scale, prior_clamp, prior_eps)
+        form = checked_recon_options(likelihood, recon_scale, recon_clamp, recon_eps)
+        checked_latent_options(scale, clamp, eps, prior_scale, prior_clamp, prior_eps)
         if not LIKELIHOODS[likelihood].pairs and recon_logvar is not None:
             raise ValueError(f"recon_logvar: expected None, as the {likelihood} likelihood has no scale")
         self.encoder = encoder
@@ -1047,7 +1050,7 @@ class VAE(nn.Module):
         if self.prior is not None:
             mean, scale = _mean_and_scale("prior", _called("prior", self.prior, condition=condition))
             if scale is None:
-                functional._check_packed("prior", mean, 1)
+                check_packed("prior", mean, 1)
                 half = half_of(mean.shape, 1)
                 _check_prior(half, shape)
                 if len(half) != len(shape) or shape[1] not in (None, half[1]):
@@ -1184,7 +1187,7 @@ class VAE(nn.Module):
 
     def _latent_forms(self, prior_scale: Tensor | float | None) -> tuple[Form, Form]:
         """Those of the posterior's scale and of the prior's."""
-        return checked_latent_forms(
+        return checked_latent_options(
             self.scale, self.clamp, self.eps, self.prior_scale, self.prior_clamp, self.prior_eps, prior_scale
         )
 

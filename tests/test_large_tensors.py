@@ -12,6 +12,7 @@ from torch import Tensor
 import fusedvae
 from fusedvae import functional
 from fusedvae.backend.reference import LIKELIHOODS
+from fusedvae.functional.likelihoods import run_likelihood
 
 pytestmark = pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
 
@@ -38,7 +39,7 @@ def test_half_precision_is_as_row_by_row(name: str, dtype: str, x_dtype: str) ->
     wanted = [recon_x, *others]
 
     def loss(*inputs: Tensor) -> Tensor:
-        return functional._likelihood(name, inputs, None, False, None, "sum", None, 1, None, False)
+        return run_likelihood(name, inputs, None, False, None, "sum", None, 1, None, False)
 
     value = loss(recon_x, x, *others)
     found = torch.autograd.grad(value, wanted)
@@ -65,7 +66,7 @@ def test_gradients_summed_over_long_rows(name: str, shape: tuple[int, ...], targ
 
     def loss_and_gradients(backend: str, dtype: torch.dtype) -> list[Tensor]:
         inputs = [t.to(dtype).requires_grad_() for t in (recon_x, x, *others)]
-        loss = functional._likelihood(name, inputs, None, False, None, "sum", None, 1, backend, False)
+        loss = run_likelihood(name, inputs, None, False, None, "sum", None, 1, backend, False)
         return [loss.detach(), *torch.autograd.grad(loss, [inputs[0], *inputs[2:]])]
 
     found = loss_and_gradients(target.backend, torch.float32)

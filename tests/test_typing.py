@@ -13,7 +13,7 @@ import pytest
 
 from fusedvae import backend, typing
 from fusedvae.backend.reference import FORMULAS, LIKELIHOODS
-from fusedvae.functional import _TOTALS
+from fusedvae.functional.checks import TOTALS
 
 SCRIPT = Path(__file__).parent / "typed_script.py"
 
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parent / "typed_script.py"
 def test_names_are_those_that_functions_take():
     assert get_args(typing.Backend) == ("auto", *backend.NAMES)
     assert get_args(typing.LikelihoodName) == tuple(LIKELIHOODS)
-    assert get_args(typing.TermReduction) == (*_TOTALS, "none")
+    assert get_args(typing.TermReduction) == (*TOTALS, "none")
     assert get_args(typing.NormalScale) == tuple(FORMULAS["kl_standard_normal"].forms)
     forms = {name for formula in LIKELIHOODS.values() if formula.scales for name in formula.forms}
     assert {name for kind in get_args(typing.LikelihoodScale) for name in get_args(kind)} == forms

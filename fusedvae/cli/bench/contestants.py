@@ -18,6 +18,8 @@ from torch.distributions import Normal, kl_divergence
 
 from ... import functional
 from ...backend import NAMES, reference, unavailable
+from ...functional.forms import as_written
+from ...functional.likelihoods import run_likelihood
 from ...typing import Backend
 from .cases import CLAMP, GAUSSIAN, KL, SPECS, Case, Operation, likelihood_inputs
 
@@ -500,7 +502,7 @@ def _fused_likelihood(backend: str, operation: Operation) -> Function:
     """Any likelihood, as `functional` has it for all of them alike."""
     assert operation.likelihood is not None
     likelihood, formula = operation.likelihood, reference.LIKELIHOODS[operation.likelihood]
-    written = functional._written(operation.scale, operation.clamp, 0.0)
+    written = as_written(operation.scale, operation.clamp, 0.0)
     reduction = operation.reduction
 
     def run(
@@ -515,7 +517,7 @@ def _fused_likelihood(backend: str, operation: Operation) -> Function:
         weight: Tensor | None,
     ) -> tuple[Tensor, ...]:
         inputs = likelihood_inputs(formula, recon_x, x, scale, extra)
-        value = functional._likelihood(likelihood, inputs, written, False, weight, reduction, None, 1, backend)
+        value = run_likelihood(likelihood, inputs, written, False, weight, reduction, None, 1, backend)
         return (value,)
 
     return run
