@@ -79,6 +79,7 @@ def test_samples_are_drawn_apart_and_in_the_order_of_the_stream() -> None:
     assert torch.equal(functional.latent(packed, None, samples=3, estimator="sample").z, several)
 
 
+@pytest.mark.large
 def test_a_divergence_at_samples_has_the_divergence_for_its_mean() -> None:
     mu, s, prior_mu, prior_s = (torch.randn(2, 5) for _ in range(4))
     kl = functional.latent(mu, s, prior_mu, prior_s, samples=20000, estimator="sample").kl
@@ -109,6 +110,7 @@ def test_a_share_of_the_rows_has_its_share_of_the_noise(rows: tuple[int, int], l
     assert torch.equal(functional.reparameterize(*share, offset=first * 42), part.z)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("prior", [(), (1,), (1, 64)], ids=str)
 def test_gradients_of_a_prior_do_not_depend_on_the_number_of_threads(prior: tuple[int, ...]) -> None:
     t = [torch.randn(shape).requires_grad_() for shape in ((256, 64), (256, 64), prior, prior)]

@@ -69,3 +69,4 @@ __all__ = [
 
 for _name in __all__:  # pickles, exported programs and error messages know them by their public names
     globals()[_name].__module__ = __name__
+del _name
