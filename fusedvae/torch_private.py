@@ -171,11 +171,11 @@ def has_hooks_on_saved_tensors() -> bool:
     return ask is None or ask(False) is not None
 
 
-def register_outputs(*types: type) -> None:
-    """Let exported programs that return these NamedTuples be saved. Without it, they can be run, and not saved."""
+def register_outputs(module: str, *types: type) -> None:
+    """Let exported programs that return these NamedTuples of a module be saved. Without it, they can only be run."""
     register = getattr(torch.utils._pytree, "_register_namedtuple", None)
     for kind in types if register else ():
-        register(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")  # type: ignore[misc]
+        register(kind, serialized_type_name=f"{module}.{kind.__qualname__}")  # type: ignore[misc]
 
 
 def is_in_forward_of_ddp() -> bool:

@@ -245,12 +245,13 @@ def test_every_page_is_on_the_site(tmp_path: Path) -> None:
 
 
 def _public_names() -> list[set[str]]:
-    """Of what users call, the names that it may stand under: where they find it, and where it is defined."""
+    """Of what users call, the names it may stand under: where they find it, where it is defined, the package."""
     found = [{"fusedvae.random.normal"}, {"fusedvae.VAE.log_likelihood"}]
     for module in (fusedvae, fusedvae.functional, fusedvae.distributions, fusedvae.networks):
         for name, value in vars(module).items():
-            is_own = getattr(value, "__module__", None) == module.__name__
+            is_own = f"{getattr(value, '__module__', None)}.".startswith(f"{module.__name__}.")
             is_public = name in fusedvae.__all__ if module is fusedvae else is_own and not name.startswith("_")
             if is_public and (inspect.isclass(value) or inspect.isfunction(value)):
-                found.append({f"{module.__name__}.{name}", f"{value.__module__}.{name}"})
+                package, *_ = value.__module__.rpartition(".")
+                found.append({f"{place}.{name}" for place in (module.__name__, value.__module__, package)})
     return found

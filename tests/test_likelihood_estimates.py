@@ -148,7 +148,7 @@ def test_chunks_are_bounded_without_a_word(monkeypatch: pytest.MonkeyPatch) -> N
     vae.decoder.register_forward_hook(lambda module, arguments, output: batches.append(len(output)))
     x = torch.randn(4, FEATURES, dtype=torch.float64)
     for elements, samples in ((24, 2), (25, 2), (1, 1)):
-        monkeypatch.setattr("fusedvae.vae._ELEMENTS_AT_A_TIME", elements)
+        monkeypatch.setattr("fusedvae.vae.module._ELEMENTS_AT_A_TIME", elements)
         batches.clear()
         vae.log_likelihood(x, samples=5)
         assert max(batches) == samples * 4

@@ -28,7 +28,7 @@ from fusedvae import (
     networks,
 )
 from fusedvae.backend.reference import LIKELIHOODS
-from fusedvae.vae import _DISTRIBUTIONS, DiagonalGaussian, VAEOutput
+from fusedvae.vae import DiagonalGaussian, VAEOutput, families
 
 BATCH, CHANNELS, LATENT = 5, 3, 2
 SHAPE = (CHANNELS, 4, 4)
@@ -400,7 +400,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def test_every_likelihood_has_a_distribution_and_a_density_to_compare_with() -> None:
-    assert set(_DISTRIBUTIONS) == set(DENSITIES) == set(LIKELIHOODS)
+    assert set(families.DISTRIBUTIONS) == set(DENSITIES) == set(LIKELIHOODS)
 
 
 @every_likelihood
@@ -1312,7 +1312,7 @@ def test_the_learned_log_variance_is_no_scalar_and_comes_out_as_a_function_of_it
 def test_a_loss_past_a_wrapper_is_said_once(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr("fusedvae.vae._has_warned", False)
+    monkeypatch.setattr("fusedvae.vae.module._has_warned", False)
     vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=0.0)
     vae(x).loss(x)
     with pytest.warns(UserWarning, match=r"do not synchronise .* wrapped\(x\)\.loss\(x\)"):

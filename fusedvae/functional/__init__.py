@@ -32,6 +32,7 @@ Common to all:
 Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), appendix B.
 """
 
+from ..torch_private import register_outputs
 from .bounds import ELBOTerms, elbo_loss, importance_weighted_bound
 from .divergences import kl_normal, kl_standard_normal
 from .latents import Latent, latent, reparameterize
@@ -67,6 +68,4 @@ __all__ = [
     "zero_inflated_negative_binomial_nll",
 ]
 
-for _name in __all__:  # pickles, exported programs and error messages know them by their public names
-    globals()[_name].__module__ = __name__
-del _name
+register_outputs(__name__, Latent, ELBOTerms)
