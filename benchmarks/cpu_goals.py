@@ -30,7 +30,7 @@ from torch import Tensor
 
 import fusedvae
 from fusedvae import functional
-from fusedvae.backend import reference
+from fusedvae.backend import philox
 from fusedvae.cli.bench.contestants import Handwritten, handwritten_nll
 from fusedvae.cli.bench.measuring import Contestant, interleaved
 from fusedvae.cli.bench.statistics import summary
@@ -121,7 +121,7 @@ def noise_case(elements: int = 1 << 20) -> list[Contestant]:
     """The noise of plain PyTorch against torch.randn."""
     seed = torch.tensor(20140501)
     return [
-        Contestant("fused", lambda _: reference.normal((elements,), seed, torch.float32)),
+        Contestant("fused", lambda _: philox.normal((elements,), seed, torch.float32)),
         Contestant("randn", lambda _: torch.randn(elements)),
     ]
 

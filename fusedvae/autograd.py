@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import ops
-from .backend import reference
-from .backend.reference import GIVEN, Objective, Placed, Sampling, factor_of, form_fields, replaced
+from .backend import evaluation
+from .backend.reference import GIVEN, form_fields, replaced, working_dtype
+from .backend.specs import Objective, Placed, Sampling, factor_of, unpacked
 from .calls import (
     KERNEL_DTYPES,
     LatentCall,
@@ -181,7 +182,7 @@ def latent(call: RecordedLatent, operands: Operands) -> Sequence[Tensor]:
 
 
 def _latent_without_call(spec: Sampling, operands: Operands) -> Sequence[Tensor]:
-    return reference.latent(spec, operands) if spec.backend == "reference" else ops.latent(operands, spec)
+    return evaluation.latent(spec, operands) if spec.backend == "reference" else ops.latent(operands, spec)
 
 
 def _sharded_latent(spec: Sampling, operands: Operands) -> Sequence[Tensor]:
@@ -255,13 +256,13 @@ def _latent_gradients(
     # Hardly anybody asks for the noise's gradient: the formula will do.
     if torch.is_grad_enabled() or is_transformed((grad_z, grad_kl)) or (noise is not None and noise.requires_grad):
         if noise is None and seed is not None and offset is None:
-            mean: Any = reference.unpacked(spec.formula, inputs, spec.packed_dim)[0]
-            noise = ops.normal(list(spec.shape(mean.shape)), seed, reference.working_dtype(*inputs), spec.backend)
+            mean: Any = unpacked(spec.formula, inputs, spec.packed_dim)[0]
+            noise = ops.normal(list(spec.shape(mean.shape)), seed, working_dtype(*inputs), spec.backend)
         kl_dtype = None if grad_kl is None else grad_kl.dtype
         whole = Sampling(*spec[:6], kl_dtype, *spec[6:8], "reference")
 
         def formula(*inputs: Any) -> list[Tensor]:
-            return reference.latent(whole, inputs)
+            return evaluation.latent(whole, inputs)
 
         return _second_order(formula, [*inputs, seed, offset, noise], [grad_z, grad_kl][: 1 if kl_dtype is None else 2])
     given = (*operands, grad_z, grad_kl)
@@ -352,7 +353,7 @@ class RecordedObjective:
         weight = None if terms[0].weight is None else operands[terms[0].weight]
         self.conversions: list[Conversion] = []
         if spec.backend != "reference":
-            dtype = reference.working_dtype(*operands[terms[0].inputs], weight)
+            dtype = working_dtype(*operands[terms[0].inputs], weight)
             self.conversions = _conversions(operands, dtype, first.device)
         operands = _converted(self.conversions, operands)
         self.spec, self.terms = spec, terms
@@ -384,7 +385,7 @@ def objective(call: RecordedObjective, operands: Operands) -> Sequence[Tensor]:
 
 def _objective_without_call(spec: Objective, operands: Operands) -> Sequence[Tensor]:
     if spec.backend == "reference":
-        values = [value.to(spec.dtype) for value in reference.objective(spec, operands)]
+        values = [value.to(spec.dtype) for value in evaluation.objective(spec, operands)]
     else:
         values = ops.objective(operands, spec)
     return values[: 3 if spec.returns_terms else 1]
@@ -541,7 +542,7 @@ def _gradients(
     if torch.is_grad_enabled() or is_transformed(incoming):
 
         def values(*operands: Operand) -> list[Tensor]:
-            return reference.objective(spec, operands)
+            return evaluation.objective(spec, operands)
 
         return _second_order(values, operands, [g_loss, g_likelihood, g_divergence])
     beta = operands[spec.beta]
@@ -569,7 +570,7 @@ def _gradients(
                 incoming_kl = _times(factor, factor_of(term.reduction, kl.shape))
                 grads[span.start] = incoming_kl.to(kl.dtype).expand_as(kl)
         elif any(spec.needed[span]):
-            mean = reference.unpacked(formula, inputs, spec.packed_dim)[0]
+            mean = unpacked(formula, inputs, spec.packed_dim)[0]
             assert isinstance(mean, Tensor)
             gradient = TermGradient(
                 formula.name,

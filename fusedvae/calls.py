@@ -18,17 +18,8 @@ from torch import Tensor
 
 from . import backend
 from .backend import LatentWork, ObjectiveWork, Part, TermWork
-from .backend.reference import (
-    FORMULAS,
-    Form,
-    Formula,
-    Objective,
-    Sampling,
-    factor_of,
-    forms_of,
-    unpacked,
-    working_dtype,
-)
+from .backend.reference import FORMULAS, Form, Formula, forms_of, working_dtype
+from .backend.specs import Objective, Sampling, factor_of, unpacked
 from .layout import broadcasts
 from .torch_private import is_any_autocast_enabled, is_watched, likeness
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from . import functional
-from .backend.reference import half_of
+from .backend.specs import half_of
 from .functional.checks import check_broadcast, check_latents, check_packed, check_tensor
 from .typing import Bounds, Dim, Generator
 

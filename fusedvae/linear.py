@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import autograd
-from .backend import reference
-from .backend.reference import Number, Objective, form_fields, replaced, working_dtype
+from .backend import evaluation
+from .backend.reference import Number, form_fields, replaced, working_dtype
+from .backend.specs import Objective
 from .calls import ObjectiveCall, Operand, Operands, ScaleCall, TermGradient, TermGradientCall, find, positions
 from .torch_private import is_transformed
 
@@ -236,6 +237,6 @@ class _LinearLikelihood(torch.autograd.Function):
 
         def formula(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Operand) -> list[Tensor]:
             out = linear(hidden, weight, bias)
-            return reference.objective(call.spec, (out, *others, None, ctx.factor))[:1]
+            return evaluation.objective(call.spec, (out, *others, None, ctx.factor))[:1]
 
         return None, None, *autograd._second_order(formula, operands, [incoming])

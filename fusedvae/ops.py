@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .backend.reference import Objective, Sampling
+from .backend.specs import Objective, Sampling
 from .calls import (
     LatentCall,
     LatentGradientCall,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backend import reference, resolve
+from .backend import philox, resolve
 from .typing import Backend
 
 
@@ -61,5 +61,5 @@ def normal(
         raise TypeError(f"seed: expected an integer or a 0-dim int64 tensor, got {type(seed).__name__}")
     name = resolve(device.type, backend, index=device.index)
     if name == "reference":
-        return reference.normal(tuple(shape), seed, dtype)
+        return philox.normal(tuple(shape), seed, dtype)
     return ops.normal(shape, seed, dtype, name)

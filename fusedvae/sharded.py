@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from .backend.reference import Objective, Sampling, factor_of, replaced, unpacked
+from .backend.reference import replaced
+from .backend.specs import Objective, Sampling, factor_of, unpacked
 from .calls import Operand, Operands
 from .layout import dense_strides
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fusedvae.backend import NAMES, device_types, unavailable
-from fusedvae.backend.reference import PLAIN, Sampling, form_fields
+from fusedvae.backend.reference import PLAIN, form_fields
+from fusedvae.backend.specs import Sampling
 
 try:
     import hypothesis

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedvae
 from fusedvae import autograd, calls, functional
-from fusedvae.backend.reference import Objective
+from fusedvae.backend.specs import Objective
 from fusedvae.calls import Operands
 
 pytestmark = pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)

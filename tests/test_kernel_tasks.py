@@ -17,7 +17,8 @@ from conftest import INTERPRETED, KERNEL_TARGETS, Target
 from torch import Tensor
 
 from fusedvae.backend import LatentWork, ObjectiveWork, Part, TermWork, kernels
-from fusedvae.backend.reference import FORMULAS, PLAIN, Form, Formula, normal, working_dtype
+from fusedvae.backend.philox import normal
+from fusedvae.backend.reference import FORMULAS, PLAIN, Form, Formula, working_dtype
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2, torch.float16: 4e-3}

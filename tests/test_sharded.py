@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedvae import functional
-from fusedvae.backend import reference, resolve
+from fusedvae.backend import evaluation, resolve
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without torch.distributed")
 
@@ -108,8 +108,8 @@ def _compare() -> list[str]:
     }
     wrong, formulas = [], []
     has_kernels = resolve("cpu") != "reference"
-    for name, computes in (("objective", reference.objective), ("latent", reference.latent)):
-        setattr(reference, name, lambda *given, computes=computes: formulas.append(given) or computes(*given))
+    for name, computes in (("objective", evaluation.objective), ("latent", evaluation.latent)):
+        setattr(evaluation, name, lambda *given, computes=computes: formulas.append(given) or computes(*given))
     for way, placements in ways.items():
         cases = {name: CASES[name] for name in ("elbo", "latent")} if way == "features" else CASES
 

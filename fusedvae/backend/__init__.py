@@ -20,7 +20,7 @@ from torch import Tensor
 from fusedvae.torch_private import assumed_constant
 from fusedvae.typing import Backend
 
-from . import reference
+from . import reference, specs
 
 NAMES: tuple[Backend, ...] = ("native", "triton", "reference")
 """Every backend, in the order in which "auto" tries them."""
@@ -59,7 +59,7 @@ class Part(NamedTuple):
     def of(self, sources: Sequence[Any]) -> Any:
         """The tensor, or a view of it, or the number."""
         source = sources[self.source]
-        return source if self.half is None else reference.halves(source, self.dim)[self.half]
+        return source if self.half is None else specs.halves(source, self.dim)[self.half]
 
     def with_ones(self, dim: Sequence[int]) -> Part:
         """The part with more dimensions, of size 1: these, counted in the result."""
@@ -73,7 +73,7 @@ class Part(NamedTuple):
     def halves(self, dim: int) -> tuple[Part, Part]:
         """The parts of a mean and a scale that are packed in this one."""
         assert self.shape is not None
-        half = reference.half_of(self.shape, dim)
+        half = specs.half_of(self.shape, dim)
         return self._replace(shape=half, half=0, dim=dim), self._replace(shape=half, half=1, dim=dim)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend.reference import half_of
+from ..backend.specs import half_of
 from ..layout import broadcasts
 from ..typing import TermReduction
 

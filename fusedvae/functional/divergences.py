@@ -7,7 +7,8 @@ import numbers
 from torch import Tensor
 
 from .. import autograd
-from ..backend.reference import FORMULAS, half_of
+from ..backend.reference import FORMULAS
+from ..backend.specs import half_of
 from ..calls import Operand, Operands, find
 from ..layout import broadcasts
 from ..typing import Backend, Bounds, Dim, NormalScale, TermReduction

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import autograd, ops
-from ..backend.reference import FORMULAS, Sampling, form_fields, half_of
+from ..backend.reference import FORMULAS, form_fields
+from ..backend.specs import Sampling, half_of
 from ..calls import Operand, Operands, find
 from ..random import normal
 from ..typing import Backend, Bounds, Dim, Estimator, Generator, NormalScale

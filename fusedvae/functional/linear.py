@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backend.reference import LIKELIHOODS, Number, Objective, factor_of, form_fields, with_gradient_times
+from ..backend.evaluation import with_gradient_times
+from ..backend.reference import LIKELIHOODS, Number, form_fields
+from ..backend.specs import Objective, factor_of
 from ..calls import Operand
 from ..linear import LinearLikelihoodCall, linear_likelihood, usual_block
 from ..torch_private import is_any_autocast_enabled

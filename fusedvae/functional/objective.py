@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import autograd
 from ..backend import resolve
-from ..backend.reference import FORMULAS, GIVEN, Form, Formula, Objective, form_fields, half_of
+from ..backend.reference import FORMULAS, GIVEN, Form, Formula, form_fields
+from ..backend.specs import Objective, half_of
 from ..calls import Operand, Operands
 from ..layout import dense_strides
 from ..torch_private import has_hooks_on_saved_tensors, is_base_held, is_sharded, is_transformed, is_watched

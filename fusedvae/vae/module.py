@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .. import functional, ops, pretrained
-from ..backend.reference import LIKELIHOODS, Form, half_of
+from ..backend.reference import LIKELIHOODS, Form
+from ..backend.specs import half_of
 from ..functional import ELBOTerms, Latent
 from ..functional.checks import check_packed
 from ..layout import broadcasts

@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, overload
 from torch import Tensor
 
 from .. import functional
-from ..backend.reference import LIKELIHOODS, PLAIN, Form, Formula, with_gradient_times
+from ..backend.evaluation import with_gradient_times
+from ..backend.reference import LIKELIHOODS, PLAIN, Form, Formula
 from ..functional import ELBOTerms, Latent
 from ..functional.checks import check_number, check_tensor, checked_reductions
 from ..functional.forms import as_written

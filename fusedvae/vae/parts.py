@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import networks
-from ..backend.reference import half_of
+from ..backend.specs import half_of
 
 
 def called(name: str, module: nn.Module, *arguments: Tensor, condition: Any) -> object:

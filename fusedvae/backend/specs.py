@@ -1,0 +1,164 @@
+"""What an operation is but for its operands, on any backend: an objective, or a pass over the latent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import FORMULAS, GIVEN, Form, Formula, Number, forms_of
+
+
+class Placed(NamedTuple):
+    """A term of an objective, and where its operands are."""
+
+    formula: Formula
+    forms: tuple[Form, ...]
+    gains: tuple[float, ...] | None
+    """What the gradients of its inputs are multiplied by."""
+    reduction: str
+    inputs: slice
+    weight: int | None
+    normalizer: int | None
+
+
+class Objective(NamedTuple):
+    """What an objective is, but for its operands.
+
+    loss = the likelihood + beta * the divergence; either may be absent. Operands: of each term the inputs, and the
+    weight and the normalizer (which multiplies the sum) if it has these; then beta; then grad_scale if there is one.
+    """
+
+    formulas: tuple[str, ...]
+    """The names of its terms' formulas."""
+    maps: tuple[str, ...]
+    squared: tuple[bool, ...]
+    limits: tuple[float, ...]
+    """The forms of all scales, of each a map, and low, high and eps."""
+    balance: float | None
+    """What gradients to a prior are multiplied by; those to the posterior by 1 less this."""
+    weighted: tuple[bool, ...]
+    normalized: tuple[bool, ...]
+    """The terms that have a weight, and a normalizer."""
+    packed_dim: int
+    """The dimension along which means and scales are packed, of operands that are."""
+    full: bool
+    """Whether terms have their constants."""
+    reductions: tuple[str, ...]
+    """Of each term: "batchmean", "sum", "mean" or "weighted_mean"; or, of all, "none"."""
+    dim: tuple[int, ...] | None
+    """With "none", what values are summed over: by default all but the batch."""
+    dtype: torch.dtype
+    """Of the values."""
+    returns_terms: bool
+    """Whether the values are the loss, the likelihood and the divergence, or the loss alone."""
+    needed: tuple[bool, ...]
+    """The operands whose gradients are made with the values; of those with which that is possible."""
+    is_grad_scaled: bool
+    backend: str
+
+    def terms(self) -> tuple[Placed, ...]:
+        """Its terms, in order."""
+        forms = iter(forms_of(self.maps, self.squared, self.limits))
+        found, position = [], 0
+        for k, name in enumerate(self.formulas):
+            formula = GIVEN if name == GIVEN.name else FORMULAS[name]
+            inputs = slice(position, position + len(formula.inputs))
+            position = inputs.stop
+            weight = normalizer = None
+            if self.weighted[k]:
+                weight, position = position, position + 1
+            if self.normalized[k]:
+                normalizer, position = position, position + 1
+            a = self.balance
+            gains = None if a is None else (1.0 - a, 1.0 - a, a, a)[: len(formula.inputs)]
+            own = tuple(next(forms) for _ in formula.scales)
+            found.append(Placed(formula, own, gains, self.reductions[k], inputs, weight, normalizer))
+        return tuple(found)
+
+    @property
+    def values(self) -> str:
+        """What it gives: "total", "sample" (a value for each), or "element" (summed over ``dim`` alone)."""
+        if self.reductions[0] != "none":
+            return "total"
+        return "sample" if self.dim is None else "element"
+
+    @property
+    def beta(self) -> int:
+        """Beta's position among the operands."""
+        return len(self.needed) - 1 - self.is_grad_scaled
+
+    @property
+    def grad_scale(self) -> int | None:
+        return len(self.needed) - 1 if self.is_grad_scaled else None
+
+
+class Sampling(NamedTuple):
+    """What a pass over the latent is, but for its operands: the sample z, and the divergence beside it.
+
+    Operands: the inputs of the divergence; then the seed, the offset and the noise (a seed or noise).
+    """
+
+    divergence: str
+    """The name of its formula, of whose inputs the first two are the mean and the scale of z."""
+    maps: tuple[str, ...]
+    squared: tuple[bool, ...]
+    limits: tuple[float, ...]
+    """The forms of all scales, of each a map, and low, high and eps."""
+    samples: int | None
+    """How many samples there are, along a dimension in front; None for one, without such a dimension."""
+    at_sample: bool
+    """Whether the divergence is log q(z) - log p(z), one a sample, or the expectation of that."""
+    kl_dtype: torch.dtype | None
+    """Of the divergence; None for the sample alone."""
+    kl_dim: tuple[int, ...]
+    """What the divergence is summed over, counted in the dimensions of z."""
+    packed_dim: int
+    """The dimension along which means and scales are packed, of operands that are."""
+    backend: str
+
+    @property
+    def formula(self) -> Formula:
+        return FORMULAS[self.divergence]
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        return forms_of(self.maps, self.squared, self.limits)
+
+    def shape(self, mean: torch.Size) -> torch.Size:
+        """Of z."""
+        return mean if self.samples is None else torch.Size((self.samples, *mean))
+
+
+def factor_of(reduction: str, shape: torch.Size) -> float:
+    """What a sum over all elements is multiplied by; NaN for a mean over nothing."""
+    if reduction in ("sum", "none", "weighted_mean"):
+        return 1.0
+    count = shape[0] if reduction == "batchmean" else math.prod(shape)
+    return 1.0 / count if count else math.nan
+
+
+def halves(packed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The mean half and the scale half of a tensor that is packed along a dimension, as views."""
+    first, second = packed.chunk(2, dim)
+    return first, second
+
+
+def half_of(shape: torch.Size, dim: int) -> torch.Size:
+    """The shape of either half of a packed tensor."""
+    sizes = list(shape)
+    sizes[dim] //= 2
+    return torch.Size(sizes)
+
+
+def unpacked(formula: Formula, inputs: Sequence[Number | None], packed_dim: int) -> list[Number]:
+    """A formula's inputs, the packed ones taken apart."""
+    found = list(inputs)
+    for mean, scale in formula.pairs:
+        whole = found[mean]
+        if found[scale] is None and isinstance(whole, Tensor):
+            found[mean], found[scale] = halves(whole, packed_dim)
+    return found  # type: ignore[return-value]
