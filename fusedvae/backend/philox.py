@@ -65,13 +65,16 @@ def _box_muller(w0: Tensor, w1: Tensor) -> Tensor:
     """sqrt(-2 ln u0) (cos 2 pi u1 + i sin 2 pi u1) of the words' uniforms, in complex64.
 
     The nearest quarter turn comes off exactly, so that float32 rounds no large angle. It swaps sine and cosine and
-    turns their signs: as bits, which `torch.where` takes four times as long for.
+    turns their signs: as bits, which `torch.where` takes four times as long for. Within an eighth of a turn the cosine
+    is what the sine leaves of the square, with all its digits and in less time.
     """
     u0, u1 = _in_float64(_unit_interval(w0)), _in_float64(_unit_interval(w1))
-    radius = torch.log(u0).mul_(-2.0).sqrt_()
-    quarter = (u1 * 4.0).add_(0.5).floor_()
-    angle = torch.sub(u1, quarter, alpha=0.25).mul_(2 * math.pi)
-    cosine, sine = (_bits(function(angle).mul_(radius).to(torch.float32)) for function in (torch.cos, torch.sin))
+    square = torch.log(u0).mul_(-2.0)
+    turned = u1 * 4.0
+    quarter = torch.round(turned)
+    sine = turned.sub_(quarter).mul_(0.5 * math.pi).sin_().mul_(square.sqrt())
+    cosine = square.addcmul_(sine, sine, value=-1.0).sqrt_()
+    sine, cosine = (_bits(tensor.to(torch.float32)) for tensor in (sine, cosine))
     turns = quarter.to(torch.int32)
     swap = (sine ^ cosine).bitwise_and_((turns & 1).neg_())
     real = (turns + 1).bitwise_and_(2).bitwise_left_shift_(30).bitwise_xor_(cosine).bitwise_xor_(swap)
@@ -90,9 +93,8 @@ def _bits(tensor: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 def _unit_interval(word: Tensor) -> Tensor:
-    """A word as a uniform number in (0, 1]."""
-    half = (word.to(torch.int32) >> 1).bitwise_and_(0x7FFFFFFF)
-    return half.to(torch.float32).mul_(2.0**-31).add_(2.0**-32)
+    """A word as a uniform number in (0, 1]: of its upper 31 bits."""
+    return (word & (_LOW_WORD - 1)).to(torch.float32).mul_(2.0**-32).add_(2.0**-32)
 
 
 def _in_float64(tensor: Tensor) -> Tensor:
@@ -118,9 +120,11 @@ def _philox4x32(counter: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """
     m0, m1 = _PHILOX_MULTIPLIERS
     multipliers = torch.arange(2, dtype=torch.int64, device=counter.device).mul_(m1 - m0).add_(m0).unsqueeze(-1)
-    zeros = torch.zeros_like(counter)
-    even, odd = torch.stack([zeros, counter]), torch.stack([zeros, counter >> 32])
-    for key in keys.unbind():
+    (k1, k0), *others = keys.unbind()
+    product = (counter & _LOW_WORD).mul_(m0)  # the first round, in which the other product is 0
+    even = torch.stack([(product >> 32) ^ k1, (counter >> 32) ^ k0])
+    odd = torch.stack([product, torch.zeros_like(product)])
+    for key in others:
         products = even.flip(0).bitwise_and_(_LOW_WORD).mul_(multipliers)
         even, odd = ((products >> 32) ^ key).bitwise_xor_(odd), products
     return even, odd
