@@ -31,7 +31,7 @@ from torch import Tensor
 import fusedvae
 from fusedvae import functional
 from fusedvae.backend import philox
-from fusedvae.cli.bench.contestants import Handwritten, handwritten_nll
+from fusedvae.cli.bench.contestants import Handwritten, compile_for_processor, handwritten_nll
 from fusedvae.cli.bench.measuring import Contestant, interleaved
 from fusedvae.cli.bench.statistics import summary
 
@@ -62,8 +62,7 @@ def eager_nll(recon_x: Tensor, x: Tensor) -> Tensor:
 
 
 def competing(run: Callable, fused: Callable, eager: Callable) -> list[Contestant]:
-    compiled = torch.compile(eager, dynamic=False)
-    functions = {"fused": fused, "eager": eager, "compile": compiled}
+    functions = {"fused": fused, "eager": eager, "compile": compile_for_processor(eager)}
     return [Contestant(name, lambda _, f=function: run(f)) for name, function in functions.items()]
 
 

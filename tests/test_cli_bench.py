@@ -12,6 +12,8 @@ import re
 import runpy
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -877,6 +879,30 @@ def test_compiled_contestants(tmp_path: Path) -> None:
     assert compiled["compile/handwritten"]["status"] == "ok"
     assert entry["fastest"]["compile"] == "compile/handwritten"
     assert all("compile" in c["ratios"] for c in entry["contestants"])
+
+
+COMPILES = """
+import torch
+from fusedvae.cli.bench.contestants import compile_for_processor
+x = torch.arange(1024.0)
+assert torch.equal(compile_for_processor(lambda x: x + 1.0)(x), x + 1.0)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_code_of_short_vectors_is_not_found_for_long_ones(tmp_path: Path) -> None:
+    """It would write past the end of its result."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("needs AVX-512")
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    found = []
+    for capability in ("avx2", "avx512"):
+        environment["ATEN_CPU_CAPABILITY"] = capability
+        subprocess.run([sys.executable, "-c", COMPILES], env=environment, check=True)
+        graphs = {path.parent.name for path in tmp_path.glob("fxgraph/*/*/*")}
+        assert graphs
+        found.append(graphs)
+    assert len(found[1]) == len(found[0]) + 1
 
 
 @pytest.mark.gpu

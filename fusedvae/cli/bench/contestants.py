@@ -635,9 +635,21 @@ def _applies(mode: str, case: Case, device: torch.device) -> bool:
     return mode == "compile" or (mode == "compile-max-autotune" and case.operation == "step")
 
 
+def compile_for_processor(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """torch.compile for given sizes.
+
+    PyTorch's cache of compiled graphs does not know for which vectors it has written one: what ATEN_CPU_CAPABILITY=avx2
+    has left there, compiled for longer ones, reads and writes past the ends of its tensors. So the tag says it.
+    """
+    config = getattr(torch.compiler, "config", None)
+    if hasattr(config, "cache_key_tag"):
+        config.cache_key_tag = torch.backends.cpu.get_cpu_capability()  # type: ignore[union-attr]
+    return torch.compile(function, dynamic=False, mode=mode)
+
+
 def _compiled(method: Method, kind: str) -> Method:
     def compile(function: Function) -> Function:
-        return torch.compile(function, dynamic=False, mode=_COMPILE_MODES[kind])
+        return compile_for_processor(function, _COMPILE_MODES[kind])
 
     return method._replace(
         name=method.name.replace("eager", kind),
