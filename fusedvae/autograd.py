@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 from . import ops
 from .backend import evaluation
 from .backend.reference import GIVEN, form_fields, replaced, working_dtype
-from .backend.specs import Objective, Placed, Sampling, factor_of, unpacked
+from .backend.specs import Objective, Placed, Sampling, SamplingGradient, TermGradient, factor_of, unpacked
 from .calls import (
     KERNEL_DTYPES,
     LatentCall,
@@ -29,9 +29,7 @@ from .calls import (
     ObjectiveCall,
     Operand,
     Operands,
-    SamplingGradient,
     ScaleCall,
-    TermGradient,
     TermGradientCall,
     find,
     positions,
@@ -151,19 +149,7 @@ class RecordedLatent:
 
 
 def _gradient_of(spec: Sampling, operands: Operands) -> SamplingGradient:
-    needed = tuple([isinstance(t, Tensor) and t.requires_grad for t in operands[:-3]])
-    return SamplingGradient(
-        spec.divergence,
-        spec.maps,
-        spec.squared,
-        spec.limits,
-        spec.samples,
-        spec.at_sample,
-        spec.kl_dim,
-        spec.packed_dim,
-        needed,
-        spec.backend,
-    )
+    return spec.gradient(tuple([isinstance(t, Tensor) and t.requires_grad for t in operands[:-3]]))
 
 
 def _numbers(operands: Operands) -> list[int]:
@@ -259,7 +245,7 @@ def _latent_gradients(
             mean: Any = unpacked(spec.formula, inputs, spec.packed_dim)[0]
             noise = ops.normal(list(spec.shape(mean.shape)), seed, working_dtype(*inputs), spec.backend)
         kl_dtype = None if grad_kl is None else grad_kl.dtype
-        whole = Sampling(*spec[:6], kl_dtype, *spec[6:8], "reference")
+        whole = spec.sampling(kl_dtype, "reference")
 
         def formula(*inputs: Any) -> list[Tensor]:
             return evaluation.latent(whole, inputs)
@@ -572,14 +558,17 @@ def _gradients(
         elif any(spec.needed[span]):
             mean = unpacked(formula, inputs, spec.packed_dim)[0]
             assert isinstance(mean, Tensor)
+            maps, squared, limits = form_fields(term.forms)
             gradient = TermGradient(
-                formula.name,
-                *form_fields(term.forms),
-                term.gains or (),
-                spec.dim,
-                spec.packed_dim,
-                spec.needed[span],
-                spec.backend,
+                formula=formula.name,
+                maps=maps,
+                squared=squared,
+                limits=limits,
+                gains=term.gains or (),
+                dim=spec.dim,
+                packed_dim=spec.packed_dim,
+                needed=spec.needed[span],
+                backend=spec.backend,
             )
             weight = None if term.weight is None else operands[term.weight]
             given = [*inputs, weight, _times(factor, factor_of(term.reduction, mean.shape))]

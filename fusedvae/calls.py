@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import backend
 from .backend import LatentWork, ObjectiveWork, Part, TermWork
-from .backend.reference import FORMULAS, Form, Formula, forms_of, working_dtype
-from .backend.specs import Objective, Sampling, factor_of, unpacked
+from .backend.reference import FORMULAS, Formula, forms_of, working_dtype
+from .backend.specs import Objective, Sampling, SamplingGradient, TermGradient, factor_of, unpacked
 from .layout import broadcasts
 from .torch_private import is_any_autocast_enabled, is_watched, likeness
 
@@ -40,8 +40,9 @@ class _Kept(NamedTuple):
 
 
 _calls: dict[tuple[Any, ...], _Kept] = {}
-"""By all that they are; and by all but what their tensors are like, the last one found, which mostly is the next one,
-too: to test that is several times as quick as to ask what each tensor is like."""
+"""Each by its kind (what makes it, its operands' types, options and settings) and what its tensors are like; and by its
+kind alone the one that was found last. Mostly the next call is like it, and to test whether tensors are alike is several
+times as quick as to ask what each is like."""
 _MOST_CALLS = 1024
 
 
@@ -315,24 +316,6 @@ def _is_in_double(*inputs: Operand) -> bool:
     return working_dtype(*inputs) == torch.float64
 
 
-class TermGradient(NamedTuple):
-    """What the gradients of a term's weighted sum are, but for its operands: its inputs, weight and incoming."""
-
-    formula: str
-    maps: tuple[str, ...]
-    squared: tuple[bool, ...]
-    limits: tuple[float, ...]
-    """The forms of its scales: see `Objective`."""
-    gains: tuple[float, ...]
-    """What each gradient is multiplied by; none for 1."""
-    dim: tuple[int, ...] | None
-    """What the values were summed over, so that incoming, unless it is 0-dim, has not: by default all but the batch."""
-    packed_dim: int
-    needed: tuple[bool, ...]
-    """The inputs that they are of."""
-    backend: str
-
-
 def term_gradients(operands: Operands, spec: TermGradient, **options: Any) -> list[Tensor]:
     """The gradients, uninitialised."""
     return _gradients(operands, spec.needed, **options)
@@ -402,37 +385,6 @@ def latent_outputs(operands: Operands, spec: Sampling, **options: Any) -> list[T
     if spec.kl_dtype is None:
         return [z]
     return [z, mean.new_empty(_kept(shape, spec.kl_dim), dtype=spec.kl_dtype, **options)]
-
-
-class SamplingGradient(NamedTuple):
-    """What the gradients of a pass over the latent are.
-
-    Operands: those of the pass, then grad_z and the gradient of the divergence. Fields as `Sampling` has them.
-    """
-
-    divergence: str
-    maps: tuple[str, ...]
-    squared: tuple[bool, ...]
-    limits: tuple[float, ...]
-    samples: int | None
-    at_sample: bool
-    kl_dim: tuple[int, ...]
-    packed_dim: int
-    needed: tuple[bool, ...]
-    """The inputs of the divergence that they are of."""
-    backend: str
-
-    @property
-    def formula(self) -> Formula:
-        return FORMULAS[self.divergence]
-
-    @property
-    def forms(self) -> tuple[Form, ...]:
-        return forms_of(self.maps, self.squared, self.limits)
-
-    def shape(self, mean: torch.Size) -> torch.Size:
-        """Of z."""
-        return mean if self.samples is None else torch.Size((self.samples, *mean))
 
 
 def _latent_work(

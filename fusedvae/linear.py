@@ -20,8 +20,8 @@ from torch.nn.functional import linear
 from . import autograd
 from .backend import evaluation
 from .backend.reference import Number, form_fields, replaced, working_dtype
-from .backend.specs import Objective
-from .calls import ObjectiveCall, Operand, Operands, ScaleCall, TermGradient, TermGradientCall, find, positions
+from .backend.specs import Objective, TermGradient
+from .calls import ObjectiveCall, Operand, Operands, ScaleCall, TermGradientCall, find, positions
 from .torch_private import is_transformed
 
 _BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**20}
@@ -198,8 +198,17 @@ def _gradients(call: LinearLikelihoodCall, incoming: Tensor, operands: Operands)
     spec = call.spec
     (term,) = spec.terms()
     needed = _needed_of_block(call)
+    maps, squared, limits = form_fields(term.forms)
     gradient = TermGradient(
-        term.formula.name, *form_fields(term.forms), (), None, spec.packed_dim, needed, spec.backend
+        formula=term.formula.name,
+        maps=maps,
+        squared=squared,
+        limits=limits,
+        gains=(),
+        dim=None,
+        packed_dim=spec.packed_dim,
+        needed=needed,
+        backend=spec.backend,
     )
     gradients = _Gradients(call.needed, operands)
     for block in _blocks(call, operands):

@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .backend.specs import Objective, Sampling
+from .backend.specs import Objective, Sampling, SamplingGradient, TermGradient
 from .calls import (
     LatentCall,
     LatentGradientCall,
     ObjectiveCall,
     Operands,
-    SamplingGradient,
-    TermGradient,
     TermGradientCall,
     find,
     latent_gradients,

@@ -126,5 +126,5 @@ def _philox4x32(counter: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     odd = torch.stack([product, torch.zeros_like(product)])
     for key in others:
         products = even.flip(0).bitwise_and_(_LOW_WORD).mul_(multipliers)
-        even, odd = ((products >> 32) ^ key).bitwise_xor_(odd), products
+        even, odd = (products >> 32).bitwise_xor_(key).bitwise_xor_(odd), products
     return even, odd

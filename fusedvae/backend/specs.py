@@ -96,6 +96,24 @@ class Objective(NamedTuple):
         return len(self.needed) - 1 if self.is_grad_scaled else None
 
 
+class TermGradient(NamedTuple):
+    """What the gradients of a term's weighted sum are, but for its operands: its inputs, weight and incoming."""
+
+    formula: str
+    maps: tuple[str, ...]
+    squared: tuple[bool, ...]
+    limits: tuple[float, ...]
+    """The forms of its scales: see `Objective`."""
+    gains: tuple[float, ...]
+    """What each gradient is multiplied by; none for 1."""
+    dim: tuple[int, ...] | None
+    """What the values were summed over, so that incoming, unless it is 0-dim, has not: by default all but the batch."""
+    packed_dim: int
+    needed: tuple[bool, ...]
+    """The inputs that they are of."""
+    backend: str
+
+
 class Sampling(NamedTuple):
     """What a pass over the latent is, but for its operands: the sample z, and the divergence beside it.
 
@@ -131,6 +149,67 @@ class Sampling(NamedTuple):
     def shape(self, mean: torch.Size) -> torch.Size:
         """Of z."""
         return mean if self.samples is None else torch.Size((self.samples, *mean))
+
+    def gradient(self, needed: tuple[bool, ...]) -> SamplingGradient:
+        """Of some of its inputs."""
+        return SamplingGradient(
+            divergence=self.divergence,
+            maps=self.maps,
+            squared=self.squared,
+            limits=self.limits,
+            samples=self.samples,
+            at_sample=self.at_sample,
+            kl_dim=self.kl_dim,
+            packed_dim=self.packed_dim,
+            needed=needed,
+            backend=self.backend,
+        )
+
+
+class SamplingGradient(NamedTuple):
+    """What the gradients of a pass over the latent are.
+
+    Operands: those of the pass, then grad_z and the gradient of the divergence. Fields as `Sampling` has them.
+    """
+
+    divergence: str
+    maps: tuple[str, ...]
+    squared: tuple[bool, ...]
+    limits: tuple[float, ...]
+    samples: int | None
+    at_sample: bool
+    kl_dim: tuple[int, ...]
+    packed_dim: int
+    needed: tuple[bool, ...]
+    """The inputs of the divergence that they are of."""
+    backend: str
+
+    @property
+    def formula(self) -> Formula:
+        return FORMULAS[self.divergence]
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        return forms_of(self.maps, self.squared, self.limits)
+
+    def shape(self, mean: torch.Size) -> torch.Size:
+        """Of z."""
+        return mean if self.samples is None else torch.Size((self.samples, *mean))
+
+    def sampling(self, kl_dtype: torch.dtype | None, backend: str) -> Sampling:
+        """A pass like that which they are of."""
+        return Sampling(
+            divergence=self.divergence,
+            maps=self.maps,
+            squared=self.squared,
+            limits=self.limits,
+            samples=self.samples,
+            at_sample=self.at_sample,
+            kl_dtype=kl_dtype,
+            kl_dim=self.kl_dim,
+            packed_dim=self.packed_dim,
+            backend=backend,
+        )
 
 
 def factor_of(reduction: str, shape: torch.Size) -> float:

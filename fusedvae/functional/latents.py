@@ -207,15 +207,18 @@ def _latent_call(
     summed = tuple(range(1, len(mean))) if dim is None else dimensions("dim", dim, len(mean))
     if samples is not None:
         summed = tuple([d + 1 for d in summed])
+    maps, squared, limits = form_fields(forms)
     spec = Sampling(
-        formula.name,
-        *form_fields(forms),
-        samples,
-        at_sample,
-        value_dtype(mu.device.type, *inputs, is_sum=bool(summed)) if divergence else None,
-        summed,
-        packed_dim,
-        backend_for(operands, backend),
+        divergence=formula.name,
+        maps=maps,
+        squared=squared,
+        limits=limits,
+        samples=samples,
+        at_sample=at_sample,
+        kl_dtype=value_dtype(mu.device.type, *inputs, is_sum=bool(summed)) if divergence else None,
+        kl_dim=summed,
+        packed_dim=packed_dim,
+        backend=backend_for(operands, backend),
     )
     # The seed is drawn when all is checked; what it is like is known.
     seed = torch.empty((), dtype=torch.int64, device=mu.device) if noise is None else None

@@ -264,21 +264,24 @@ def run_linear_likelihood(
         factor = factor * normalizer  # type: ignore[operator]
     rows = [_rows(t, lead, columns) for t in (*operands[3:-1], *weighting[:1])]
     enabled = torch.is_grad_enabled()
+    maps, squared, limits = form_fields([form] if form else [])
     spec = Objective(
-        (formula.in_full if full and formula.in_full else formula.name,),
-        *form_fields([form] if form else []),
-        None,
-        (weight is not None,),
-        (False,),
-        1,
-        full,
-        ("none" if reduction == "none" else "sum",),
-        None,
-        value_dtype(x.device.type, hidden, *rows),
-        False,
-        (False,) * (len(rows) + 3),  # (the layer's output, and beta and grad_scale)
-        True,
-        name,
+        formulas=(formula.in_full if full and formula.in_full else formula.name,),
+        maps=maps,
+        squared=squared,
+        limits=limits,
+        balance=None,
+        weighted=(weight is not None,),
+        normalized=(False,),
+        packed_dim=1,
+        full=full,
+        reductions=("none" if reduction == "none" else "sum",),
+        dim=None,
+        dtype=value_dtype(x.device.type, hidden, *rows),
+        returns_terms=False,
+        needed=(False,) * (len(rows) + 3),  # (the layer's output, and beta and grad_scale)
+        is_grad_scaled=True,
+        backend=name,
     )
     taken = (hidden.reshape(-1, hidden.shape[-1]), linear_weight, linear_bias, *rows)
     call = LinearLikelihoodCall(

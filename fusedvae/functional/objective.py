@@ -56,22 +56,27 @@ def objective_call(
     beta = operands[len(needed)]
     data = operands[: len(needed)]
     weighted = tuple([weighting > 0 for _, _, weighting in terms])
+    maps, squared, limits = form_fields([form for _, forms, _ in terms for form in forms])
+    # Without weights, all count the same.
+    counted = ["mean" if r == "weighted_mean" and not w else r for r, w in zip(reductions, weighted, strict=True)]
     spec = Objective(
-        tuple([formula.name for formula, _, _ in terms]),
-        *form_fields([form for _, forms, _ in terms for form in forms]),
-        balance,
-        weighted,
-        tuple([weighting > 1 for _, _, weighting in terms]),
-        packed_dim,
-        bool(full),
-        # Without weights, all count the same.
-        tuple(["mean" if r == "weighted_mean" and not w else r for r, w in zip(reductions, weighted, strict=True)]),
-        dim,
-        value_dtype(first.device.type, *data, is_sum=dim != ()),
-        bool(returns_terms) or (isinstance(beta, Tensor) and beta.requires_grad),  # its gradient is the divergence
-        (*needed, *[False] * (len(operands) - len(needed))),
-        is_grad_scaled,
-        "reference" if is_weight_learned else name,  # kernels know no gradients of weights
+        formulas=tuple([formula.name for formula, _, _ in terms]),
+        maps=maps,
+        squared=squared,
+        limits=limits,
+        balance=balance,
+        weighted=weighted,
+        normalized=tuple([weighting > 1 for _, _, weighting in terms]),
+        packed_dim=packed_dim,
+        full=bool(full),
+        reductions=tuple(counted),
+        dim=dim,
+        dtype=value_dtype(first.device.type, *data, is_sum=dim != ()),
+        # (The gradient of a beta is the divergence.)
+        returns_terms=bool(returns_terms) or (isinstance(beta, Tensor) and beta.requires_grad),
+        needed=(*needed, *[False] * (len(operands) - len(needed))),
+        is_grad_scaled=is_grad_scaled,
+        backend="reference" if is_weight_learned else name,  # kernels know no gradients of weights
     )
     call = autograd.RecordedObjective(operands, spec, in_place=inplace and needed[0])
     if call.in_place:
