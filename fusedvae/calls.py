@@ -41,8 +41,8 @@ class _Kept(NamedTuple):
 
 _calls: dict[tuple[Any, ...], _Kept] = {}
 """Each by its kind (what makes it, its operands' types, options and settings) and what its tensors are like; and by its
-kind alone the one that was found last. Mostly the next call is like it, and to test whether tensors are alike is several
-times as quick as to ask what each is like."""
+kind alone the one that was found last. Mostly the next call is like it, and to test that is several times as quick as
+to ask what each tensor is like."""
 _MOST_CALLS = 1024
 
 
