@@ -1,5 +1,7 @@
-"""Objectives and samples by the formulas, in plain PyTorch: `objective` puts them together, `latent` puts one beside a
-sample. Differentiable any number of times, on any device."""
+"""Operations by the formulas, in plain PyTorch: `objective` puts them together, `latent` puts one beside a sample.
+
+Differentiable any number of times, on any device.
+"""
 
 from __future__ import annotations
 
