@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Target, leaf, sampling, threads
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusedvae import functional
+from fusedvae.backend import philox
 from fusedvae.random import normal
 
 SEEDS = [0, 1, -1, 20140501, 2**31, 2**32 - 1, 2**32, -(2**63), 2**63 - 1, 2**63, 2**64 - 1, 0x299F31D0A4093822]
@@ -73,16 +75,24 @@ def test_the_philox_of_these_tests_gives_the_known_answers_of_random123(counter:
     assert [f"{word:08x}" for word in philox4x32(counters, (k0, k1))[0]] == words.split()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_stream_is_box_muller_over_philox_words(target: Target, seed: int) -> None:
-    count = 10_007
-    values = normal(count, seed, device=target.device, backend=target.backend).cpu().double().numpy()
-    expected, radius = expected_noise(count, seed)
+def assert_is_the_stream(values: Tensor, seed: int) -> None:
+    found = values.cpu().double().numpy()
+    expected, radius = expected_noise(len(found), seed)
     # A float32 angle is known to half an ulp of a turn, so errors go with the radius, not with the value.
-    assert np.max(np.abs(values - expected) / np.maximum(radius, 1e-6)) < 4 * 2.0**-24
+    assert np.max(np.abs(found - expected) / np.maximum(radius, 1e-6)) < 4 * 2.0**-24
     # Where the value is not near a zero of the sine or cosine, a few ulp of the value itself.
     large = np.abs(expected) > 0.1 * radius
-    assert np.max(np.abs(values - expected)[large] / np.abs(expected[large])) < 8 * 2.0**-24
+    assert np.max(np.abs(found - expected)[large] / np.abs(expected[large])) < 8 * 2.0**-24
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_stream_is_box_muller_over_philox_words(target: Target, seed: int) -> None:
+    assert_is_the_stream(normal(10_007, seed, device=target.device, backend=target.backend), seed)
+
+
+def test_the_stream_of_devices_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(philox, "_in_float64", lambda tensor: tensor)
+    assert_is_the_stream(philox.normal((10_007,), torch.tensor(5), torch.float32), 5)
 
 
 def test_a_known_word_reaches_the_output(target: Target) -> None:
