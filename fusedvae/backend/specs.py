@@ -230,6 +230,8 @@ def half_of(shape: torch.Size, dim: int) -> torch.Size:
     """The shape of either half of a packed tensor."""
     sizes = list(shape)
     sizes[dim] //= 2
+    if torch.compiler.is_compiling():  # that of PyTorch 2.6 makes no torch.Size
+        return tuple(sizes)  # type: ignore[return-value]
     return torch.Size(sizes)
 
 
