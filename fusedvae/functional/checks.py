@@ -203,12 +203,12 @@ def is_number(value: object) -> bool:
     )
 
 
-def check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object, *, optional: bool = True) -> None:
     """Check how many of something there shall be: one at least; or None, as usual."""
-    if value is None:
+    if optional and value is None:
         return
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer or None, got {type(value).__name__}")
+    if type(value) is not int and (not isinstance(value, numbers.Integral) or isinstance(value, bool)):
+        raise TypeError(f"{name}: expected an integer{' or None' if optional else ''}, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 

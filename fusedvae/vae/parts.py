@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import networks
 from ..backend.specs import half_of
+from ..functional.checks import check_count
 
 
 def called(name: str, module: nn.Module, *arguments: Tensor, condition: Any) -> object:
@@ -103,11 +104,8 @@ def is_plain_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def checked_count(name: str, value: object) -> int:
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+def checked_count(name: str, value: Any) -> int:
+    check_count(name, value, optional=False)
     return int(value)
 
 
