@@ -357,6 +357,10 @@ class RecordedObjective:
             self.forward = ObjectiveCall(operands, made, in_place=in_place)
         self.scale: ScaleCall | None = None
         """Of the gradients made in the forward pass, which it takes to plan it."""
+        self.scaled: Objective | None = None
+        """What makes a total's gradients in the backward pass, times the incoming factor, if that alone comes in."""
+        if spec.values == "total" and not spec.is_grad_scaled and any(spec.needed):
+            self.scaled = replaced(spec, returns_terms=False, needed=(*spec.needed, False), is_grad_scaled=True)
 
 
 def objective(call: RecordedObjective, operands: Operands) -> Sequence[Tensor]:
@@ -414,7 +418,9 @@ class _Objective(torch.autograd.Function):
             return tuple(grads)
         assert call.forward is not None
         made = call.forward.made
-        if is_loss_alone and made and not torch.is_grad_enabled() and not is_transformed(incoming):
+        is_factor = is_loss_alone and not torch.is_grad_enabled() and not is_transformed(incoming)
+        made_already: Sequence[bool] = (False,) * len(call.spec.needed)
+        if is_factor and made:
             assert g_loss is not None
             for k, gradient in zip(made, _scaled(ctx, g_loss)):  # noqa: B905 - a hot path
                 grads[k + 1] = gradient
@@ -426,10 +432,18 @@ class _Objective(torch.autograd.Function):
                 f"{call.terms[0].formula.inputs[0]} has been overwritten with its gradient: second derivatives, and "
                 "gradients in batches, cannot be computed of a fusedvae objective with inplace=True."
             )
-        else:
-            made_already = (False,) * len(call.spec.needed)
         operands, divergence = _restored(ctx, call.deferred, ctx.saved_tensors)
         in_place = ctx.overwrites and not keeps_graph()
+        given = [*operands, g_loss]
+        if is_factor and not made and call.scaled is not None and not ops.needs_dispatcher(given):
+            scaled = find(ObjectiveCall, given, call.scaled, True, in_place)
+            for k, gradient in zip(scaled.made, scaled.forward(given)[1], strict=True):
+                grads[k + 1] = gradient
+            if in_place:
+                increment_version(given[0])  # type: ignore[arg-type]
+            if not any(isinstance(t, Tensor) and t.requires_grad and not m for t, m in zip(operands, call.spec.needed)):
+                return tuple(grads)
+            made_already = call.spec.needed
         rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)
         return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
 

@@ -214,7 +214,8 @@ static inline void put(const Operand& op, int64_t offset, double value) {
   with_type(op.dtype, [&](auto* type) { narrow(value, static_cast<decltype(type)>(op.data) + offset); });
 }
 // The same for `count` values, the first at element `first * step`, and each `step` elements past the one before.
-static inline void put_array(const Operand& op, int64_t first, int64_t step, const double* values, int64_t count) {
+template <class T>
+inline void put_array(const Operand& op, int64_t first, int64_t step, const T* values, int64_t count) {
   with_type(op.dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(op.data) + first * step;
     if (step == 1)

@@ -46,6 +46,10 @@ struct Arrays {
 // How scales come: as formulas are written (one input, it may be, the same for all elements), or in any form.
 enum class Scales { plain, uniform, any };
 
+// What a loop makes: all that is wanted, and the sum of the values; or, where there is no sum, values or gradients
+// alone.
+enum class Makes { all, values, gradients };
+
 // float64 is here for exactness more than speed: beside that of the usual loss it has one instance of `apply`, which
 // takes weights for all elements and scales in any form, and sums and writes values.
 template <class T>
@@ -160,9 +164,9 @@ struct OfElements {
   using Formula = F;
   static constexpr bool kSamples = false;
 
-  // Returns the sum of the weighted values if `sums`; else they are written where there is a place for them. Gradients
-  // may be sums of columns if `adds`. Half is what inputs that lie in 16 bits are.
-  template <class T, bool has_weights, Scales kind, bool sums, bool adds = false, class Half = T>
+  // Returns the sum of the weighted values, if it makes all. Gradients may be sums of columns if `adds`. Half
+  // is what inputs that lie in 16 bits are.
+  template <class T, bool has_weights, Scales kind, Makes makes, bool adds = false, class Half = T>
   static double apply(const Arrays<T> a, int64_t count) {  // by value: no store can change it
     using P = typename Pack<T>::type;
     constexpr int n = Formula::kInputs;
@@ -212,9 +216,9 @@ struct OfElements {
 #pragma GCC unroll 4
         for (int k = 0; k < n; ++k) element.grads[k] = counts ? element.grads[k] : zero;
       }
-      if ((!sums || kHasFewInstances<T>) && a.value) store(a.value + i, has_weights ? value : value + constant);
+      if (makes != Makes::gradients && a.value) store(a.value + i, has_weights ? value : value + constant);
 #pragma GCC unroll 4
-      for (int k = 0; k < n; ++k) {
+      for (int k = 0; k < n && makes != Makes::values; ++k) {
         if (!a.grads[k]) continue;
         if (has_halves && a.are_halves[k])
           store(reinterpret_cast<Half*>(a.grads[k]) + i, element.grads[k]);
@@ -225,22 +229,22 @@ struct OfElements {
       }
       return value;
     };
-    return sum_of_packs<T, sums>(count, fetch, visit);
+    return sum_of_packs<T, makes == Makes::all>(count, fetch, visit);
   }
 
   // The instance of `apply` for what is known at run time.
   template <class T>
   static double apply_for(const Arrays<T>& a, int64_t count, bool is_uniform, bool sums) {
     if constexpr (kHasFewInstances<T>) {
-      if (sums && a.is_plain && !a.weight) return apply<T, false, Scales::plain, true>(a, count);
+      if (sums && a.is_plain && !a.weight) return apply<T, false, Scales::plain, Makes::all>(a, count);
       Arrays<T> weighted = a;
       if (!a.weight) weighted.weight = a.ones;
-      return apply<T, true, Scales::any, true>(weighted, count);
+      return apply<T, true, Scales::any, Makes::all>(weighted, count);
     } else {
-      if (a.adds) return apply<T, false, Scales::plain, true, true>(a, count);
+      if (a.adds) return apply<T, false, Scales::plain, Makes::all, true>(a, count);
       if constexpr (kHasHalves) {
-        if (a.half == DType::bf16) return apply<T, false, Scales::plain, true, false, Bf16>(a, count);
-        if (a.half == DType::f16) return apply<T, false, Scales::plain, true, false, F16>(a, count);
+        if (a.half == DType::bf16) return apply<T, false, Scales::plain, Makes::all, false, Bf16>(a, count);
+        if (a.half == DType::f16) return apply<T, false, Scales::plain, Makes::all, false, F16>(a, count);
       }
       if constexpr (Formula::kUniform >= 0)
         if (is_uniform) return with_scales<T, Scales::uniform>(a, count, sums);
@@ -253,8 +257,15 @@ struct OfElements {
  private:
   template <class T, Scales kind>
   static double with_scales(const Arrays<T>& a, int64_t count, bool sums) {
-    if (a.weight) return sums ? apply<T, true, kind, true>(a, count) : apply<T, true, kind, false>(a, count);
-    return sums ? apply<T, false, kind, true>(a, count) : apply<T, false, kind, false>(a, count);
+    bool has_gradients = false;
+    for (const T* grad : a.grads) has_gradients = has_gradients || grad;
+    if (sums || (a.value && has_gradients)) return with_weights<T, kind, Makes::all>(a, count);
+    return has_gradients ? with_weights<T, kind, Makes::gradients>(a, count)
+                         : with_weights<T, kind, Makes::values>(a, count);
+  }
+  template <class T, Scales kind, Makes makes>
+  static double with_weights(const Arrays<T>& a, int64_t count) {
+    return a.weight ? apply<T, true, kind, makes>(a, count) : apply<T, false, kind, makes>(a, count);
   }
 };
 

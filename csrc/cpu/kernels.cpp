@@ -115,19 +115,20 @@ void finish(const ObjectiveTask& task, Doubles* totals, int64_t first, int64_t l
   put_array(task.loss, first, task.loss.stride[0], loss + first, last - first);
 }
 
-// Whether the values of samples are just those of a term's elements: there is one of each, and nothing is made of it.
-bool has_values_of_elements(const ObjectiveTask& task) {
+// Whether the values of samples are just sums of a few of a term's, which a tile adds up: nothing more is made of them.
+bool are_sums_of_few(const ObjectiveTask& task) {
   const Term& term = task.terms[0];
   return task.values == Values::sample && task.count == 1 && term.elements.formula >= 0 &&
-         term.elements.extent.sample() == 1 && !term.out &&
+         term.elements.extent.sample() <= kShort && !term.out &&
          term.factor * factor_at(term.normalizer) * factor_at(term.coefficient) == 1;
 }
 
 void objective(const ObjectiveTask& task, int threads) {
-  if (has_values_of_elements(task)) {
+  if (are_sums_of_few(task)) {
     ObjectiveTask as_elements = task;
     as_elements.values = Values::element;
-    as_elements.terms[0].elements.value = task.loss;
+    Operand& value = as_elements.terms[0].elements.value = task.loss;
+    value.stride[1] = value.stride[2] = 0;
     return objective(as_elements, threads);
   }
   const Loop* loops[ObjectiveTask::kMostTerms];

@@ -97,38 +97,48 @@ inline double sum(const T* v, int64_t count) {
       [](int64_t, P value, const auto&) FUSEDVAE_LAMBDA { return value; });
 }
 
-// Rows so short that a call for each would take longer than adding them up.
+// Rows so short that a call for each would take longer than adding them up, and their elements so few that they may be
+// added up in their own type.
 constexpr int64_t kShort = 8;
 
-// The sums of four rows of eight, in pairs: what compilers make of such rows goes number by number with AVX2.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-FUSEDVAE_INLINE void sum_four_rows_of_8(const float* v, double* sums) {
-  const auto halves = [v](int row) FUSEDVAE_LAMBDA {
-    return _mm256_cvtps_pd(_mm_loadu_ps(v + 8 * row)) + _mm256_cvtps_pd(_mm_loadu_ps(v + 8 * row + 4));
-  };
-  const __m256d first = _mm256_hadd_pd(halves(0), halves(1)), second = _mm256_hadd_pd(halves(2), halves(3));
-  const __m256d low = _mm256_permute2f128_pd(first, second, 0x20), high = _mm256_permute2f128_pd(first, second, 0x31);
-  _mm256_storeu_pd(sums, low + high);
+// The sum of a row of a length that compilers know.
+template <int64_t length, class T>
+FUSEDVAE_INLINE T sum_of_row(const T* v) {
+  if constexpr (length == 1) return v[0];
+  if constexpr (length > 1) return sum_of_row<length - 1>(v) + v[length - 1];
 }
-#endif
 
-// The sums of rows of `length` elements, at most `most`. To compilers, who go over many rows at a time where they can,
-// each length is a constant.
-template <int64_t most = kShort, class T>
-inline void sum_short_rows(const T* v, int64_t rows, int64_t length, double* sums) {
+// The sums of kLanes rows of a length that is a power of 2: of pairs, of pairs of these, and so on.
+template <int64_t length>
+FUSEDVAE_INLINE vf sums_of_rows(const float* v) {
+  if constexpr (length == 1) return load<vf>(v);
+  if constexpr (length > 1)
+    return add_pairs(sums_of_rows<length / 2>(v), sums_of_rows<length / 2>(v + length / 2 * kLanes));
+}
+
+// The sums of rows of a length that compilers know. Each is a function of its own: they go over many rows at a time
+// where they can, but not in all of several loops.
+template <int64_t length, class T, class Sum>
+FUSEDVAE_OUTLINE void sum_rows_of(const T* v, int64_t rows, Sum* sums) {
+  int64_t r = 0;
+  if constexpr (length == 8 && std::is_same_v<T, float> && std::is_same_v<Sum, float>)
+    for (; r + kLanes <= rows; r += kLanes) store(sums + r, sums_of_rows<length>(v + r * length));
+  for (; r < rows; ++r) sums[r] = static_cast<Sum>(sum_of_row<length>(v + r * length));
+}
+
+// The sums of rows of `length` elements, at most `most`.
+template <int64_t most = kShort, class T, class Sum>
+void sum_short_rows(const T* v, int64_t rows, int64_t length, Sum* sums) {
   if constexpr (most > 1)
     if (length < most) return sum_short_rows<most - 1>(v, rows, length, sums);
-  int64_t r = 0;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (most == 8 && std::is_same_v<T, float>)
-    for (; r + 4 <= rows; r += 4) sum_four_rows_of_8(v + r * most, sums + r);
-#endif
-  for (; r < rows; ++r) {
-    double total = static_cast<double>(v[r * most]);
-#pragma GCC unroll 8
-    for (int64_t i = 1; i < most; ++i) total += static_cast<double>(v[r * most + i]);
-    sums[r] = total;
-  }
+  sum_rows_of<most>(v, rows, sums);
+}
+
+// The sums of rows of any length.
+template <class T, class Sum>
+inline void sum_rows(const T* v, int64_t rows, int64_t length, Sum* sums) {
+  if (length > 0 && length <= kShort) return sum_short_rows(v, rows, length, sums);
+  for (int64_t r = 0; r < rows; ++r) sums[r] = static_cast<Sum>(sum(v + r * length, length));
 }
 
 }  // namespace FUSEDVAE_NAMESPACE

@@ -428,5 +428,17 @@ FUSEDVAE_INLINE void interleave(vf a, vf b, vf* low, vf* high) {
 #endif
 }
 
+// The sums of neighbours: a0 + a1, a2 + a3, ..., b0 + b1, ...
+FUSEDVAE_INLINE vf add_pairs(vf a, vf b) {
+#if defined(__AVX512F__)
+  return FUSEDVAE_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         FUSEDVAE_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+  return FUSEDVAE_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + FUSEDVAE_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return FUSEDVAE_SHUFFLE(a, b, 0, 2, 4, 6) + FUSEDVAE_SHUFFLE(a, b, 1, 3, 5, 7);
+#endif
+}
+
 }  // namespace FUSEDVAE_NAMESPACE
 }  // namespace fusedvae

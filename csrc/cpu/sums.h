@@ -36,10 +36,8 @@ class ValueSums {
       slots_[k] = total;
     else if (t.nb == 1)
       totals_[t.b0] = total;
-    else if (sample_ <= kShort)
-      sum_short_rows(values, t.nb, sample_, totals_ + t.b0);
     else
-      for (int64_t b = 0; b < t.nb; ++b) totals_[t.b0 + b] = sum(values + b * sample_, sample_);
+      sum_rows(values, t.nb, sample_, totals_ + t.b0);
   }
 
   void add_up() {
@@ -109,8 +107,11 @@ class OutputSum {
                   : kind == Output::total  ? 1
                                            : 0),
         tiles_in_float_(max_of(1, kRowsInFloat / max_of(1, tiling.max_rows()))),
+        is_whole_(kind == Output::sample && tiling.holds_whole_samples()),
         floats_(kind == Output::column ? units.blocks * e.inner : 0),
-        slots_(kind == Output::column ? units.blocks * e.inner : tiling.count() * per_tile_) {
+        slots_(kind == Output::column ? units.blocks * e.inner
+               : is_whole_            ? 0
+                                      : tiling.count() * per_tile_) {
     if (kind == Output::column && tiling.count() == 0) slots_.zero(e.inner);  // else a block's first rows are put there
   }
 
@@ -130,7 +131,10 @@ class OutputSum {
         slots_[turn.tile] = sum(elements, t.count());
         break;
       case Output::sample:
-        take_rows(turn.tile, elements, t.nb, t.no * t.ni);
+        if (is_whole_)
+          put_samples(t, elements);
+        else
+          take_rows(turn.tile, elements, t.nb, t.no * t.ni);
         break;
       case Output::row:
         take_rows(turn.tile, elements, t.nb * t.no, t.ni);
@@ -152,11 +156,14 @@ class OutputSum {
 
  private:
   void take_rows(int64_t k, const T* elements, int64_t rows, int64_t length) {
-    double* const into = slots_.at(k * per_tile_);
-    if (length > 0 && length <= kShort)
-      sum_short_rows(elements, rows, length, into);
-    else
-      for (int64_t r = 0; r < rows; ++r) into[r] = sum(elements + r * length, length);
+    sum_rows(elements, rows, length, slots_.at(k * per_tile_));
+  }
+
+  // Sums of whole samples go where they belong.
+  void put_samples(const Tile& t, const T* elements) {
+    T sums[kTile];
+    sum_rows(elements, t.nb, t.no * t.ni, sums);
+    put_array(out_, t.b0, out_.stride[0], sums, t.nb);
   }
 
   void take_columns(const Turn& turn, const Tile& t, const T* elements) {
@@ -187,10 +194,7 @@ class OutputSum {
 
   void add_up_slots() {
     const int64_t* const step = out_.stride;
-    if (kind_ == Output::sample && tiling_.holds_whole_samples() && tiling_.count() > 0) {
-      put_array(out_, 0, step[0], slots_.at(0), e_.batch);  // each slot is a sample's
-      return;
-    }
+    if (is_whole_ && tiling_.count() > 0) return;
     const int64_t count = max_of(0, (e_.batch - 1) * step[0] + (e_.outer - 1) * step[1] + 1);
     Doubles sums(count);
     sums.zero(count);
@@ -214,6 +218,7 @@ class OutputSum {
   const Tiling& tiling_;
   const Units& units_;
   const int64_t per_tile_, tiles_in_float_;
+  const bool is_whole_;  // each sum is of one tile
   Scratch<T> floats_;
   Doubles slots_;
 };
