@@ -46,9 +46,8 @@ struct Arrays {
 // How scales come: as formulas are written (one input, it may be, the same for all elements), or in any form.
 enum class Scales { plain, uniform, any };
 
-// What a loop makes: all that is wanted, and the sum of the values; or, where there is no sum, values or gradients
-// alone.
-enum class Makes { all, values, gradients };
+// What a loop makes: all that is wanted, or one thing alone, without what the others would take.
+enum class Makes { all, sum, values, gradients };
 
 // float64 is here for exactness more than speed: beside that of the usual loss it has one instance of `apply`, which
 // takes weights for all elements and scales in any form, and sums and writes values.
@@ -164,13 +163,16 @@ struct OfElements {
   using Formula = F;
   static constexpr bool kSamples = false;
 
-  // Returns the sum of the weighted values, if it makes all. Gradients may be sums of columns if `adds`. Half
-  // is what inputs that lie in 16 bits are.
+  // Returns the sum of the weighted values, if it makes that. Gradients may be sums of columns if `adds`. Half is what
+  // inputs that lie in 16 bits are.
   template <class T, bool has_weights, Scales kind, Makes makes, bool adds = false, class Half = T>
   static double apply(const Arrays<T> a, int64_t count) {  // by value: no store can change it
     using P = typename Pack<T>::type;
     constexpr int n = Formula::kInputs;
     constexpr bool is_uniform = kind == Scales::uniform, has_halves = !std::is_same_v<Half, T>;
+    constexpr bool makes_sum = makes == Makes::all || makes == Makes::sum;
+    constexpr bool makes_values = makes == Makes::all || makes == Makes::values;
+    constexpr bool makes_gradients = makes == Makes::all || makes == Makes::gradients;
     const P zero = {}, one = number<P>(1), factor = P{} + a.factor, constant = P{} + a.constant;
     const P none = number<P>(a.selects ? 0.0 : NAN);  // the weight that does away with an element
     // (In an instance for all tasks it is not known before.)
@@ -216,9 +218,9 @@ struct OfElements {
 #pragma GCC unroll 4
         for (int k = 0; k < n; ++k) element.grads[k] = counts ? element.grads[k] : zero;
       }
-      if (makes != Makes::gradients && a.value) store(a.value + i, has_weights ? value : value + constant);
+      if (makes_values && a.value) store(a.value + i, has_weights ? value : value + constant);
 #pragma GCC unroll 4
-      for (int k = 0; k < n && makes != Makes::values; ++k) {
+      for (int k = 0; k < n && makes_gradients; ++k) {
         if (!a.grads[k]) continue;
         if (has_halves && a.are_halves[k])
           store(reinterpret_cast<Half*>(a.grads[k]) + i, element.grads[k]);
@@ -229,7 +231,7 @@ struct OfElements {
       }
       return value;
     };
-    return sum_of_packs<T, makes == Makes::all>(count, fetch, visit);
+    return sum_of_packs<T, makes_sum>(count, fetch, visit);
   }
 
   // The instance of `apply` for what is known at run time.
@@ -255,17 +257,15 @@ struct OfElements {
   }
 
  private:
+  // Of those with weights there are two: masks, and the gradients of values per sample.
   template <class T, Scales kind>
   static double with_scales(const Arrays<T>& a, int64_t count, bool sums) {
-    bool has_gradients = false;
-    for (const T* grad : a.grads) has_gradients = has_gradients || grad;
-    if (sums || (a.value && has_gradients)) return with_weights<T, kind, Makes::all>(a, count);
-    return has_gradients ? with_weights<T, kind, Makes::gradients>(a, count)
-                         : with_weights<T, kind, Makes::values>(a, count);
-  }
-  template <class T, Scales kind, Makes makes>
-  static double with_weights(const Arrays<T>& a, int64_t count) {
-    return a.weight ? apply<T, true, kind, makes>(a, count) : apply<T, false, kind, makes>(a, count);
+    if (a.weight)
+      return sums || a.value ? apply<T, true, kind, Makes::all>(a, count)
+                             : apply<T, true, kind, Makes::gradients>(a, count);
+    for (const T* grad : a.grads)
+      if (grad) return apply<T, false, kind, Makes::all>(a, count);
+    return sums ? apply<T, false, kind, Makes::sum>(a, count) : apply<T, false, kind, Makes::values>(a, count);
   }
 };
 
