@@ -55,7 +55,7 @@ template <class T>
 constexpr bool kHasFewInstances = std::is_same_v<T, double>;
 
 // Whether loops go over operands that lie in 16 bits: with narrower vectors arithmetic takes longer than memory does.
-constexpr bool kHasHalves = kLanes == 16;
+constexpr bool kHasHalves = kLanes >= 8;
 
 // What a formula derives of its scales, and the derivatives of their logarithms by what they are forms of.
 template <class Formula, class P>
@@ -245,8 +245,8 @@ struct OfElements {
     } else {
       if (a.adds) return apply<T, false, Scales::plain, Makes::all, true>(a, count);
       if constexpr (kHasHalves) {
-        if (a.half == DType::bf16) return apply<T, false, Scales::plain, Makes::all, false, Bf16>(a, count);
-        if (a.half == DType::f16) return apply<T, false, Scales::plain, Makes::all, false, F16>(a, count);
+        if (a.half == DType::bf16) return with_halves<T, Bf16>(a, count);
+        if (a.half == DType::f16) return with_halves<T, F16>(a, count);
       }
       if constexpr (Formula::kUniform >= 0)
         if (is_uniform) return with_scales<T, Scales::uniform>(a, count, sums);
@@ -257,6 +257,12 @@ struct OfElements {
   }
 
  private:
+  template <class T, class Half>
+  static double with_halves(const Arrays<T>& a, int64_t count) {
+    for (const T* grad : a.grads)
+      if (grad) return apply<T, false, Scales::plain, Makes::all, false, Half>(a, count);
+    return apply<T, false, Scales::plain, Makes::sum, false, Half>(a, count);
+  }
   // Of those with weights there are two: masks, and the gradients of values per sample.
   template <class T, Scales kind>
   static double with_scales(const Arrays<T>& a, int64_t count, bool sums) {
