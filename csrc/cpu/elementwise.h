@@ -54,7 +54,7 @@ enum class Makes { all, sum, values, gradients };
 template <class T>
 constexpr bool kHasFewInstances = std::is_same_v<T, double>;
 
-// Whether loops go over operands that lie in 16 bits: with narrower vectors arithmetic takes longer than memory does.
+// Whether loops go over operands that lie in 16 bits: with four lanes arithmetic takes longer than memory does.
 constexpr bool kHasHalves = kLanes >= 8;
 
 // What a formula derives of its scales, and the derivatives of their logarithms by what they are forms of.
@@ -326,11 +326,12 @@ int64_t unbuffered_tile(const ElementwiseTask& task, const Outputs& outputs) {
 // Which inputs the loop reads where they lie in 16 bits, as it writes their gradients: those that are, with these,
 // arrays of one type, where the rest of the task is that of the usual loss. Returns the type, f32 for none.
 //
-// It is for operands that no cache holds: by way of buffers, a thread would wait for memory while it fills these, and
-// leave memory waiting while it computes. In caches the buffers are quicker: to convert between a formula's steps makes
-// its chains so long that a processor sees too few of them at a time.
+// By way of buffers, a thread would wait for memory while it fills these, and leave memory waiting while it computes.
+// In caches that matters less than that bfloat16 is rounded in some ten steps: between a formula's they make its chains
+// so long that a processor sees too few of them at a time. Float16 has an instruction for it.
 template <class Work, class T>
-DType find_halves(const ElementwiseTask& task, const Outputs& outputs, bool (&are_halves)[kMostInputs]) {
+DType find_halves(const ElementwiseTask& task, const Outputs& outputs, bool is_cached,
+                  bool (&are_halves)[kMostInputs]) {
   using Formula = typename Work::Formula;
   DType half = DType::f32;
   if (!kHasHalves || kHasFewInstances<T> || Work::kSamples) return half;
@@ -340,7 +341,8 @@ DType find_halves(const ElementwiseTask& task, const Outputs& outputs, bool (&ar
   for (int k = 0; k < Formula::kInputs; ++k) {
     const DType dtype = half == DType::f32 ? task.inputs[k].dtype : half;
     const Output kind = outputs.grads[k];
-    are_halves[k] = (dtype == DType::bf16 || dtype == DType::f16) && is_array(task.inputs[k], dtype, e) &&
+    are_halves[k] = (dtype == DType::f16 || (dtype == DType::bf16 && !is_cached)) &&
+                    is_array(task.inputs[k], dtype, e) &&
                     (kind == Output::none || (kind == Output::element && is_array(task.grads[k], dtype, e)));
     if (are_halves[k]) half = dtype;
   }
@@ -402,8 +404,8 @@ void run_elementwise(const ElementwiseTask& given, const LatentTask* latent, dou
   const int64_t unbuffered = is_large || (totals && by_sample) ? 0 : unbuffered_tile<Work, T>(task, outputs);
   bool are_halves[kMostInputs] = {};
   DType half = DType::f32;
-  if (read_bytes + written >= kPastCachesBytes && !(totals && by_sample))
-    half = find_halves<Work, T>(task, outputs, are_halves);
+  if (!(totals && by_sample))
+    half = find_halves<Work, T>(task, outputs, read_bytes + written < kPastCachesBytes, are_halves);
   bool past_caches = kHasStreamingStores && is_large && half == DType::f32;
   for (int k = 0; k < n && past_caches; ++k)
     if (outputs.grads[k] == Output::element && is_untouched(task.grads[k], e)) past_caches = false;
