@@ -123,9 +123,25 @@ typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 FUSEDVAE_INLINE vf widen(vh v, Bf16*) {
   return reinterpret_cast<vf>(__builtin_convertvector(v, vu) << 16);
 }
+// The upper 16 bits of each lane.
+FUSEDVAE_INLINE vh upper_halves(vu v) {
+#if defined(__AVX512F__)
+  const __m512i odd = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
+                                       15, 13, 11, 9, 7, 5, 3, 1);
+  return reinterpret_cast<vh>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(odd, reinterpret_cast<__m512i>(v))));
+#elif defined(__AVX2__)
+  const __m256i odd = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1, 2, 3, 6, 7, 10, 11,
+                                       14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i in_halves = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(v), odd);
+  return reinterpret_cast<vh>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(in_halves, 0x08)));
+#else
+  return __builtin_convertvector(v >> 16, vh);
+#endif
+}
+// (A NaN that arithmetic made is quiet, and stays one when its lower bits are cut off.)
 FUSEDVAE_INLINE vh narrow(vf v, Bf16*) {
-  const vu bits = reinterpret_cast<vu>(v), rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40u, vh);
+  const vu bits = reinterpret_cast<vu>(v), half = 0x7FFFu + ((bits >> 16) & 1);
+  return upper_halves(bits + (v == v ? half : vu{}));
 }
 FUSEDVAE_INLINE vf widen(vh v, F16*) {
 #if defined(__AVX512F__)
@@ -161,16 +177,23 @@ FUSEDVAE_INLINE void store(F16* p, vf v) {
   store(&p->bits, narrow(v, p));
 }
 
-// (Compilers find no vectors for F16 themselves.)
+// (Compilers find no vectors for F16 themselves, and longer ways to round to Bf16.)
+template <class Half>
+FUSEDVAE_INLINE void narrow_to_half(const float* in, Half* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load<vf>(in + i));
+  for (; i < count; ++i) narrow(in[i], out + i);
+}
+FUSEDVAE_INLINE void narrow_array(const float* in, Bf16* out, int64_t count) {
+  narrow_to_half(in, out, count);
+}
+FUSEDVAE_INLINE void narrow_array(const float* in, F16* out, int64_t count) {
+  narrow_to_half(in, out, count);
+}
 FUSEDVAE_INLINE void widen_array(const F16* in, float* out, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, load<vf>(in + i));
   for (; i < count; ++i) out[i] = widen(in[i]);
-}
-FUSEDVAE_INLINE void narrow_array(const float* in, F16* out, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(out + i, load<vf>(in + i));
-  for (; i < count; ++i) narrow(in[i], out + i);
 }
 #endif
 
