@@ -288,8 +288,6 @@ class Deferred(NamedTuple):
     tensors: list[int]
     numbers: list[int]
     """The operands that are tensors, and those that are numbers."""
-    rest: bool
-    """Whether the loss depends on more than the operands whose gradients are made in the forward pass."""
 
 
 def made_in_forward(
@@ -325,7 +323,6 @@ def _deferred(made: Sequence[bool], operands: Operands, *, in_place: bool = Fals
         len(operands),
         positions([isinstance(t, Tensor) and not (in_place and made[k] and k == 0) for k, t in enumerate(operands)]),
         _numbers(operands),
-        any(isinstance(t, Tensor) and t.requires_grad and not m for t, m in zip(operands, made, strict=True)),
     )
 
 
@@ -352,6 +349,10 @@ class RecordedObjective:
         self.overwrites = in_place and made.needed[0]
         """Whether that is done in the forward pass."""
         self.deferred = _deferred(made.needed, operands, in_place=in_place)
+        self.needs_more = any(
+            isinstance(t, Tensor) and t.requires_grad and not n for t, n in zip(operands, spec.needed, strict=True)
+        )
+        """Whether there are gradients to make besides those that objectives make."""
         self.forward: ObjectiveCall | None = None
         if not self.is_dispatched and spec.backend != "reference":
             self.forward = ObjectiveCall(operands, made, in_place=in_place)
@@ -424,7 +425,7 @@ class _Objective(torch.autograd.Function):
             assert g_loss is not None
             for k, gradient in zip(made, _scaled(ctx, g_loss)):  # noqa: B905 - a hot path
                 grads[k + 1] = gradient
-            if not call.deferred.rest:  # the usual step
+            if not call.needs_more:  # the usual step
                 return tuple(grads)
             made_already = call.spec.needed
         elif call.overwrites:
@@ -441,7 +442,7 @@ class _Objective(torch.autograd.Function):
                 grads[k + 1] = gradient
             if in_place:
                 increment_version(given[0])  # type: ignore[arg-type]
-            if not any(isinstance(t, Tensor) and t.requires_grad and not m for t, m in zip(operands, call.spec.needed)):
+            if not call.needs_more:
                 return tuple(grads)
             made_already = call.spec.needed
         rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)

@@ -256,6 +256,60 @@ def test_a_loss_scaler_does_not_underflow_float16() -> None:
     torch.testing.assert_close(scaled.double(), recon_x.double() * 1024, rtol=1e-3, atol=0)
 
 
+def test_one_pass_makes_all_that_float16_leaves_to_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[bool, ...]] = []
+    forward = calls.ObjectiveCall.forward
+
+    def recorded(call: calls.ObjectiveCall, operands: Operands) -> Any:
+        made.append(call.spec.needed)
+        return forward(call, operands)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a term of its own")
+
+    monkeypatch.setattr(calls.ObjectiveCall, "forward", recorded)
+    monkeypatch.setattr(calls, "TermGradientCall", refuse)
+    monkeypatch.setattr(autograd, "TermGradientCall", refuse)
+    t = operands(torch.float16)
+    beta = torch.tensor(0.7, requires_grad=True)
+    leaves = [*t, beta]
+    loss = functional.elbo_loss(*t, beta=beta)
+    assert isinstance(loss, Tensor)
+    t64 = [v.detach().double().requires_grad_() for v in leaves]
+    expected = torch.autograd.grad(written_out(*t64)[0] * 96, t64)
+    for _ in range(2):  # of a graph that is kept
+        found = torch.autograd.grad(loss * 96, leaves, retain_graph=True)
+        assert made.pop() == (True,) * 5 + (False,) * 2
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f.double(), e, rtol=2e-3, atol=2e-2)
+    assert made == [(False,) * 6]
+
+
+def test_a_kl_of_one_s_own_beside_float16() -> None:
+    recon_x, x, _, _, recon_logvar = t = operands(torch.float16)
+    kl = torch.rand(4, requires_grad=True)
+    loss = functional.elbo_loss(recon_x, x, None, None, recon_logvar, kl=kl, beta=0.5)
+    found = torch.autograd.grad(loss * 8, [recon_x, recon_logvar, kl])
+    t64 = [v.detach().double().requires_grad_() for v in t]
+    nll = written_out(*t64)[1]
+    expected = torch.autograd.grad(nll * 8, [t64[0], t64[4]])
+    for f, e in zip(found, [*expected, torch.full((4,), 1.0)], strict=True):
+        torch.testing.assert_close(f.double(), e.double(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_rounded_as_pytorch_rounds(dtype: torch.dtype) -> None:
+    at_edges = [0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F7FFFFF, 0x3F808000, 0x3F818000, 1, 0x8000, 0x18000, 0x477FF000]
+    bits = torch.cat([torch.randint(1 << 31, (30011,)), torch.tensor(at_edges)]).to(torch.int32)
+    x = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)])[None]
+    mean = torch.zeros_like(x, dtype=dtype).requires_grad_()
+    loss = functional.gaussian_nll(mean, x, reduction="sum")
+    assert isinstance(loss, Tensor)
+    (found,) = torch.autograd.grad(loss, mean)
+    torch.testing.assert_close(found, (-x).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def test_autocast_gives_float32_as_for_a_loss_of_pytorch(target: Target) -> None:
     layer, x = torch.nn.Linear(4, 4), torch.randn(3, 4)
     with torch.autocast(target.device, dtype=torch.bfloat16):

@@ -93,6 +93,33 @@ def z_of(mu: Tensor, s: Tensor, noise: Tensor) -> Tensor:
     return mu + (s / 2).exp() * noise
 
 
+@pytest.mark.large  # that is, of more samples than a tile holds
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [*range(1, 10), 17])
+def test_values_of_short_samples(length: int, dtype: torch.dtype) -> None:
+    samples = 2053
+    mean, x, logvar = (torch.randn(samples, length).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.rand(samples, length) < 0.8
+    incoming = torch.randn(samples, dtype=torch.float64)
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, 1e-2)
+    for weight in (None, mask):
+        given = [t.detach().double().requires_grad_() for t in (mean, logvar)]
+        elements = gaussian(given[0], x.detach().double(), given[1])
+        expected = (elements if weight is None else elements * weight).sum(1)
+        found = functional.gaussian_nll(mean, x.detach(), logvar, reduction="none", weight=weight)
+        assert isinstance(found, Tensor)
+        with torch.no_grad():  # values alone, and of a view whose samples are not side by side
+            transposed = functional.gaussian_nll(
+                mean.t().contiguous().t(), x, logvar.t().contiguous().t(), reduction="none", weight=weight
+            )
+        single = min(tolerance, 2e-6)  # values are float32, of whatever operands
+        torch.testing.assert_close(found.double(), expected, rtol=single, atol=single)
+        torch.testing.assert_close(transposed.double(), expected, rtol=single, atol=single)  # type: ignore[union-attr]
+        made = torch.autograd.grad((found * incoming).sum(), (mean, logvar))
+        for g, e in zip(made, torch.autograd.grad((expected * incoming).sum(), given), strict=True):
+            torch.testing.assert_close(g.double(), e, rtol=tolerance, atol=tolerance)
+
+
 def test_one_value_for_each_step_and_for_each_element_with_packed_tensors() -> None:
     (packed,) = leaves((4, 6, 10))
     mu, s = packed.chunk(2, -1)
