@@ -327,7 +327,7 @@ int64_t unbuffered_tile(const ElementwiseTask& task, const Outputs& outputs) {
 // arrays of one type, where the rest of the task is that of the usual loss. Returns the type, f32 for none.
 //
 // By way of buffers, a thread would wait for memory while it fills these, and leave memory waiting while it computes.
-// In caches that matters less than that bfloat16 is rounded in some ten steps: between a formula's they make its chains
+// In caches that matters less than that bfloat16 is rounded in several steps: between a formula's they make its chains
 // so long that a processor sees too few of them at a time. Float16 has an instruction for it.
 template <class Work, class T>
 DType find_halves(const ElementwiseTask& task, const Outputs& outputs, bool is_cached,
