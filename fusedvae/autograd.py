@@ -359,8 +359,8 @@ class RecordedObjective:
         self.scale: ScaleCall | None = None
         """Of the gradients made in the forward pass, which it takes to plan it."""
         self.scaled: Objective | None = None
-        """What makes a total's gradients in the backward pass, times the incoming factor, if that alone comes in."""
-        if spec.values == "total" and not spec.is_grad_scaled and any(spec.needed):
+        """What makes a total's gradients in the backward pass, if they are left to that: times the incoming factor."""
+        if spec.values == "total" and not spec.is_grad_scaled and made.needed != spec.needed:
             self.scaled = replaced(spec, returns_terms=False, needed=(*spec.needed, False), is_grad_scaled=True)
 
 
@@ -436,7 +436,7 @@ class _Objective(torch.autograd.Function):
         operands, divergence = _restored(ctx, call.deferred, ctx.saved_tensors)
         in_place = ctx.overwrites and not keeps_graph()
         given = [*operands, g_loss]
-        if is_factor and not made and call.scaled is not None and not ops.needs_dispatcher(given):
+        if is_factor and call.scaled is not None and not ops.needs_dispatcher(given):
             scaled = find(ObjectiveCall, given, call.scaled, True, in_place)
             for k, gradient in zip(scaled.made, scaled.forward(given)[1], strict=True):
                 grads[k + 1] = gradient

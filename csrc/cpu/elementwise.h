@@ -41,6 +41,12 @@ struct Arrays {
   const T *deviation, *deviation_slope;                                    // beside a sample, likewise
   const T *noise, *grad_z;
   T* z;
+
+  bool has_gradients() const {
+    bool found = false;
+    for (const T* grad : grads) found = found || grad;
+    return found;
+  }
 };
 
 // How scales come: as formulas are written (one input, it may be, the same for all elements), or in any form.
@@ -259,9 +265,8 @@ struct OfElements {
  private:
   template <class T, class Half>
   static double with_halves(const Arrays<T>& a, int64_t count) {
-    for (const T* grad : a.grads)
-      if (grad) return apply<T, false, Scales::plain, Makes::all, false, Half>(a, count);
-    return apply<T, false, Scales::plain, Makes::sum, false, Half>(a, count);
+    return a.has_gradients() ? apply<T, false, Scales::plain, Makes::all, false, Half>(a, count)
+                             : apply<T, false, Scales::plain, Makes::sum, false, Half>(a, count);
   }
   // Of those with weights there are two: masks, and the gradients of values per sample.
   template <class T, Scales kind>
@@ -269,8 +274,7 @@ struct OfElements {
     if (a.weight)
       return sums || a.value ? apply<T, true, kind, Makes::all>(a, count)
                              : apply<T, true, kind, Makes::gradients>(a, count);
-    for (const T* grad : a.grads)
-      if (grad) return apply<T, false, kind, Makes::all>(a, count);
+    if (a.has_gradients()) return apply<T, false, kind, Makes::all>(a, count);
     return sums ? apply<T, false, kind, Makes::sum>(a, count) : apply<T, false, kind, Makes::values>(a, count);
   }
 };

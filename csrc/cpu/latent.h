@@ -42,7 +42,7 @@ struct BesideSample {
     constexpr int n = Formula::kInputs;
     const P factor = P{} + a.factor;
     const bool is_plain = plain || (kHasFewInstances<T> && a.is_plain);
-    const bool has_gradients = a.grads[0] || a.grads[1] || (n == 4 && (a.grads[n - 2] || a.grads[n - 1]));
+    const bool has_gradients = a.has_gradients();
     struct Fetched {
       P inputs[n], incoming, noise, grad_z;
       Scale<P> scales[kMostScales];
