@@ -138,23 +138,30 @@ class Kind(NamedTuple):
         """The same as `VAEOutput` has it."""
         if self == _PLAIN_GAUSSIAN:  # in a moment
             return None
-        scales = list(self.formula.forms)
         low, high = self.clamp or (None, None)
-        position = 0 if self.scale is None else scales.index(self.scale)
-        found = (list(LIKELIHOODS).index(self.likelihood), position, low, high, self.eps)
+        found = (*_POSITIONS[self.likelihood, self.scale], low, high, self.eps)
         return None if found == (0, 0, None, None, 0.0) else found
 
     @classmethod
     def of(cls, numbers: tuple[int, int, float | None, float | None, float] | None) -> Kind:
         if numbers is None:
             return _PLAIN_GAUSSIAN
-        position, scale, low, high, eps = numbers
-        likelihood: Any
-        likelihood, formula = list(LIKELIHOODS.items())[position]
+        likelihood, scale, low, high, eps = numbers
         clamp = None if (low, high) == (None, None) else (low, high)
-        form: Any = list(formula.forms)[scale] if formula.scales else None
-        return cls(likelihood, form, clamp, eps)
+        return cls(*_NAMES[likelihood, scale], clamp, eps)
 
+
+_NAMES: dict[tuple[int, int], tuple[Any, Any]] = {
+    (number, position): (likelihood, scale)
+    for number, (likelihood, formula) in enumerate(LIKELIHOODS.items())
+    for position, scale in enumerate(formula.forms if formula.scales else [None])
+}
+"""The likelihoods and the scales that they may have, by their positions."""
+
+_POSITIONS = {names: positions for positions, names in _NAMES.items()}
+_POSITIONS |= {(likelihood, None): (number, 0) for number, likelihood in enumerate(LIKELIHOODS)}
+"""And the other way round; without a word, a likelihood has the first of its scales. Compilers look this up, not all of
+which can list the forms of a formula."""
 
 _PLAIN_GAUSSIAN = Kind("gaussian", None, None, 0.0)
 
