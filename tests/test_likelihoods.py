@@ -196,7 +196,7 @@ def test_targets_of_integers(target: Target, likelihood: str, dtype: torch.dtype
 
 
 @every_likelihood
-@pytest.mark.parametrize("size", [1, 17, 1025, pytest.param(4097, marks=pytest.mark.large)])
+@pytest.mark.parametrize("size", [1, 17, *[pytest.param(n, marks=pytest.mark.large) for n in (1025, 4097)]])
 def test_sizes_around_the_edges_of_tiles(target: Target, likelihood: str, size: int) -> None:
     shapes = [((3, size), (3, 1)), ((size,), ()), ((3, size), ())]
     for others, reduction in zip(shapes, REDUCTIONS, strict=True):

@@ -87,7 +87,7 @@ def no_counts_are_left() -> bool:
 
 def test_nothing_is_kept_behind_the_dispatcher(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
     """A compiler that records launches in a CUDA graph owns all memory that is made meanwhile."""
-    monkeypatch.setattr(backend, "_SMALL_TILE", 128)
+    monkeypatch.setattr(backend, "_SMALL_TILE", 256)
     monkeypatch.setattr(backend, "_workspaces", {})
     expected = objectives((3, 1, 1), "reference") + latents((6, 50), "reference")
     monkeypatch.setattr(ops, "needs_dispatcher", lambda operands: True)
@@ -96,7 +96,7 @@ def test_nothing_is_kept_behind_the_dispatcher(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_what_is_large_is_not_kept(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
-    monkeypatch.setattr(backend, "_SMALL_TILE", 128)
+    monkeypatch.setattr(backend, "_SMALL_TILE", 256)
     monkeypatch.setattr(backend, "MOST_KEPT", -1)
     monkeypatch.setattr(backend, "_workspaces", {})
     check(
@@ -109,7 +109,7 @@ def test_what_is_large_is_not_kept(monkeypatch: pytest.MonkeyPatch, calls_anew: 
 
 @pytest.mark.parametrize("scale", SHAPES)
 def test_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None, scale: str) -> None:
-    monkeypatch.setattr(backend, "_SMALL_TILE", 128)
+    monkeypatch.setattr(backend, "_SMALL_TILE", 256)
     monkeypatch.setattr(backend, "_COLUMN", 16)
     check(objectives(SHAPES[scale]), objectives(SHAPES[scale], "reference"), 4e-6)
     assert no_counts_are_left()
@@ -127,7 +127,7 @@ def test_divergences_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew
 @pytest.mark.parametrize("scale", ["scalar", "column"])
 def test_sums_of_parts_of_the_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None, scale: str) -> None:
     """Many partial sums are added up by many programs, and then what these have found."""
-    monkeypatch.setattr(backend, "_SMALL_TILE", 64)
+    monkeypatch.setattr(backend, "_SMALL_TILE", 128)
     monkeypatch.setattr(backend, "_COLUMN", 4)
     monkeypatch.setattr(backend, "_MANY", 3)
     check(objectives(SHAPES[scale]), objectives(SHAPES[scale], "reference"), 4e-6)
