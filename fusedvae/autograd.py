@@ -11,6 +11,7 @@ that its forward pass makes are outputs there, as the operator's schema has it, 
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,15 +82,24 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
 
 
 class Conversion(NamedTuple):
-    """An operand that kernels cannot take as it comes, and how they can."""
+    """An operand that cannot be taken as it comes, and how it can."""
 
     operand: int
-    convert: Callable[[Tensor], Tensor | float]
+    convert: Callable[[Any], Tensor | float]
+
+
+def _number_conversions(operands: Operands) -> list[Conversion]:
+    """Those of NumPy's numbers, which would compute in their own precision."""
+    return [
+        Conversion(k, float)
+        for k, operand in enumerate(operands)
+        if isinstance(operand, numbers.Real) and type(operand) not in (float, int, bool)
+    ]
 
 
 def _conversions(operands: Operands, dtype: torch.dtype, device: torch.device) -> list[Conversion]:
-    """Those of some operands, for arithmetic in ``dtype`` on ``device``."""
-    found = []
+    """Those of some operands, for kernels' arithmetic in ``dtype`` on ``device``."""
+    found = _number_conversions(operands)
     for k, operand in enumerate(operands):
         if not isinstance(operand, Tensor):
             continue
@@ -117,7 +127,7 @@ def _read(number: Tensor) -> float:
 def _converted(conversions: Sequence[Conversion], operands: Operands) -> Operands:
     found = list(operands)
     for k, convert in conversions:
-        found[k] = convert(found[k])  # type: ignore[arg-type]
+        found[k] = convert(found[k])
     return found
 
 
@@ -334,8 +344,9 @@ class RecordedObjective:
         assert isinstance(first, Tensor)
         terms = spec.terms()
         weight = None if terms[0].weight is None else operands[terms[0].weight]
-        self.conversions: list[Conversion] = []
-        if spec.backend != "reference":
+        if spec.backend == "reference":
+            self.conversions = _number_conversions(operands)
+        else:
             dtype = working_dtype(*operands[terms[0].inputs], weight)
             self.conversions = _conversions(operands, dtype, first.device)
         operands = _converted(self.conversions, operands)
@@ -547,28 +558,26 @@ def _gradients(
 
         return _second_order(values, operands, [g_loss, g_likelihood, g_divergence])
     beta = operands[spec.beta]
-    if spec.grad_scale is not None:
-        scale = _as_weight(operands[spec.grad_scale])
-        g_loss, g_likelihood, g_divergence = [
-            None if g is None else g * scale for g in (g_loss, g_likelihood, g_divergence)
-        ]
+    scale = 1.0 if spec.grad_scale is None else _as_weight(operands[spec.grad_scale])
     for term in terms:
         formula, span = term.formula, term.inputs
         if any(made_already[span]):
             continue
-        if formula.is_divergence:
-            factor = _sum(None if g_loss is None else g_loss * _as_weight(beta), g_divergence)
-        else:
+        coefficients = [scale] if term.normalizer is None else [scale, _as_weight(operands[term.normalizer])]
+        if not formula.is_divergence:
             factor = _sum(g_loss, g_likelihood)
+        elif g_divergence is None:
+            factor = g_loss
+            coefficients.append(_as_weight(beta))
+        else:
+            factor = _sum(None if g_loss is None else g_loss * _as_weight(beta), g_divergence)
         if factor is None:
             continue
-        if term.normalizer is not None:
-            factor = factor * _as_weight(operands[term.normalizer])
         inputs = operands[span]
         if formula is GIVEN:
             (kl,) = inputs
             if isinstance(kl, Tensor) and kl.requires_grad:
-                incoming_kl = _times(factor, factor_of(term.reduction, kl.shape))
+                incoming_kl = _times(factor, *coefficients, factor_of(term.reduction, kl.shape))
                 grads[span.start] = incoming_kl.to(kl.dtype).expand_as(kl)
         elif any(spec.needed[span]):
             mean = unpacked(formula, inputs, spec.packed_dim)[0]
@@ -586,7 +595,7 @@ def _gradients(
                 backend=spec.backend,
             )
             weight = None if term.weight is None else operands[term.weight]
-            given = [*inputs, weight, _times(factor, factor_of(term.reduction, mean.shape))]
+            given = [*inputs, weight, _times(factor, *coefficients, factor_of(term.reduction, mean.shape))]
             overwrites = in_place and span.start == 0
             found = find(_term_gradient, given, gradient, overwrites).outputs(given)
             if overwrites:
@@ -595,7 +604,7 @@ def _gradients(
                 grads[span.start + k] = g
     if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
         assert divergence is not None
-        grads[spec.beta] = (g_loss * divergence).sum().to(beta.dtype)
+        grads[spec.beta] = _times(g_loss * divergence, scale).sum().to(beta.dtype)
     return tuple(grads)
 
 
@@ -617,8 +626,15 @@ def _as_weight(value: Any) -> Any:
     return value.to(torch.promote_types(value.dtype, torch.float32)) if value.dim() < 2 else value
 
 
-def _times(weight: Tensor, factor: float) -> Tensor:
-    return weight if factor == 1.0 else weight * factor
+def _times(weight: Tensor, *coefficients: Any) -> Tensor:
+    """A product, in as few operations as that takes: numbers become one."""
+    number = 1.0
+    for coefficient in coefficients:
+        if isinstance(coefficient, Tensor):
+            weight = weight * coefficient
+        else:
+            number *= coefficient
+    return weight if number == 1.0 else weight * number
 
 
 # --- behind the dispatcher --------------------------------------------------------------------------------------------

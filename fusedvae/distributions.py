@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -209,6 +210,8 @@ class DiagonalGaussianDistribution:
         if getattr(other, "deterministic", False):
             raise ValueError("other: expected a distribution that has a density, got a deterministic one")
         if not isinstance(other, DiagonalGaussianDistribution):
+            if not (hasattr(other, "mean") and hasattr(other, "logvar")):
+                raise TypeError(f"other: expected a distribution with a mean and a logvar, got {type(other).__name__}")
             return other.mean, other.logvar, None
         if other._logvar is None and other._chunk_dim % other._mu.dim() != self._chunk_dim % self._mu.dim():
             return other.mean, other._unbounded_logvar, other._clamp
@@ -278,8 +281,9 @@ def _batched(moment: Tensor) -> Tensor:
 def _kl_of_normals(p: torch.distributions.Normal, q: torch.distributions.Normal) -> Tensor:
     moments = [p.loc, p.scale, q.loc, q.scale]
     # Numbers may lie anywhere, as in PyTorch's arithmetic.
-    device = next((t.device for t in moments if t.dim() > 0), p.loc.device)
-    loc, scale, prior_loc, prior_scale = [t if t.dim() > 0 else t.to(device) for t in moments]
+    spread = [t for t in moments if t.dim() > 0] or moments
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in spread])
+    loc, scale, prior_loc, prior_scale = [t if t.dim() > 0 else t.to(spread[0].device, dtype) for t in moments]
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     return functional.kl_normal(
         _batched(loc.expand(shape)),

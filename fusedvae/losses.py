@@ -17,6 +17,7 @@ from .functional.checks import (
     REQUIRED_WITH_PRIOR_MU,
     check_broadcast,
     check_count,
+    check_integer,
     check_number,
     checked_reductions,
 )
@@ -134,8 +135,7 @@ class ELBOLoss(nn.Module, Generic[_Returned]):
         checked_reductions(reduction)
         checked_recon_options(likelihood, recon_scale, recon_clamp, recon_eps)
         checked_latent_options(scale, clamp, eps, prior_scale, prior_clamp, prior_eps)
-        if not isinstance(packed_dim, int) or isinstance(packed_dim, bool):
-            raise TypeError(f"packed_dim: expected an integer, got {type(packed_dim).__name__}")
+        check_integer("packed_dim", packed_dim)
         if backend is not None:
             checked_name(backend)
         self.beta = beta

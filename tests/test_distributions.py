@@ -221,6 +221,11 @@ def test_nothing_is_kept_of_what_is_read(target: Target) -> None:
             r"sample: expected a shape that broadcasts to \(2, 2, 3, 3\)",
         ),
         (
+            lambda: DiagonalGaussianDistribution(torch.zeros(2, 4, 3, 3)).kl("other"),
+            TypeError,
+            "other: expected a distribution with a mean and a logvar, got str",
+        ),
+        (
             lambda: DiagonalGaussianDistribution(torch.zeros(2, 4, 3, 3)).sample([torch.Generator()] * 3),
             ValueError,
             "generator: expected one for each of 2 samples, got 3",
@@ -238,6 +243,7 @@ def test_nothing_is_kept_of_what_is_read(target: Target) -> None:
         "reduction",
         "no_sum",
         "sample",
+        "other",
         "generators",
     ],
 )
@@ -271,6 +277,16 @@ def test_samples_of_a_normal(
         found = torch.autograd.grad(z, [loc, scale], incoming)
         for one, other in zip(found, torch.autograd.grad(expected, [loc, scale], incoming), strict=True):
             _agree(one, other, dtype)
+
+
+def test_moments_of_no_dimension_have_no_say_in_the_dtype(target: Target) -> None:
+    one, many = torch.tensor(1.5, dtype=torch.float64), torch.rand(3) + 0.5
+    for p, q in (((one, one), (many, many)), ((many, many), (one, one))):
+        found = kl_divergence(Normal(*p), Normal(*q))
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, kl_divergence(TorchNormal(*p), TorchNormal(*q)))
+    for p, q in (((one, one), (one, one)), ((many.double(), many), (one, one))):
+        assert kl_divergence(Normal(*p), Normal(*q)).dtype == torch.float64
 
 
 def test_a_normal_has_the_moments_that_it_says(target: Target) -> None:

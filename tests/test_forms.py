@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TARGETS, Target
@@ -289,3 +290,31 @@ def test_wrong_forms(options: dict[str, Any], error: type[Exception], message: s
         return  # of a prior it says: as the posterior's
     with pytest.raises(error, match=f"^prior_{message}"):
         functional.kl_normal(mu, mu, mu, mu, **{f"prior_{name}": value for name, value in options.items()})
+
+
+def test_a_number_that_is_none_stays_so() -> None:
+    m = torch.zeros(2, 3)
+    for clamp in (None, (-1.0, 1.0)):
+        for scale in DEVIATIONS:
+            assert functional.gaussian_nll(m, m + 1, math.nan, scale=scale, clamp=clamp).isnan()
+            assert functional.kl_normal(m, m, 0.0, math.nan, prior_scale=scale, prior_clamp=clamp).isnan().all()
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+def test_numbers_of_numpy_are_numbers(kind: type[np.floating]) -> None:
+    m, small, number = torch.randn(2, 3, dtype=torch.float64), kind(1e-4), kind(1.7)
+    for scale in POSITIVE[:2]:
+        for given in (small, number):
+            found = functional.gaussian_nll(m, m + 1, given, scale=scale)
+            assert torch.equal(found, functional.gaussian_nll(m, m + 1, float(given), scale=scale))
+    for options in ({"beta": number}, {"grad_scale": number}):
+        plain = {name: float(value) for name, value in options.items()}
+        mean, twin = (m.clone().requires_grad_() for _ in range(2))
+        for t, given in ((mean, options), (twin, plain)):
+            functional.elbo_loss(t, m, m, m, **given).backward()
+        assert torch.equal(mean.grad, twin.grad)
+    packed = torch.randn(3, 4, 6)
+    for dim in (1, -1):
+        found = functional.kl_standard_normal(packed, None, packed_dim=np.int64(dim))
+        assert torch.equal(found, functional.kl_standard_normal(packed, None, packed_dim=dim))
+    assert functional.reparameterize(packed, packed, offset=np.int64(5)).shape == packed.shape

@@ -147,6 +147,11 @@ def test_a_generator_for_each_sample() -> None:
         torch.testing.assert_close(kl[k : k + 1], alone.kl)
     (found,) = torch.autograd.grad(z.sum(), s)
     torch.testing.assert_close(found, (z - mu).detach() / 2)
+    several = functional.reparameterize(mu, s, samples=2, generator=[torch.Generator(mu.device).manual_seed(7)] * 3)
+    generator = torch.Generator(mu.device).manual_seed(7)
+    for k in range(3):
+        alone = functional.reparameterize(mu[k : k + 1], s[k : k + 1], samples=2, generator=generator)
+        torch.testing.assert_close(several[:, k : k + 1], alone)
     generators = [torch.Generator(mu.device).manual_seed(k) for k in (3, 1, 2)]
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -154,6 +159,14 @@ def test_a_generator_for_each_sample() -> None:
         assert torch.equal(functional.reparameterize(mu, s, generator=generators), z)
     finally:
         torch.set_default_dtype(before)
+
+
+def test_divergences_of_one_dimension_are_scalars_whatever_computes_them() -> None:
+    mu, logvar = torch.randn(2, 4).bfloat16()
+    assert functional.kl_standard_normal(mu, logvar, reduction="none").dtype == torch.float32
+    for options in ({}, {"samples": 2}, {"samples": 2, "estimator": "sample"}):
+        assert functional.latent(mu, logvar, **options).kl.dtype == torch.float32
+    assert functional.latent(mu, logvar, dim=()).kl.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -167,10 +180,17 @@ def test_a_generator_for_each_sample() -> None:
         ({"generator": [torch.Generator()]}, ValueError, "generator: expected one for each of 4 samples, got 1"),
         ({"generator": [1, 2, 3, 4]}, TypeError, "generator: expected a torch.Generator, a list of them or None"),
         (
-            {"generator": [torch.Generator()] * 4, "samples": 2},
-            ValueError,
-            "samples: expected None with a generator for each sample of the batch",
+            {"generator": [torch.Generator(), 2, 3, 4]},
+            TypeError,
+            "generator: expected a torch.Generator, a list of them or None, got int",
         ),
+        ({"generator": [torch.Generator()] * 4, "samples": 2.0}, TypeError, "samples: expected an integer or None"),
+        (
+            {"generator": [torch.Generator()] * 4, "offset": 8},
+            ValueError,
+            "offset: expected 0 with generators that each have a stream of their own, got 8",
+        ),
+        ({"offset": 2**53}, ValueError, "offset: expected less than 2^53, got 9007199254740992"),
         ({"noise": torch.zeros(4, 6), "samples": 2}, ValueError, "noise: expected shape (2, 4, 6), got (4, 6)"),
         ({"dim": 5}, ValueError, "dim: expected a dimension from -2 to 1, got 5"),
     ],

@@ -95,7 +95,8 @@ def test_operands_of_different_layouts(target: Target, reduction: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", [1, 3, 16, 17, 1024, 1025, *[pytest.param(n, marks=pytest.mark.large) for n in (15, 63, 1023, 4097, 50_001)]]
+    "size",
+    [1, 3, 16, 17, 1024, 1025, *[pytest.param(n, marks=pytest.mark.large) for n in (15, 63, 1023, 4097, 50_001)]],
 )
 @pytest.mark.parametrize("batch", [1, 3])
 def test_sizes_around_the_edges_of_tiles(target: Target, batch: int, size: int) -> None:
@@ -198,6 +199,18 @@ def test_torchs_own_loss(target: Target, var: tuple[int, ...] | None, full: bool
         variance = variance.expand(mean.shape)
     expected = torch.nn.functional.gaussian_nll_loss(mean, x, variance, **options)
     check(with_gradients(found, inputs), with_gradients(expected, inputs), 5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torchs_own_loss_of_a_number_in_memory(target: Target, dtype: torch.dtype) -> None:
+    many, one = torch.randn(6, 3).to(dtype), torch.tensor(0.5, dtype=torch.float64)
+    for mean, x in ((many, one), (many, torch.tensor(2))):
+        operands = mean.clone().requires_grad_(), x, torch.full((6, 3), 0.3, dtype=dtype)
+        for reduction in ("mean", "none"):
+            found = functional.gaussian_nll_loss(*operands, reduction=reduction, backend=target.backend)
+            assert found.dtype == (torch.float32 if reduction == "mean" else dtype)
+            expected = torch.nn.functional.gaussian_nll_loss(*[t.double() for t in operands], reduction=reduction)
+            torch.testing.assert_close(found.double(), expected, rtol=8e-3, atol=8e-3)
 
 
 def test_not_a_number_and_infinity_go_where_they_go_in_eager(target: Target) -> None:

@@ -98,6 +98,11 @@ def test_noise_under_vmap_is_as_random_as_it_is_asked_to_be() -> None:
         assert torch.equal(same, same[:1].expand_as(same))
         with pytest.raises(RuntimeError, match="randomness"):
             vmap(draw)(zeros, zeros)
+    generators = [torch.Generator().manual_seed(k) for k in range(2)]
+    each = vmap(lambda m: functional.reparameterize(m, m, scale="std", generator=generators), randomness="different")(
+        torch.ones(5, 2, 3)
+    )
+    assert len(each.unique()) == each.numel()
 
 
 def test_the_gradients_of_each_sample_of_a_module() -> None:

@@ -125,7 +125,7 @@ class Scale:
         if isinstance(x, Tensor):
             if form.low != -math.inf or form.high != math.inf:
                 x = _bounded(x, form.low, form.high)
-        else:
+        elif not math.isnan(x):
             x = max(form.low, min(form.high, x))
         self._x = x
         self._base: Any = None if self.has_log else self._base_of(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
@@ -18,6 +17,7 @@ from .checks import (
     REQUIRED_WITH_PRIOR_MU,
     check_factor,
     check_forgotten,
+    check_integer,
     check_kl,
     check_tensor,
     checked_reductions,
@@ -292,8 +292,9 @@ def importance_weighted_bound(log_weights: Tensor, dim: int = 0) -> Tensor:
         The bound, without that dimension; nats, float32 at least.
     """
     check_tensor("log_weights", log_weights)
-    if not isinstance(dim, numbers.Integral) or isinstance(dim, bool):
-        raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
+    check_integer("dim", dim)
+    if log_weights.dim() == 0:
+        raise ValueError("log_weights: expected a dimension of samples, got a 0-dim tensor")
     if not -log_weights.dim() <= dim < log_weights.dim():
         raise ValueError(f"dim: expected a dimension from {-log_weights.dim()} to {log_weights.dim() - 1}, got {dim}")
     widest = torch.promote_types(log_weights.dtype, torch.float32)

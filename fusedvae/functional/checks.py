@@ -69,8 +69,7 @@ def check_batched(name: str, value: Tensor) -> None:
 def check_packed(
     name: str, value: Tensor, dim: int, expected: torch.Size | None = None, *, dim_name: str = "packed_dim"
 ) -> None:
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"{dim_name}: expected an integer, got {type(dim).__name__}")
+    check_integer(dim_name, dim)
     if value.dim() >= 2 and (not -value.dim() <= dim < value.dim() or dim % value.dim() == 0):
         raise ValueError(
             f"{dim_name}: expected a dimension of {name}, of shape {tuple(value.shape)}, not the batch; got {dim}"
@@ -179,6 +178,11 @@ def dimensions(name: str, dim: object, dims: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def shown(value: object) -> str:
+    """What came, as errors say it."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
 def check_number(name: str, value: object) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
@@ -201,6 +205,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and (
         isinstance(value, numbers.Integral) or not isinstance(value, numbers.Rational)
     )
+
+
+def check_integer(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
 
 
 def check_count(name: str, value: object, *, optional: bool = True) -> None:

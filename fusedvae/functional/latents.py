@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,15 @@ from ..backend.specs import Sampling, half_of
 from ..calls import Operand, Operands, find
 from ..random import normal
 from ..typing import Backend, Bounds, Dim, Estimator, Generator, NormalScale
-from .checks import REQUIRED_WITH_PRIOR_MU, check_count, check_latents, check_same_device, check_tensor, dimensions
+from .checks import (
+    REQUIRED_WITH_PRIOR_MU,
+    check_count,
+    check_integer,
+    check_latents,
+    check_same_device,
+    check_tensor,
+    dimensions,
+)
 from .divergences import check_divergence, divergence_of, run_divergence
 from .forms import Written, as_written, checked_forms, unless_usual
 from .objective import backend_for, value_dtype
@@ -140,6 +147,10 @@ def latent(
     return Latent(z, kl)
 
 
+_OFFSETS = 2**53
+"""Up to here every integer is a float64."""
+
+
 def _sampled(
     inputs: tuple[Operand, ...],
     divergence: str | None,
@@ -158,13 +169,16 @@ def _sampled(
     if noise is not None and generator is not None:
         raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
     if generator is not None and not isinstance(generator, torch.Generator):
+        if offset:
+            raise ValueError(f"offset: expected 0 with generators that each have a stream of their own, got {offset}")
         noise, generator = _noise_of_each(generator, inputs, samples, packed_dim, backend), None
     first = None
     if type(offset) is not int or offset != 0:
-        if not isinstance(offset, numbers.Integral) or isinstance(offset, bool):
-            raise TypeError(f"offset: expected an integer, got {type(offset).__name__}")
+        check_integer("offset", offset)
         if offset < 0:
             raise ValueError(f"offset: expected at least 0, got {offset}")
+        if offset >= _OFFSETS:
+            raise ValueError(f"offset: expected less than 2^53, got {offset}")
         first = float(offset)  # a number as others among the operands: calls do not depend on it
     operands = (*inputs, None, first, noise)
     if isinstance(dim, list):
@@ -215,9 +229,9 @@ def _latent_call(
         limits=limits,
         samples=samples,
         at_sample=at_sample,
-        kl_dtype=value_dtype(mu.device.type, *inputs, is_sum=bool(summed)) if divergence else None,
+        kl_dtype=value_dtype(mu.device.type, *inputs, is_sum=dim is None or bool(summed)) if divergence else None,
         kl_dim=summed,
-        packed_dim=packed_dim,
+        packed_dim=int(packed_dim),
         backend=backend_for(operands, backend),
     )
     # The seed is drawn when all is checked; what it is like is known.
@@ -236,17 +250,20 @@ def _noise_of_each(
     mu, logvar = inputs[:2]
     check_latents(mu, logvar, packed_dim)
     assert isinstance(mu, Tensor)
-    if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
-        raise TypeError(
-            f"generator: expected a torch.Generator, a list of them or None, got {type(generators).__name__}"
-        )
-    if samples is not None:
-        raise ValueError("samples: expected None with a generator for each sample of the batch")
+    given = generators if isinstance(generators, (list, tuple)) else [generators]
+    for generator in given:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator: expected a torch.Generator, a list of them or None, got {type(generator).__name__}"
+            )
+    check_count("samples", samples)
     if len(generators) != mu.shape[0]:
         raise ValueError(f"generator: expected one for each of {mu.shape[0]} samples, got {len(generators)}")
     shape = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
-    noise = torch.empty(shape, dtype=torch.float32, device=mu.device)
-    for own, generator in zip(noise, generators, strict=True):
+    own = shape[1:] if samples is None else (samples, *shape[1:])
+    drawn = []
+    for generator in generators:
         seed = ops.draw_seed(mu.device, generator, by_dispatcher=False)
-        own.copy_(normal(tuple(own.shape), seed, device=mu.device, backend=backend))
-    return noise
+        drawn.append(normal(tuple(own), seed, device=mu.device, backend=backend))
+    dim = 0 if samples is None else 1
+    return torch.stack(drawn, dim) if drawn else torch.empty((*own[:dim], 0, *own[dim:]), device=mu.device)

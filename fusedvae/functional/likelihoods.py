@@ -23,6 +23,7 @@ from .checks import (
     check_tensor,
     checked_dim,
     checked_reduction,
+    shown,
 )
 from .forms import Written, checked_form, unless_usual
 from .objective import check_memory, may_be_in_place, objective_call, weighting_of
@@ -141,7 +142,7 @@ def bernoulli_nll(
     if from_logits:
         inputs = (*inputs, 1.0 if pos_weight is None else pos_weight)
     elif pos_weight is not None:
-        raise ValueError("pos_weight: expected None with probabilities; it is for logits")
+        raise ValueError(f"pos_weight: expected None with probabilities, as it is for logits; got {shown(pos_weight)}")
     name = "bernoulli" if from_logits else "bernoulli_probs"
     return run_likelihood(name, inputs, None, False, weight, reduction, dim, 1, backend, inplace)
 
@@ -401,23 +402,28 @@ def inputs_of(
     if formula.pairs:
         found = (recon_x, x, scale)
     elif isinstance(scale, Tensor) or scale:
-        raise ValueError(f"recon_logvar: expected none, as the {likelihood} likelihood has no scale")
+        what = f"none, as the {likelihood} likelihood has no scale"
+        raise ValueError(f"recon_logvar: expected {what}; got {shown(scale)}")
     if formula.pairs and isinstance(scale, (int, float)) and not scale and "theta" in others:
         raise ValueError(f"recon_logvar: expected theta, as the likelihood is {likelihood}; got {scale}")
     if "extra" in others:
         found = (*found, 0.0 if extra is None else extra)
     elif extra is not None:
-        raise ValueError(f"extra: expected None, as the {likelihood} likelihood has no such input")
+        raise ValueError(f"extra: expected None, as the {likelihood} likelihood has no such input; got {shown(extra)}")
     if "pos_weight" in others:
         found = (*found, 1.0 if pos_weight is None else pos_weight)
     elif pos_weight is not None:
-        raise ValueError(f"pos_weight: expected None, as the {likelihood} likelihood has no such input")
+        raise ValueError(
+            f"pos_weight: expected None, as the {likelihood} likelihood has no such input; got {shown(pos_weight)}"
+        )
     if "zi_logits" in others:
         if zi_logits is None:
             raise TypeError(f"zi_logits: expected a tensor or a number, as the likelihood is {likelihood}; got None")
         found = (*found, zi_logits)
     elif zi_logits is not None:
-        raise ValueError(f"zi_logits: expected None, as the {likelihood} likelihood has no such input")
+        raise ValueError(
+            f"zi_logits: expected None, as the {likelihood} likelihood has no such input; got {shown(zi_logits)}"
+        )
     return found
 
 
@@ -500,7 +506,8 @@ def gaussian_nll_loss(
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     if input.shape != target.shape:
         try:
-            input, target = torch.broadcast_tensors(input, target)
+            dtype = torch.result_type(input, target)  # in which a 0-dim tensor has no say
+            input, target = torch.broadcast_tensors(*[t.to(dtype) if t.dim() == 0 else t for t in (input, target)])
         except RuntimeError:
             raise ValueError(
                 f"target: expected a shape that broadcasts with input's {tuple(input.shape)}, got {tuple(target.shape)}"

@@ -67,7 +67,7 @@ def objective_call(
         balance=balance,
         weighted=weighted,
         normalized=tuple([weighting > 1 for _, _, weighting in terms]),
-        packed_dim=packed_dim,
+        packed_dim=int(packed_dim),
         full=bool(full),
         reductions=tuple(counted),
         dim=dim,

@@ -10,7 +10,7 @@ from .. import functional
 from ..backend.evaluation import with_gradient_times
 from ..backend.reference import LIKELIHOODS, PLAIN, Form, Formula
 from ..functional import ELBOTerms, Latent
-from ..functional.checks import check_number, check_tensor, checked_reductions
+from ..functional.checks import check_number, check_tensor, checked_reductions, shown
 from ..functional.forms import as_written
 from ..functional.likelihoods import inputs_of, run_likelihood
 from ..losses import checked_recon_options
@@ -282,7 +282,7 @@ def _negative_importance_weighted_bound(
 ) -> Tensor:
     """-log mean exp(log p(x|z) - log_ratio) over the samples, with log_ratio = log q(z|x) - log p(z) at each."""
     if isinstance(beta, Tensor) or beta != 1:
-        raise ValueError(f"beta: expected 1 with bound='iwae', got {_shown_number(beta)}")
+        raise ValueError(f"beta: expected 1 with bound='iwae', got {shown(beta)}")
     if reduction not in ("batchmean", "sum", "none"):
         raise ValueError(f"reduction: expected 'batchmean', 'sum' or 'none' with bound='iwae', got {reduction!r}")
     if return_terms:
@@ -299,7 +299,3 @@ def _with_gradient_times(value: Tensor, factor: float | Tensor | None) -> Tensor
     check_number("grad_scale", factor)
     scaled: Tensor = with_gradient_times(value, factor)
     return scaled
-
-
-def _shown_number(number: float | Tensor) -> str:
-    return "a tensor" if isinstance(number, Tensor) else repr(number)
