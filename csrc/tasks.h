@@ -20,15 +20,20 @@ struct NormalTask {
   const int64_t* seed = nullptr;
 };
 
+// How a task differs from its formula.
+template <class N>
+struct Adaptation {
+  FormIn<N> forms[kMostScales];         // of the inputs that are scales
+  N gains[kMostInputs] = {1, 1, 1, 1};  // what each gradient of a divergence is multiplied by besides
+};
+
 // A formula over an extent: values, and the gradients of their sum, both weighted. A value or gradient that keeps less
 // than the extent is summed over the rest: broadcast.h says which sums there are.
-struct ElementwiseTask {
+struct ElementwiseTask : Adaptation<double> {
   int formula = -1;        // its number in its list of math/formulas.h; -1 for none
   bool in_double = false;  // the arithmetic
   Extent extent;
   Operand inputs[kMostInputs];
-  Form forms[kMostScales];                   // of the inputs that are scales
-  double gains[kMostInputs] = {1, 1, 1, 1};  // what each gradient of a divergence is multiplied by besides
   Operand weight;  // of each element; 1 if not given. Where it is 0, so are value and gradients, whatever the inputs
   // A further weight of each element, in gradients alone; there are no values then (but beside a sample).
   Operand incoming;

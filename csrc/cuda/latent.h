@@ -40,7 +40,11 @@ class LatentPass {
   Made<A, kInputs, sums> made;
 
   __device__ __forceinline__ LatentPass(const LatentTask& task, const LatentPlan& plan)
-      : made(task.divergence, plan), task_(task), plan_(plan), is_plain_(kIsUsual || plan.is_plain) {
+      : made(task.divergence, plan),
+        task_(task),
+        plan_(plan),
+        adaptation_(adaptation_for<T>(task.divergence, plan)),
+        is_plain_(kIsUsual || plan.is_plain) {
     if (task.seed) seed_ = static_cast<uint64_t>(*task.seed);
     FUSEDVAE_UNROLL
     for (int k = 0; k < kInputs; ++k) inputs_[k].open(task.divergence.inputs[k]);
@@ -167,7 +171,7 @@ class LatentPass {
       const Derived<T> deviation = deviation_of(in[1]);
       beside.z = in[0] + deviation.value * noise;
       beside.d_scale = noise * deviation.slope;
-      beside.spreads = spreads_of<Divergence>(task_.divergence, is_plain_, in);
+      beside.spreads = spreads_of<Divergence>(adaptation_, is_plain_, in);
     }
     const auto at = FUSEDVAE_NAMESPACE::divergence_at<Divergence>(in, beside.spreads.of, beside.z, noise, incoming);
     beside.element = at.element;
@@ -184,7 +188,7 @@ class LatentPass {
     }
     if (kIsUsual ? makes == LatentMakes::gradients : task_.divergence.incoming.given) {
       auto element = beside.element;
-      if (!is_plain_) adapt<Divergence>(task_.divergence, beside.spreads, element.grads);
+      if (!is_plain_) adapt<Divergence>(adaptation_, beside.spreads, element.grads);
       if (Divergence::kIsAtSample) {
         grads[0] += beside.d_z;
         grads[1] += through_scale(beside.d_z, beside.d_scale);
@@ -200,13 +204,14 @@ class LatentPass {
   }
 
   __device__ __forceinline__ Derived<T> deviation_of(T given) const {
-    if (!is_plain_) return FUSEDVAE_NAMESPACE::deviation_of(task_.divergence.forms[0], given);
+    if (!is_plain_) return FUSEDVAE_NAMESPACE::deviation_of(adaptation_.forms[0], given);
     const T deviation = FUSEDVAE_NAMESPACE::exp_pair(T(0.5) * given).exp;
     return {deviation, T(0.5) * deviation};
   }
 
   const LatentTask& task_;
   const LatentPlan& plan_;
+  const Adaptation<T>& adaptation_;
   const bool is_plain_;
   Source<A> inputs_[kInputs], noise_, grad_z_, incoming_;
   Sink<A> z_;

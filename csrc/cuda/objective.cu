@@ -61,10 +61,14 @@ bool plan_total(const ObjectiveTask& task, const Plan& plan, Total& total) {
     const TermPlan& own = plan.terms[k];
     Total::Addends& addends = total.terms[k];
     const bool is_given = term.elements.formula < 0;
-    const auto number = [](const Operand& op) { return op.given ? op.value : 1; };
-    if (term.normalizer.data || term.coefficient.data || (is_given && !term.given.data)) return false;
+    const auto number = [](const Operand& op) { return op.is_number() ? op.value : 1; };
+    if (is_given && !term.given.data) return false;
     addends.factor = term.factor * number(term.normalizer);
     addends.coefficient = number(term.coefficient);
+    addends.normalizer = term.normalizer.data;
+    addends.normalizer_dtype = term.normalizer.dtype;
+    addends.beta = term.coefficient.data;
+    addends.beta_dtype = term.coefficient.dtype;
     addends.constant = own.whole_constant;
     addends.first = static_cast<uint32_t>(own.first_value_partial);
     addends.count = static_cast<uint32_t>(own.addends);
@@ -153,6 +157,13 @@ bool suits_flat(const Term& term, Values values, bool is_first) {
   return suits_flat(task, outputs_of_term(term, values), is_first, FUSEDVAE_NAMESPACE::Formulas{});
 }
 
+// Whether all of its terms have.
+bool suits_flat(const ObjectiveTask& task) {
+  bool suits = true;
+  for (int k = 0; k < task.count; ++k) suits &= suits_flat(task.terms[k], task.values, k == 0);
+  return suits;
+}
+
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const __grid_constant__ ObjectiveTask task, const __grid_constant__ Plan plan,
                   const Workspace workspace) {
@@ -165,7 +176,8 @@ int64_t workspace_bytes(const ObjectiveTask& given) {
   const ObjectiveTask task = arranged(given);
   int64_t partials = 0;
   bool is_needed = false;
-  for (const bool is_flat : {false, true}) {
+  // Addresses, which settle it, are not known yet.
+  for (const bool is_flat : {false, suits_flat(task)}) {
     const Finish finish = plan_of(task, order_of(task, is_flat)).finish;
     is_needed |= finish.is_needed;
     partials = std::max(partials, finish.partials);
@@ -175,19 +187,18 @@ int64_t workspace_bytes(const ObjectiveTask& given) {
 
 void objective(const ObjectiveTask& given, const Launch& on) {
   const ObjectiveTask task = arranged(given);
-  bool in_double = false, is_general = false, is_flat = true;
+  bool in_double = false, is_general = false;
   for (int k = 0; k < task.count; ++k) {
     const ElementwiseTask& elements = task.terms[k].elements;
     in_double |= elements.in_double;
     is_general |= elements.formula >= 0 && (!elements.is_plain() || elements.weight);
-    is_flat &= suits_flat(task.terms[k], task.values, k == 0);
   }
   Layouts layouts(in_double);
   for (int k = 0; k < task.count; ++k) {
     const Term& term = task.terms[k];
     if (term.elements.formula >= 0) add_layouts(layouts, term.elements, outputs_of_term(term, task.values));
   }
-  is_flat &= has_flat_access(layouts);
+  const bool is_flat = suits_flat(task) && has_flat_access(layouts);
   const Plan plan = plan_of(task, order_of(task, is_flat));
   if (plan.blocks == 0 && !plan.finish.is_needed) return;
   if (is_flat)

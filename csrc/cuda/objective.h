@@ -36,7 +36,9 @@ struct Total {
     DType given_dtype = DType::f32, dtype = DType::f32;
     void* given = nullptr;  // or values in memory
     int64_t given_stride = 0;
-    void* out = nullptr;  // the term
+    void* out = nullptr;                          // the term
+    void *normalizer = nullptr, *beta = nullptr;  // what factor and coefficient are times, if these are in memory
+    DType normalizer_dtype = DType::f32, beta_dtype = DType::f32;
   };
   Addends terms[ObjectiveTask::kMostTerms];
   void* loss = nullptr;
@@ -87,10 +89,14 @@ inline __device__ __noinline__ double share_of_given(const void* given, DType dt
 __device__ __forceinline__ void finish_total(const Total& total, const double* partials) {
   constexpr int kMostTerms = ObjectiveTask::kMostTerms;
   const int thread = static_cast<int>(threadIdx.x);
-  double sums[kMostTerms];
+  double sums[kMostTerms], factors[kMostTerms], coefficients[kMostTerms];
   FUSEDVAE_UNROLL
   for (int k = 0; k < kMostTerms; ++k) {
     const Total::Addends& term = total.terms[k];
+    factors[k] = term.factor;
+    coefficients[k] = term.coefficient;
+    if (term.normalizer != nullptr) factors[k] *= load_apart(term.normalizer, term.normalizer_dtype, 0);
+    if (term.beta != nullptr) coefficients[k] *= load_apart(term.beta, term.beta_dtype, 0);
     const int count = static_cast<int>(term.count);
     sums[k] = term.given == nullptr ? share_of_partials(partials + term.first, count)
                                     : share_of_given(term.given, term.given_dtype, term.given_stride, count);
@@ -101,8 +107,8 @@ __device__ __forceinline__ void finish_total(const Total& total, const double* p
   FUSEDVAE_UNROLL
   for (int k = 0; k < kMostTerms; ++k) {
     const Total::Addends& term = total.terms[k];
-    const double value = term.factor * (sums[k] + term.constant);
-    loss += term.coefficient * value;
+    const double value = factors[k] * (sums[k] + term.constant);
+    loss += coefficients[k] * value;
     if (term.out != nullptr) store_apart(term.out, term.dtype, 0, value);
   }
   store_apart(total.loss, total.dtype, 0, loss);

@@ -116,24 +116,25 @@ template <class Formula, int k>
 constexpr int kScaleAt = Formula::kScaleOf[k];
 
 template <int k, class Formula, class T>
-__device__ __forceinline__ Scale<T> scale_at(const ElementwiseTask& task, const T* inputs,
+__device__ __forceinline__ Scale<T> scale_at(const Adaptation<T>& adaptation, const T* inputs,
                                              Spreads<Formula, T>& spreads) {
   constexpr int kPower = Formula::kPowers[k];
-  const Scale<T> scale = FUSEDVAE_NAMESPACE::scale_of<kPower>(task.forms[k], inputs[kScaleAt<Formula, k>]);
+  const Scale<T> scale = FUSEDVAE_NAMESPACE::scale_of<kPower>(adaptation.forms[k], inputs[kScaleAt<Formula, k>]);
   spreads.slopes[k] = scale.slope;
   return scale;
 }
 
 template <class Formula, class T>
-__device__ __forceinline__ Spreads<Formula, T> spreads_of(const ElementwiseTask& task, bool is_plain, const T* inputs) {
+__device__ __forceinline__ Spreads<Formula, T> spreads_of(const Adaptation<T>& adaptation, bool is_plain,
+                                                          const T* inputs) {
   Spreads<Formula, T> spreads;
   if (Formula::kScales == 0 || is_plain) {
     spreads.of = Formula::plain(inputs);
   } else if constexpr (Formula::kScales == 1) {
-    const Scale<T> scales[] = {scale_at<0>(task, inputs, spreads)};
+    const Scale<T> scales[] = {scale_at<0>(adaptation, inputs, spreads)};
     spreads.of = Formula::derive(scales);
   } else if constexpr (Formula::kScales == 2) {
-    const Scale<T> scales[] = {scale_at<0>(task, inputs, spreads), scale_at<1>(task, inputs, spreads)};
+    const Scale<T> scales[] = {scale_at<0>(adaptation, inputs, spreads), scale_at<1>(adaptation, inputs, spreads)};
     spreads.of = Formula::derive(scales);
   }
   return spreads;
@@ -141,14 +142,14 @@ __device__ __forceinline__ Spreads<Formula, T> spreads_of(const ElementwiseTask&
 
 // A formula's gradients as those that the task asks for.
 template <class Formula, class T>
-__device__ __forceinline__ void adapt(const ElementwiseTask& task, const Spreads<Formula, T>& spreads, T* grads) {
+__device__ __forceinline__ void adapt(const Adaptation<T>& adaptation, const Spreads<Formula, T>& spreads, T* grads) {
   using FUSEDVAE_NAMESPACE::through;
   if constexpr (Formula::kScales > 0)
     grads[kScaleAt<Formula, 0>] = through(grads[kScaleAt<Formula, 0>], spreads.slopes[0]);
   if constexpr (Formula::kScales > 1)
     grads[kScaleAt<Formula, 1>] = through(grads[kScaleAt<Formula, 1>], spreads.slopes[1]);
   FUSEDVAE_UNROLL
-  for (int k = 0; k < Formula::kInputs; ++k) grads[k] *= static_cast<T>(task.gains[k]);
+  for (int k = 0; k < Formula::kInputs; ++k) grads[k] *= adaptation.gains[k];
 }
 
 // Inputs of one element, of lane j.
@@ -295,6 +296,7 @@ class GeneralPass {
                                          double constant)
       : made(task, plan),
         task_(task),
+        adaptation_(adaptation_for<T>(task, plan)),
         is_plain_(plan.is_plain),
         factor_(static_cast<T>(factor)),
         constant_(static_cast<T>(constant)) {
@@ -339,9 +341,9 @@ class GeneralPass {
           FUSEDVAE_UNROLL
           for (int j = 0; j < A::V; ++j) {
             const Inputs<A, kInputs> in(inputs, j);
-            const auto spreads = spreads_of<Formula>(task_, is_plain_, in.of);
+            const auto spreads = spreads_of<Formula>(adaptation_, is_plain_, in.of);
             auto element = Formula::element(in.of, spreads.of, weight.at[j] * incoming.at[j] * factor_);
-            if (!is_plain_) adapt<Formula>(task_, spreads, element.grads);
+            if (!is_plain_) adapt<Formula>(adaptation_, spreads, element.grads);
             if (task_.weight.given) weigh(weight.at[j], element);
             made.take_value(j, element.value);
             made.take_gradients(j, element.grads);
@@ -363,6 +365,7 @@ class GeneralPass {
   }
 
   const ElementwiseTask& task_;
+  const Adaptation<T>& adaptation_;
   const bool is_plain_;
   const T factor_, constant_;
   Source<A> inputs_[kInputs], weight_, incoming_;

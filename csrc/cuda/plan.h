@@ -24,7 +24,18 @@ struct PassPlan {
   bool has_whole_values = false;  // each is a chunk's, and written at once
   unsigned blocks = 0;
   int64_t first_value_partial = 0, first_grad_partial[kMostInputs] = {};
+  // The task's, for arithmetic in float32: many GPUs take 64 times as long over a number in float64.
+  Adaptation<float> adaptation;
 };
+
+// In the arithmetic of T.
+template <class T>
+__device__ __forceinline__ const Adaptation<T>& adaptation_for(const ElementwiseTask& task, const PassPlan& plan) {
+  if constexpr (std::is_same_v<T, double>)
+    return task;
+  else
+    return plan.adaptation;
+}
 
 // What there is to add up when all chunks are done.
 struct Finish {
@@ -68,6 +79,8 @@ inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs
   const Extent& e = task.extent;
   plan.outputs = outputs;
   plan.is_plain = task.is_plain();
+  for (int k = 0; k < kMostScales; ++k) plan.adaptation.forms[k] = FormIn<float>(task.forms[k]);
+  for (int k = 0; k < kMostInputs; ++k) plan.adaptation.gains[k] = static_cast<float>(task.gains[k]);
   const bool by_row = outputs.any(Output::row), by_sample = outputs.any(Output::sample) || order == Order::flat;
   plan.chunks = Chunks(e.count(), by_row ? e.inner : by_sample ? e.sample() : e.count());
   if (order == Order::by_column && e.count() > 0) {

@@ -38,8 +38,8 @@ FUSEDVAE_INLINE Derived<T> softplus(T x) {
 }
 
 // x within its bounds, and 1 if it was: at the bounds, too. NaN stays NaN; where there are bounds it counts as outside.
-template <class T>
-FUSEDVAE_INLINE Derived<T> bounded(const Form& form, T x) {
+template <class N, class T>
+FUSEDVAE_INLINE Derived<T> bounded(const FormIn<N>& form, T x) {
   if (form.low == -INFINITY && form.high == INFINITY) return {x, number<T>(1)};
   const T low = number<T>(form.low), high = number<T>(form.high);
   const T above = x < low ? low : x;
@@ -48,8 +48,8 @@ FUSEDVAE_INLINE Derived<T> bounded(const Form& form, T x) {
 }
 
 // The base of x, which is within its bounds.
-template <class T>
-FUSEDVAE_INLINE Derived<T> base_of(const Form& form, T x) {
+template <class N, class T>
+FUSEDVAE_INLINE Derived<T> base_of(const FormIn<N>& form, T x) {
   const T one = number<T>(1), eps = number<T>(form.eps);
   switch (form.map) {
     case Map::exponential: {
@@ -68,8 +68,8 @@ FUSEDVAE_INLINE Derived<T> base_of(const Form& form, T x) {
 }
 
 // The logarithm of the scale, of a form that has it.
-template <class T>
-FUSEDVAE_INLINE Derived<T> log_of(const Form& form, T given) {
+template <class N, class T>
+FUSEDVAE_INLINE Derived<T> log_of(const FormIn<N>& form, T given) {
   const Derived<T> x = bounded(form, given);
   return form.squared ? Derived<T>{x.value + x.value, x.slope + x.slope} : x;
 }
@@ -78,8 +78,8 @@ FUSEDVAE_INLINE Derived<T> log_of(const Form& form, T given) {
 constexpr int kDivisor = 2;
 
 // The scale of x, with its first power, its inverse (power = -1), what it is more than 1 (power = 0), or kDivisor.
-template <int power, class T>
-FUSEDVAE_INLINE Scale<T> scale_of(const Form& form, T given) {
+template <int power, class N, class T>
+FUSEDVAE_INLINE Scale<T> scale_of(const FormIn<N>& form, T given) {
   if (form.has_log()) {
     const Derived<T> log = log_of(form, given);
     if constexpr (power == 0)
@@ -97,8 +97,8 @@ FUSEDVAE_INLINE Scale<T> scale_of(const Form& form, T given) {
 }
 
 // The standard deviation of a variance in some form, and its derivative by x.
-template <class T>
-FUSEDVAE_INLINE Derived<T> deviation_of(const Form& form, T given) {
+template <class N, class T>
+FUSEDVAE_INLINE Derived<T> deviation_of(const FormIn<N>& form, T given) {
   const Derived<T> x = bounded(form, given);
   if (form.has_log()) {
     const T deviation = exponential(form.squared ? x.value : 0.5f * x.value);
