@@ -183,6 +183,11 @@ def is_in_forward_of_ddp() -> bool:
     return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
+def is_managed_by_fsdp(module: torch.nn.Module) -> bool:
+    """Whether FSDP, of either kind, has sharded the module or what it is a part of. Without its mark, False."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
 def standard_gamma(concentration: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw of gamma distributions of scale 1. Without it, the generator seeds the default one, which is put back."""
     draw = getattr(torch, "_standard_gamma", None)

@@ -597,6 +597,14 @@ def test_a_condition_needs_labels_of_the_data_to_measure_on_too(
         assert main(["train", *sources, "--condition", "labels", "--out", str(tmp_path / "run"), *QUICK]) == 2
         message = f"--condition labels needs those of {tmp_path / 'learnt'}, and {tmp_path / name} has none or others"
         assert message in capsys.readouterr().err
+    sources = ["--data", str(tmp_path / "learnt"), "--heldout", "0.5"]
+    run = ["train", *sources, "--condition", "labels", "--out", str(tmp_path / "run"), *QUICK]
+    assert main(run) == 0
+    assert "log p(x|label) " in capsys.readouterr().out
+    (tmp_path / "learnt/b").rename(tmp_path / "learnt/c")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    message = f"--condition labels: {tmp_path / 'learnt'} has other labels now than the run was begun with"
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_that_reads_as_it_goes_is_that_in_memory(

@@ -494,6 +494,12 @@ def test_samples_of_counts_and_of_bins_have_the_masses_of_the_likelihoods(p: Any
     for k in range(2):
         found = torch.stack([(drawn[:, k] - value).abs() < 1e-3 for value in values]).double().mean(1)
         assert ((found - mass[:, k]).abs() < 5 * (mass[:, k] / count).sqrt() + 1e-4).all()
+    if isinstance(p, ZeroInflatedNegativeBinomial):
+        torch.testing.assert_close(p.mean, (mass * x).sum(0), rtol=1e-4, atol=1e-4)
+    for dtype in (torch.bfloat16, torch.float16):
+        coarse = type(p)(*[t.to(dtype) for t in many]).sample(generator=generator.manual_seed(1))
+        assert coarse.dtype == dtype
+        torch.testing.assert_close(coarse.float().mean(0), drawn.mean(0), rtol=0.05, atol=0.02)
 
 
 def test_dropouts_come_last_from_a_decoder() -> None:
@@ -517,6 +523,8 @@ def test_dropouts_come_last_from_a_decoder() -> None:
     expected = functional.zero_inflated_negative_binomial_nll(mu, x, theta, zi_logits) + out.kl.mean()
     torch.testing.assert_close(out.loss(x), expected)
     torch.testing.assert_close(vae.decode(out.z).theta, theta)
+    mu, zi_logits = vae.decoder(vae.embed(x))
+    torch.testing.assert_close(vae.reconstruct(x), mu * torch.sigmoid(-zi_logits))
     vae.loss(x, samples=3).backward()
     assert theta.grad is not None
     assert theta.grad.abs().min() > 0
@@ -1315,6 +1323,11 @@ def test_a_loss_past_a_wrapper_is_said_once(x: Tensor, monkeypatch: pytest.Monke
     monkeypatch.setattr("fusedvae.vae.module._has_warned", False)
     vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=0.0)
     vae(x).loss(x)
+    with torch.no_grad():
+        vae.loss(x)
+    vae._is_fsdp_managed_module = True  # as FSDP marks what it has sharded
+    vae.loss(x)
+    vae._is_fsdp_managed_module = False
     with pytest.warns(UserWarning, match=r"do not synchronise .* wrapped\(x\)\.loss\(x\)"):
         vae.loss(x)
     vae.loss(x)  # warnings are errors
@@ -1372,7 +1385,7 @@ def test_an_exported_loss_is_of_any_batch(options: dict) -> None:
     class Loss(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=0.0)
+            self.vae = VAE(packed_encoder(), AsPair(packed_decoder()), LATENT)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.vae.loss(x, **options)

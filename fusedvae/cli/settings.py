@@ -143,6 +143,8 @@ class Settings:
         if self.condition == "labels" and classes == 0:
             raise CommandError(f"--condition labels needs labels, and {self.data} has none")
         if self.condition == "labels" and not tested_on_labels:
+            if self.test_data is None:
+                raise CommandError(f"--condition labels: {self.data} has other labels now than the run was begun with")
             raise CommandError(
                 f"--condition labels needs those of {self.data}, and {self.test_data} has none or others"
             )

@@ -228,7 +228,7 @@ def check_kl(kl: Tensor, x: Tensor) -> None:
         '; of several samples in front, take the likelihood by itself, one value each: reduction="none", dim=-1'
     )
     if kl.dim() != 1:
-        hint = of_several if kl.dim() == 2 else ""
+        hint = of_several if kl.dim() == 2 and kl.shape[1] == x.shape[0] else ""
         raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}{hint}")
     if kl.shape[0] != x.shape[0]:
         hint = of_several if x.dim() > 2 and kl.shape[0] == x.shape[1] else ""

@@ -80,8 +80,10 @@ class NegativeBinomial(NamedTuple):
 
     def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw counts, in ``mu``'s dtype, as Poisson's of a rate with a gamma distribution; not differentiable."""
-        mu, theta = self.mu.detach(), self.theta.detach().expand_as(self.mu)
-        return torch.poisson(standard_gamma(theta, generator) * (mu / theta), generator=generator)
+        dtype = working_dtype(self.mu, self.theta)
+        mu, theta = self.mu.detach().to(dtype), self.theta.detach().to(dtype).expand_as(self.mu)
+        rate = standard_gamma(theta, generator) * (mu / theta)
+        return torch.poisson(rate, generator=generator).to(self.mu.dtype)
 
 
 class ZeroInflatedNegativeBinomial(NamedTuple):
@@ -96,6 +98,11 @@ class ZeroInflatedNegativeBinomial(NamedTuple):
     """Inverse dispersions, of ``mu``'s shape or broadcasting to it."""
     zi_logits: Tensor
     """Logits of a dropout, likewise."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Means of all counts, of those that dropped out, too: mu * sigmoid(-zi_logits)."""
+        return self.mu * torch.sigmoid(-self.zi_logits)
 
     def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw counts, in ``mu``'s dtype; not differentiable."""

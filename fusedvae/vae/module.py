@@ -20,7 +20,7 @@ from ..functional import ELBOTerms, Latent
 from ..functional.checks import check_packed
 from ..layout import broadcasts
 from ..losses import checked_latent_options, checked_recon_options, shown_value
-from ..torch_private import is_in_forward_of_ddp
+from ..torch_private import is_in_forward_of_ddp, is_managed_by_fsdp
 from ..typing import (
     Bound,
     Bounds,
@@ -31,7 +31,7 @@ from ..typing import (
     NormalScale,
     Reduction,
 )
-from .families import DISTRIBUTIONS, DiagonalGaussian, Likelihood, log_of
+from .families import DISTRIBUTIONS, DiagonalGaussian, Likelihood, ZeroInflatedNegativeBinomial, log_of
 from .output import Decoded, Kind, VAEOutput, negative_bound
 from .parts import (
     broadcasts_to,
@@ -361,7 +361,7 @@ class VAE(nn.Module):
         synchronises no gradients. Call the wrapper, ``wrapped(x).loss(x)``, instead. Within a module that is wrapped as
         a whole, such as a LightningModule's ``training_step``, it is right and says nothing.
         """
-        _warn_if_unsynchronised()
+        self._warn_if_unsynchronised()
         posterior, latent, p = self._pass(x, condition, samples, bound, offset, generator, noise)
         return negative_bound(
             p,
@@ -454,7 +454,8 @@ class VAE(nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
         shape: tuple[int | None, ...] = (checked_count("n", n), *self.latent_shape)
-        like = next(self.decoder.parameters(), torch.empty(()))
+        parameter = next(self.decoder.parameters(), torch.empty(()))
+        like = torch.empty((), dtype=parameter.dtype, device=parameter.device)  # the parameter may be sharded
         prior = self._prior_distribution(condition, shape, like)
         if fits(prior.mu.shape, shape):  # it may know the sizes that were left open
             shape = tuple(prior.mu.shape)
@@ -556,7 +557,24 @@ class VAE(nn.Module):
 
     @staticmethod
     def _image(p: Likelihood, sample: bool, generator: torch.Generator | None) -> Tensor:
-        return p.sample(generator=generator) if sample else p.mu
+        if sample:
+            return p.sample(generator=generator)
+        return p.mean if isinstance(p, ZeroInflatedNegativeBinomial) else p.mu
+
+    def _warn_if_unsynchronised(self) -> None:
+        """Say once that `loss` is no call of a wrapper."""
+        global _has_warned
+        if _has_warned or not (distributed.is_available() and distributed.is_initialized()):
+            return
+        # Past FSDP there are no whole parameters to compute with.
+        is_synchronised = is_in_forward_of_ddp() or is_managed_by_fsdp(self)
+        if distributed.get_world_size() > 1 and torch.is_grad_enabled() and not is_synchronised:
+            _has_warned = True
+            warnings.warn(
+                "VAE.loss was called in a group of processes. It goes past DistributedDataParallel and the like, which "
+                "do not synchronise its gradients then: call the wrapped module, wrapped(x).loss(x).",
+                stacklevel=3,
+            )
 
     # --- steps of a pass ---
 
@@ -667,9 +685,9 @@ class VAE(nn.Module):
             mean, scale, zi_logits = self._likelihood(z, condition, of)
             return Decoded(mean, scale, kind, zi_logits)
         mean, scale, zi_logits = self._likelihood(z.flatten(0, 1), repeated(condition, samples, z.shape[1]), of)
-        if isinstance(scale, Tensor) and scale.dim() == mean.dim() and len(scale) == len(mean):
+        if isinstance(scale, Tensor) and scale.dim() == mean.dim() and scale.shape[0] == mean.shape[0]:
             scale = scale.unflatten(0, z.shape[:2])
-        if zi_logits is not None and zi_logits.dim() == mean.dim() and len(zi_logits) == len(mean):
+        if zi_logits is not None and zi_logits.dim() == mean.dim() and zi_logits.shape[0] == mean.shape[0]:
             zi_logits = zi_logits.unflatten(0, z.shape[:2])
         return Decoded(mean.unflatten(0, z.shape[:2]), scale, kind, zi_logits)
 
@@ -771,20 +789,6 @@ class VAE(nn.Module):
 
 
 _has_warned = False
-
-
-def _warn_if_unsynchronised() -> None:
-    """Say once that `VAE.loss` is no call of a wrapper."""
-    global _has_warned
-    if _has_warned or not (distributed.is_available() and distributed.is_initialized()):
-        return
-    if distributed.get_world_size() > 1 and not is_in_forward_of_ddp():
-        _has_warned = True
-        warnings.warn(
-            "VAE.loss was called in a group of processes. It goes past DistributedDataParallel and the like, which do "
-            "not synchronise its gradients then: call the wrapped module, wrapped(x).loss(x).",
-            stacklevel=3,
-        )
 
 
 def _with_a_dimension(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:

@@ -183,7 +183,7 @@ class Decoded(NamedTuple):
         The kernels read each element of ``x``, expanded to the samples, where it lies.
         """
         check_tensor("x", x, integers=True)
-        targets = x.expand(len(self.mean), *x.shape)
+        targets = x.expand(self.mean.shape[0], *x.shape)
         return run_likelihood(
             self.kind.likelihood,
             inputs_of(self.kind.likelihood, self.mean, targets, self.scale, None, None, self.zi_logits),

@@ -280,7 +280,7 @@ def _train(trainer: Trainer, directory: Path, group: Alone, *, quiet: bool) -> i
             logged(row)
             if evaluations.is_due():
                 row = evaluate()
-                progress.say(f"  {evaluation.line(row, settings.evaluate_samples, settings.latent)}" if row else "")
+                progress.say(f"  {evaluation.line(row, settings)}" if row else "")
 
         for last in again:
             logged(last)
@@ -299,7 +299,7 @@ def _train(trainer: Trainer, directory: Path, group: Alone, *, quiet: bool) -> i
             print(f"drawing pictures in {directory}", flush=True)
             pictures.draw(trainer, directory)
             if finished:
-                print_end(trainer, evaluation.line(row, settings.evaluate_samples, settings.latent))
+                print_end(trainer, evaluation.line(row, settings))
     if finished:
         return 0
     print(f"interrupted {_position(trainer)}; to go on: {_resuming(directory)}")

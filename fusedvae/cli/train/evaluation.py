@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import metrics
+from ..settings import Settings
 from ..trainer import Row, Trainer, write_csv
 
 EVALUATION = "evaluation.csv"
@@ -71,11 +72,12 @@ class Evaluations:
         return row
 
 
-def line(row: Row, particles: int, latent: int) -> str:
+def line(row: Row, settings: Settings) -> str:
     """A row for people."""
+    what = "log p(x|label)" if settings.condition == "labels" else "log p(x)"
     parts = [
-        f"log p(x) {row['log_likelihood']:.2f} nats per sample ({particles} importance samples)",
-        f"{row['active_units']} of {latent} latent variables active",
+        f"{what} {row['log_likelihood']:.2f} nats per sample ({settings.evaluate_samples} importance samples)",
+        f"{row['active_units']} of {settings.latent} latent variables active",
     ]
     if "psnr" in row:
         parts.append(f"PSNR {row['psnr']:.1f} dB")
