@@ -300,6 +300,36 @@ class Deferred(NamedTuple):
     """The operands that are tensors, and those that are numbers."""
 
 
+class GivenDivergence(NamedTuple):
+    """A divergence that was computed before; its gradient is the incoming one, times numbers."""
+
+    operand: int
+    factor: float
+    """What makes a mean of its sum."""
+    coefficients: list[int]
+    """Beta, and grad_scale if there is one, among the numbers that are kept."""
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def gradient(self, incoming: Tensor, numbers: Sequence[Any]) -> Tensor:
+        found = _times(incoming, self.factor, *[numbers[k] for k in self.coefficients])
+        return (found if found.dtype == self.dtype else found.to(self.dtype)).expand(self.shape)
+
+
+def _given_divergence(spec: Objective, terms: Sequence[Placed], operands: Operands) -> GivenDivergence | None:
+    """Of a total whose coefficients are numbers: the divergence, if it is given and its gradient wanted."""
+    numbers = _numbers(operands)
+    coefficients = [spec.beta] if spec.grad_scale is None else [spec.beta, spec.grad_scale]
+    term = terms[-1]
+    kl = operands[term.inputs.start]
+    if not (isinstance(kl, Tensor) and kl.requires_grad and term.formula is GIVEN and spec.values == "total"):
+        return None
+    if any(k not in numbers for k in coefficients):
+        return None
+    factor, places = factor_of(term.reduction, kl.shape), [numbers.index(k) for k in coefficients]
+    return GivenDivergence(term.inputs.start, factor, places, kl.shape, kl.dtype)
+
+
 def made_in_forward(
     spec: Objective, operands: Operands, *, is_dispatched: bool = False, in_place: bool = False
 ) -> Objective:
@@ -360,8 +390,10 @@ class RecordedObjective:
         self.overwrites = in_place and made.needed[0]
         """Whether that is done in the forward pass."""
         self.deferred = _deferred(made.needed, operands, in_place=in_place)
+        self.given = _given_divergence(spec, terms, operands)
+        quickly = positions(spec.needed) if self.given is None else [*positions(spec.needed), self.given.operand]
         self.needs_more = any(
-            isinstance(t, Tensor) and t.requires_grad and not n for t, n in zip(operands, spec.needed, strict=True)
+            isinstance(t, Tensor) and t.requires_grad and k not in quickly for k, t in enumerate(operands)
         )
         """Whether there are gradients to make besides those that objectives make."""
         self.forward: ObjectiveCall | None = None
@@ -437,6 +469,8 @@ class _Objective(torch.autograd.Function):
             for k, gradient in zip(made, _scaled(ctx, g_loss)):  # noqa: B905 - a hot path
                 grads[k + 1] = gradient
             if not call.needs_more:  # the usual step
+                if call.given is not None:
+                    grads[call.given.operand + 1] = call.given.gradient(g_loss, ctx.numbers)
                 return tuple(grads)
             made_already = call.spec.needed
         elif call.overwrites:
@@ -446,14 +480,17 @@ class _Objective(torch.autograd.Function):
             )
         operands, divergence = _restored(ctx, call.deferred, ctx.saved_tensors)
         in_place = ctx.overwrites and not keeps_graph()
-        given = [*operands, g_loss]
-        if is_factor and call.scaled is not None and not ops.needs_dispatcher(given):
-            scaled = find(ObjectiveCall, given, call.scaled, True, in_place)
-            for k, gradient in zip(scaled.made, scaled.forward(given)[1], strict=True):
+        sources = [*operands, g_loss]
+        if is_factor and call.scaled is not None and not ops.needs_dispatcher(sources):
+            assert g_loss is not None
+            scaled = find(ObjectiveCall, sources, call.scaled, True, in_place)
+            for k, gradient in zip(scaled.made, scaled.forward(sources)[1], strict=True):
                 grads[k + 1] = gradient
             if in_place:
-                increment_version(given[0])  # type: ignore[arg-type]
+                increment_version(operands[0])  # type: ignore[arg-type]
             if not call.needs_more:
+                if call.given is not None:
+                    grads[call.given.operand + 1] = call.given.gradient(g_loss, ctx.numbers)
                 return tuple(grads)
             made_already = call.spec.needed
         rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)

@@ -239,6 +239,26 @@ def test_weights_a_sample() -> None:
     assert_all_close(list(torch.autograd.grad((loss * weights).sum(), t)), list(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean"])
+def test_a_divergence_that_is_given_has_the_gradient_of_its_coefficients(
+    target: Target, reduction: str, dtype: torch.dtype
+) -> None:
+    x, recon_x = torch.randn(4, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype).requires_grad_()
+    kl = torch.rand(4, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+    for options in ({}, {"beta": 0.3}, {"beta": 0.3, "grad_scale": 8.0}, {"beta": torch.tensor(0.3)}):
+        loss = functional.elbo_loss(
+            recon_x, x, None, None, kl=kl, reduction=reduction, backend=target.backend, **options
+        )
+        factor = 0.5 * float(options.get("beta", 1.0)) * options.get("grad_scale", 1.0)
+        expected = torch.full_like(kl, factor if reduction == "sum" else factor / 4)
+        for is_kept in (True, False):
+            found, of_mean = torch.autograd.grad(0.5 * loss, [kl, recon_x], retain_graph=is_kept)
+            torch.testing.assert_close(found, expected)
+            assert found.dtype == kl.dtype
+            assert of_mean.any()
+
+
 def test_the_latents_own_kl() -> None:
     recon_x, x, mu, logvar, recon_logvar = operands()
     kl = functional.latent(mu, logvar).kl
