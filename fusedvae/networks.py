@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -77,6 +77,12 @@ def _checked_size(name: str, size: int) -> int:
     return int(size)
 
 
+def _checked_number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
 def _check_input(module: nn.Module, name: str, given: Tensor, sizes: tuple[int, ...]) -> None:
     if tuple(given.shape[1:]) != sizes:
         expected = ", ".join(("batch", *map(str, sizes)))
@@ -123,12 +129,11 @@ class MLPEncoder(nn.Module):
     def __init__(self, shape: Sequence[int], latent_dim: int, *, hidden: Sequence[int] = (512, 256)) -> None:
         super().__init__()
         self.shape = _checked_sizes("shape", shape, at_least=1)
+        latent_dim = _checked_size("latent_dim", latent_dim)
         hidden = _checked_sizes("hidden", hidden)
         self.arguments = {"shape": self.shape, "latent_dim": latent_dim, "hidden": hidden}
         widths = (math.prod(self.shape), *hidden)
-        self.layers = nn.Sequential(
-            *_dense_stack(widths), nn.Linear(widths[-1], 2 * _checked_size("latent_dim", latent_dim))
-        )
+        self.layers = nn.Sequential(*_dense_stack(widths), nn.Linear(widths[-1], 2 * latent_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input(self, "x", x, self.shape)
@@ -161,14 +166,15 @@ class MLPDecoder(nn.Module):
         self.latent_dim = _checked_size("latent_dim", latent_dim)
         shape = _checked_sizes("shape", shape, at_least=1)
         hidden = _checked_sizes("hidden", hidden)
+        logvar_floor = _checked_number("logvar_floor", logvar_floor)
         self.arguments = {
-            "latent_dim": latent_dim,
+            "latent_dim": self.latent_dim,
             "shape": shape,
             "hidden": hidden,
-            "mean_only": mean_only,
+            "mean_only": bool(mean_only),
             "logvar_floor": logvar_floor,
         }
-        widths = (latent_dim, *hidden)
+        widths = (self.latent_dim, *hidden)
         self.layers = nn.Sequential(*_dense_stack(widths))
 
         def head() -> nn.Module:
@@ -238,7 +244,7 @@ class _Pyramid:
         self.sizes = [tuple(size)]
         while max(self.sizes[-1]) > 4:
             self.sizes.append(tuple((side + 1) // 2 for side in self.sizes[-1]))
-        _checked_size("width", width)
+        self.width = width = _checked_size("width", width)
         self.widths = [min(width * 2**level, 8 * width) for level in range(len(self.sizes))]
         self.bottom = (self.widths[-1], *self.sizes[-1])
 
@@ -258,12 +264,13 @@ class ConvEncoder(nn.Module):
         super().__init__()
         pyramid = _Pyramid(shape, width)
         self.shape = pyramid.shape
-        self.arguments = {"shape": self.shape, "latent_dim": latent_dim, "width": width}
-        layers: list[nn.Module] = [nn.Conv2d(pyramid.channels, width, 3, padding=1)]
+        latent_dim = _checked_size("latent_dim", latent_dim)
+        self.arguments = {"shape": self.shape, "latent_dim": latent_dim, "width": pyramid.width}
+        layers: list[nn.Module] = [nn.Conv2d(pyramid.channels, pyramid.width, 3, padding=1)]
         for narrow, wide in pairwise(pyramid.widths):
             layers += [_Residual(narrow), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
         layers += [_Residual(pyramid.widths[-1]), _norm(pyramid.widths[-1]), nn.SiLU(), nn.Flatten()]
-        layers += [nn.Linear(math.prod(pyramid.bottom), 2 * _checked_size("latent_dim", latent_dim))]
+        layers += [nn.Linear(math.prod(pyramid.bottom), 2 * latent_dim)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -300,15 +307,16 @@ class ConvDecoder(nn.Module):
         super().__init__()
         self.latent_dim = _checked_size("latent_dim", latent_dim)
         pyramid = _Pyramid(shape, width)
+        logvar_floor = _checked_number("logvar_floor", logvar_floor)
         self.arguments = {
-            "latent_dim": latent_dim,
+            "latent_dim": self.latent_dim,
             "shape": pyramid.shape,
-            "width": width,
-            "mean_only": mean_only,
+            "width": pyramid.width,
+            "mean_only": bool(mean_only),
             "logvar_floor": logvar_floor,
         }
         layers: list[nn.Module] = [
-            nn.Linear(latent_dim, math.prod(pyramid.bottom)),
+            nn.Linear(self.latent_dim, math.prod(pyramid.bottom)),
             nn.Unflatten(1, pyramid.bottom),
             _Residual(pyramid.widths[-1]),
         ]
@@ -319,10 +327,10 @@ class ConvDecoder(nn.Module):
                 nn.Conv2d(wide, narrow, 3, padding=1),
                 _Residual(narrow),
             ]
-        self.layers = nn.Sequential(*layers, _norm(width), nn.SiLU())
+        self.layers = nn.Sequential(*layers, _norm(pyramid.width), nn.SiLU())
 
         def head() -> nn.Module:
-            return nn.Conv2d(width, pyramid.channels, 3, padding=1)
+            return nn.Conv2d(pyramid.width, pyramid.channels, 3, padding=1)
 
         self.heads = _Heads(head(), None if mean_only else head(), logvar_floor)
 
@@ -348,17 +356,18 @@ class LabelledEncoder(nn.Module):
     def __init__(self, network: str, shape: Sequence[int], latent_dim: int, classes: int, **options: Any) -> None:
         super().__init__()
         self.shape = _checked_sizes("shape", shape, at_least=1)
+        latent_dim, classes = _checked_size("latent_dim", latent_dim), _checked_size("classes", classes)
+        self.beside = (1, *self.shape[1:]) if len(self.shape) > 1 else (_WIDTH_OF_LABELS,)
+        self.labels = nn.Embedding(classes, math.prod(self.beside))
+        seen = (self.shape[0] + self.beside[0], *self.shape[1:])
+        self.network = _NETWORKS[_checked_network(network)][0](seen, latent_dim, **options)
         self.arguments = {
             "network": network,
             "shape": self.shape,
             "latent_dim": latent_dim,
             "classes": classes,
-            **options,
+            **_as_checked(self.network, options),
         }
-        self.beside = (1, *self.shape[1:]) if len(self.shape) > 1 else (_WIDTH_OF_LABELS,)
-        self.labels = nn.Embedding(_checked_size("classes", classes), math.prod(self.beside))
-        seen = (self.shape[0] + self.beside[0], *self.shape[1:])
-        self.network = _NETWORKS[_checked_network(network)][0](seen, latent_dim, **options)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         _check_input(self, "x", x, self.shape)
@@ -379,15 +388,16 @@ class LabelledDecoder(nn.Module):
     def __init__(self, network: str, latent_dim: int, shape: Sequence[int], classes: int, **options: Any) -> None:
         super().__init__()
         self.latent_dim = _checked_size("latent_dim", latent_dim)
+        shape, classes = _checked_sizes("shape", shape, at_least=1), _checked_size("classes", classes)
+        self.labels = nn.Embedding(classes, _WIDTH_OF_LABELS)
+        self.network = _NETWORKS[_checked_network(network)][1](self.latent_dim + _WIDTH_OF_LABELS, shape, **options)
         self.arguments = {
             "network": network,
-            "latent_dim": latent_dim,
-            "shape": _checked_sizes("shape", shape, at_least=1),
+            "latent_dim": self.latent_dim,
+            "shape": shape,
             "classes": classes,
-            **options,
+            **_as_checked(self.network, options),
         }
-        self.labels = nn.Embedding(_checked_size("classes", classes), _WIDTH_OF_LABELS)
-        self.network = _NETWORKS[_checked_network(network)][1](latent_dim + _WIDTH_OF_LABELS, shape, **options)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         _check_input(self, "z", z, (self.latent_dim,))
@@ -407,6 +417,12 @@ def _checked_network(network: str) -> str:
     if network not in _NETWORKS:
         raise ValueError(f"network: expected one of {', '.join(map(repr, _NETWORKS))}, got {network!r}")
     return network
+
+
+def _as_checked(network: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a network was made with, as it keeps them."""
+    arguments: Any = network.arguments
+    return {name: arguments[name] for name in options}
 
 
 def conv(

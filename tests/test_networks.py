@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,11 +151,32 @@ def test_networks_work_in_other_dtypes(dtype: torch.dtype) -> None:
         (lambda: networks.conv((1, 2, 8, 8), 2), ValueError, r"shape: expected \(channels, height, width\)"),
         (lambda: networks.conv((1, 8, 8), 2, width=0), ValueError, r"width: expected at least 1, got 0"),
         (lambda: networks.conv((1, 8, 8), True), TypeError, r"latent_dim: expected an integer, got True"),
+        (lambda: networks.mlp((4,), 2, logvar_floor="-4"), TypeError, r"logvar_floor: expected a number, got str"),
+        (lambda: networks.conv((1, 8, 8), 2, logvar_floor=True), TypeError, r"logvar_floor: .* number, got bool"),
     ],
 )
 def test_wrong_sizes_are_named(build: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_numbers_of_numpy_are_kept_as_plain_ones(name: str, classes: int | None) -> None:
+    def made(whole: type, real: type, boolean: type) -> list[dict]:
+        own = {"hidden": [whole(9), whole(7)]} if name == "mlp" else {"width": whole(4)}
+        options = {"mean_only": boolean(False), "logvar_floor": real(-1.5), **own}
+        torch.manual_seed(0)
+        pair = BUILDERS[name](
+            (whole(1), 8, whole(8)), whole(5), classes=None if classes is None else whole(classes), **options
+        )
+        outputs.append([value for module in pair for value in module.state_dict().values()])
+        return [module.arguments for module in pair]
+
+    outputs: list[list[torch.Tensor]] = []
+    arguments, plain = made(np.int64, np.float32, np.bool_), made(int, float, bool)
+    assert repr(arguments) == repr(plain)  # of NumPy, a number's would have its type
+    assert all(torch.equal(one, same) for one, same in zip(*outputs, strict=True))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
