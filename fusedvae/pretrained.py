@@ -7,11 +7,14 @@ are read: no code of a file is run. Both are of the state_dict.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -56,17 +59,29 @@ def save(
 ) -> None:
     """Write a model to ``directory``, which is made if there is none.
 
+    Of a model whose tensors are spread over processes (FSDP2, DTensors in general) every process that has a part must
+    call it: they are made whole one after the other, and the first of these processes alone keeps and writes them. The
+    others do not wait until it has.
+
     Args:
         extra: what else the config is to hold, of plain values; it is of no account to `load`.
         write: writes a file; by default one that is there already is replaced when the new one is whole.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    write = write or _write
-    name, content = _packed(model)
+    # All files before one is written: a model that cannot be saved leaves the one that is there as it was.
+    files = _files(model, extra or {})
+    if files is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (write or _write)(directory / name, content)
+
+
+def _files(model: VAE, extra: dict[str, Any]) -> dict[str, bytes] | None:
+    """The contents of the files of a model, by their names; None in a process that is not to write them."""
+    name = weights_name()
+    config = json.dumps({**config_of(model), "weights": name, **extra}, indent=2) + "\n"
+    tensors = _whole_tensors(model)
     # The weights first: a directory with a config has what that speaks of.
-    write(directory / name, content)
-    config = {**config_of(model), "weights": name, **(extra or {})}
-    write(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    return None if tensors is None else {name: _packed(tensors, name), CONFIG: config.encode()}
 
 
 def config_of(model: VAE) -> dict[str, Any]:
@@ -82,8 +97,7 @@ def config_of(model: VAE) -> dict[str, Any]:
     config["latent_dim"] = sizes[0] if len(sizes) == 1 and sizes[0] is not None else list(sizes)
     config["recon_logvar"] = _value(model.recon_logvar)
     for name in OPTIONS:
-        value = getattr(model, name)
-        config[name] = list(value) if isinstance(value, tuple) else value
+        config[name] = _plain(getattr(model, name))
     return config
 
 
@@ -97,29 +111,81 @@ def load(make: type[VAE], directory: Path, modules: dict[str, nn.Module | None])
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no model: there is no {CONFIG}")
+    _check_takes_options(make, directory)
     try:
         config = json.loads(path.read_text())
-        if config["library"] != "fusedvae" or config["format"] != FORMAT:
-            raise ValueError("it is not of this version of fusedvae")
+        if not isinstance(config, dict) or config.get("library") != "fusedvae":
+            raise ValueError("expected a directory that VAE.save_pretrained wrote; this one is of something else")
+        if config.get("format") != FORMAT:
+            raise ValueError(f"it is not of this version of fusedvae: expected format {FORMAT}")
         given = {name: _made(name, config.get(name), modules.get(name)) for name in _MODULES}
         options = {name: _untupled(config[name]) for name in OPTIONS}
         options["recon_logvar"] = _unvalued(config["recon_logvar"])
         latent_dim, weights = config["latent_dim"], config["weights"]
+    except KeyError as error:
+        raise ValueError(f"cannot read {path}: there is no {error}") from error
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     model = make(given["encoder"], given["decoder"], latent_dim, prior=given["prior"], **options)
-    tensors = _unpacked(directory, weights)
-    # Own networks take the tensors as they are, in their dtypes; a user's modules keep their tensors, and the values
-    # are copied to them, wherever they are.
-    model.load_state_dict(tensors, assign=not any(modules.values()))
+    own = model.state_dict(keep_vars=True)
+    names = {_name(name): name for name in own}
+    tensors = {names.get(name, name): value for name, value in _unpacked(directory, weights).items()}
+    # What is made here gets the dtypes of what was saved; a user's modules keep theirs, and values are copied to them,
+    # wherever they are.
+    given_ones = tuple(f"{name}." for name, module in modules.items() if module is not None)
+    for name in own.keys() & tensors.keys():
+        if not name.startswith(given_ones):
+            own[name].data = own[name].data.to(tensors[name].dtype)
+    model.load_state_dict(tensors)
     return model.eval()
 
 
+def _check_takes_options(make: type[VAE], directory: Path) -> None:
+    """Check that a subclass can be made as `load` makes it, before that asks for modules."""
+    signature = inspect.signature(make)
+    try:
+        signature.bind("encoder", "decoder", "latent_dim", prior=None, recon_logvar=None, **dict.fromkeys(OPTIONS))
+    except TypeError as error:
+        raise TypeError(
+            f"{make.__name__}: expected a class whose __init__ takes what that of VAE does, got one that takes "
+            f"{signature}: make the model yourself and load the tensors in {directory} with its load_state_dict; or "
+            "let the class inherit from huggingface_hub.PyTorchModelHubMixin first, which saves such arguments"
+        ) from error
+
+
 def _described(module: nn.Module) -> dict[str, Any]:
-    name = type(module).__name__
-    if getattr(networks, name, None) is type(module):
-        return {"class": name, "arguments": dict(module.arguments)}  # type: ignore[arg-type]
-    return {"class": f"{type(module).__module__}.{name}"}
+    while hasattr(module, _COMPILED):
+        module = getattr(module, _COMPILED)
+    kind = _class_of(module)
+    if getattr(networks, kind.__name__, None) is kind:
+        return {"class": kind.__name__, "arguments": dict(module.arguments)}  # type: ignore[arg-type]
+    return {"class": f"{kind.__module__}.{kind.__name__}"}
+
+
+def _class_of(module: nn.Module) -> type:
+    """That which a module was made of: FSDP2 gives it another, derived from FSDPModule and that one."""
+    kind = type(module)
+    # Where nothing has imported FSDP, nothing is sharded.
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return kind.__bases__[-1] if issubclass(kind, sharded) else kind
+
+
+_COMPILED = "_orig_mod"
+"""What a module of torch.compile calls the module in it."""
+
+
+def _name(name: str) -> str:
+    """A tensor's name, the same whether modules are compiled or not."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON has it: numbers of NumPy are Python's, tuples lists."""
+    if isinstance(value, (tuple, list)):
+        return [*map(_plain, value)]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _made(name: str, description: Any, given: nn.Module | None) -> Any:
@@ -164,19 +230,28 @@ def weights_name() -> str:
     return PICKLED if importlib.util.find_spec("safetensors") is None else SAFETENSORS
 
 
-def _packed(model: nn.Module) -> tuple[str, bytes]:
-    """The state_dict as a file, and its name."""
-    # Copies: safetensors takes no two tensors that share memory, and none with gaps.
-    tensors = {
-        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, value in model.state_dict().items()
-    }
-    name = weights_name()
+def _whole_tensors(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state_dict on the CPU; None in a process that is not to write it."""
+    state: dict[str, Any] = model.state_dict()
+    spread = {name for name, value in state.items() if hasattr(value, "full_tensor")}  # DTensors
+    writer = min((int(state[name].device_mesh.mesh.min()) for name in spread), default=None)
+    writes = writer is None or writer == torch.distributed.get_rank()
+    tensors = {}
+    for name, value in state.items():
+        whole = value.full_tensor() if name in spread else value  # which all processes must ask for
+        if writes:
+            # Copies: safetensors takes no two tensors that share memory, and none with gaps.
+            tensors[_name(name)] = whole.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return tensors if writes else None
+
+
+def _packed(tensors: dict[str, Tensor], name: str) -> bytes:
+    """Tensors as the content of a file of that name."""
     if name == SAFETENSORS:
-        return name, importlib.import_module("safetensors.torch").save(tensors, metadata={"format": "pt"})
+        return importlib.import_module("safetensors.torch").save(tensors, metadata={"format": "pt"})
     file = io.BytesIO()
     torch.save(tensors, file)
-    return name, file.getvalue()
+    return file.getvalue()
 
 
 def _unpacked(directory: Path, name: str) -> dict[str, Tensor]:
@@ -189,7 +264,10 @@ def _unpacked(directory: Path, name: str) -> dict[str, Tensor]:
     try:
         if load_file is not None:
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise TypeError("there is something else than tensors")
+        return tensors
     except Exception as error:  # safetensors, zipfile and torch have each their own for what is not whole
         raise ValueError(f"cannot read {path}: it is damaged ({error})") from error
 
@@ -239,16 +317,23 @@ model = fusedvae.VAE.from_pretrained("NAME")
 def upload(model: VAE, name: str, **options: Any) -> str:
     """Make a repository for a model on the Hugging Face Hub, or a new commit in it; returns the commit's address.
 
+    Of a model that is spread over processes, every one must call it, as `save`; those that do not write return "".
+
     Args:
         options: of ``huggingface_hub.ModelHubMixin.push_to_hub``, whose work it is.
     """
     hub = _required("huggingface_hub", "to upload a model")
     tags = ["variational-autoencoder"]
     card = _CARD.replace("NAME", name)
+    files = _files(model, {})
+    if files is None:
+        return ""
+    contents = files.items()
 
     # Not a base class of VAE: that would import huggingface_hub with the package.
     class Uploaded(hub.ModelHubMixin, library_name="fusedvae", tags=tags, model_card_template=card):  # type: ignore
         def _save_pretrained(self, save_directory: Path) -> None:
-            save(model, save_directory)
+            for file, content in contents:
+                _write(save_directory / file, content)
 
     return str(Uploaded().push_to_hub(name, **options))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import fusedvae
@@ -53,6 +59,20 @@ MODELS: dict[str, Any] = {
     ).double(),
     "labelled images": lambda: VAE(*networks.conv(IMAGE, 4, width=4, classes=3), 4),
     "labelled vectors": lambda: VAE(*networks.mlp((11,), 4, hidden=(9,), classes=3), 4),
+    "numbers of NumPy": lambda: VAE(
+        *networks.mlp(
+            (np.prod([3, 4]),),
+            np.int64(4),
+            hidden=(9,),
+            classes=np.unique([0, 1, 2]).max() + 1,
+            logvar_floor=np.float32(-3),
+        ),
+        np.int64(4),
+        scale="softplus",
+        clamp=(np.int64(-3), 3),
+        eps=np.float32(0.1),
+        prior=(np.float32(0.5), np.int64(2)),
+    ),
 }
 
 
@@ -117,6 +137,132 @@ class Prior(nn.Module):
         return self.mean, torch.zeros(3)
 
 
+def test_a_model_that_cannot_be_saved_leaves_the_one_that_is_there(tmp_path: Path) -> None:
+    model = MODELS["conv"]()
+    model.save_pretrained(tmp_path / "model")
+    other = MODELS["a number"]()
+    other.encoder.arguments["hidden"] = {9}  # type: ignore[index]
+    for directory in ("model", "none"):
+        with pytest.raises(TypeError, match="set is not JSON serializable"):
+            other.save_pretrained(tmp_path / directory)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert len(list((tmp_path / "model").iterdir())) == 2
+    check_same(model, VAE.from_pretrained(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_beside_a_module_that_is_given_all_else_has_the_dtypes_of_what_was_saved(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    def encoder() -> nn.Module:
+        return Mine(6, 6)
+
+    decoder = networks.MLPDecoder(3, (6,), hidden=(5,), mean_only=True)
+    model = VAE(encoder(), decoder, 3, recon_logvar=torch.rand(1), prior=(learned(3), torch.randn(3))).to(dtype)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.fill_(1 / 3)
+    model.save_pretrained(tmp_path)
+    for given in (encoder().to(dtype), encoder()):
+        kept = given.layer.weight
+        found = VAE.from_pretrained(tmp_path, encoder=given)
+        assert found.encoder.layer.weight is kept  # type: ignore[union-attr]
+        for name, value in model.state_dict().items():
+            expected = value.to(kept.dtype) if name.startswith("encoder.") else value
+            assert found.state_dict()[name].dtype == expected.dtype, name
+            assert torch.equal(found.state_dict()[name], expected), name
+        assert [n for n, _ in found.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+def test_values_beside_modules_that_are_all_given_have_the_dtypes_of_what_was_saved(tmp_path: Path) -> None:
+    model = VAE(Mine(6, 6), Mine(3, 6), 3, recon_logvar="learned", prior=(torch.randn(3), 0.5)).double()
+    nn.init.constant_(model.recon_logvar, 1 / 3)  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path)
+    found = VAE.from_pretrained(tmp_path, encoder=Mine(6, 6).double(), decoder=Mine(3, 6).double())
+    assert found.recon_logvar.dtype == torch.float64  # type: ignore[union-attr]
+    assert found.recon_logvar.item() == 1 / 3  # type: ignore[union-attr]
+    assert torch.equal(found.prior_mu, model.prior_mu)  # type: ignore[arg-type]
+
+
+def test_compiled_modules_are_saved_as_what_they_were_made_of(tmp_path: Path) -> None:
+    model = MODELS["labelled images"]()
+    plain = model.encoder, model.decoder
+    inner = model.decoder.network.layers[0]
+    model.encoder, model.decoder = (torch.compile(module, backend="eager") for module in plain)
+    plain[1].network.layers[0] = torch.compile(inner, backend="eager")
+    assert "decoder._orig_mod.network.layers.0._orig_mod.weight" in model.state_dict()
+    model.save_pretrained(tmp_path)
+    model.encoder, model.decoder = plain
+    plain[1].network.layers[0] = inner
+    check_same(model, VAE.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("is_saved_compiled", [False, True])
+@pytest.mark.parametrize("is_loaded_compiled", [False, True])
+def test_the_values_of_compiled_modules_and_of_plain_ones_are_those_of_each_other(
+    tmp_path: Path, is_saved_compiled: bool, is_loaded_compiled: bool
+) -> None:
+    def modules(are_compiled: bool) -> dict[str, Any]:
+        made = {"encoder": Mine(6, 6), "decoder": Mine(3, 12), "prior": Prior()}
+        return {
+            name: torch.compile(module, backend="eager") if are_compiled else module for name, module in made.items()
+        }
+
+    model = VAE(**modules(is_saved_compiled), latent_dim=3)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"its encoder is a \S+\.Mine, "):
+        VAE.from_pretrained(tmp_path)
+    given = modules(is_loaded_compiled)
+    found = VAE.from_pretrained(tmp_path, **given)
+    assert found.encoder is given["encoder"]
+    for one, same in zip(model.parameters(), found.parameters(), strict=True):
+        assert torch.equal(one, same)
+    assert torch.equal(found.prior.mean, model.prior.mean)  # type: ignore[union-attr]
+
+
+def _sharded(rank: int, directory: Path, results: Any) -> None:
+    """A process of two that have a model together, saves and uploads it."""
+    from torch.distributed.fsdp import fully_shard
+
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=2)
+        torch.manual_seed(0)
+        model = MODELS["tensors, fixed and learned"]()
+        for part in (model.encoder, model.decoder, model):
+            fully_shard(part)
+        model.save_pretrained(directory / f"of process {rank}")
+        address = None
+        with contextlib.suppress(ImportError), mock.patch("huggingface_hub.hub_mixin.HfApi") as api:
+            api.return_value.upload_folder.return_value = "https://hub/commit"
+            address = model.push_to_hub("a"), api.return_value.upload_folder.call_count
+        dist.destroy_process_group()
+        results.put((rank, address))
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without torch.distributed")
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+def test_a_model_that_processes_share_is_written_whole_by_the_first(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_sharded, args=(rank, tmp_path, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(results.get(timeout=120) for _ in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(10)
+    has_hub = importlib.util.find_spec("huggingface_hub") is not None
+    assert found == ({0: ("https://hub/commit", 1), 1: ("", 0)} if has_hub else {0: None, 1: None}), found
+    torch.manual_seed(0)
+    check_same(MODELS["tensors, fixed and learned"](), VAE.from_pretrained(tmp_path / "of process 0"))
+    assert not (tmp_path / "of process 1").exists()
+
+
 def test_modules_of_other_kinds_are_asked_for_and_filled(tmp_path: Path) -> None:
     model = VAE(Mine(6, 6), Mine(3, 12), 3, prior=Prior())
     model.save_pretrained(tmp_path)
@@ -140,6 +286,43 @@ def test_a_subclass_comes_back_as_one(tmp_path: Path) -> None:
 
     Special(*networks.mlp((4,), 2, hidden=(3,)), 2).save_pretrained(tmp_path)
     assert type(Special.from_pretrained(tmp_path)) is Special
+
+
+def test_a_subclass_with_arguments_of_its_own_says_what_it_must_take(tmp_path: Path) -> None:
+    class Special(VAE):
+        def __init__(self, width: int) -> None:
+            super().__init__(Mine(4, width), Mine(2, 8), 2)
+
+    class Open(VAE):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+
+    model = Special(4)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"Special: expected a class whose __init__ takes .*, got .*\(width: 'int'\)"):
+        Special.from_pretrained(tmp_path)
+    found = Open.from_pretrained(tmp_path, encoder=Mine(4, 4), decoder=Mine(2, 8))
+    assert type(found) is Open
+    # As the message advises.
+    again = Special(4)
+    again.load_state_dict(found.state_dict())
+    assert all(torch.equal(one, same) for one, same in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_folder_of_another_library_says_what_was_expected(tmp_path: Path) -> None:
+    MODELS["conv"]().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    own = json.loads(config.read_text())
+    lacking = {name: value for name, value in own.items() if name != "latent_dim"}
+    for content, expected in (
+        ({"_class_name": "AutoencoderKL", "latent_channels": 4}, "expected a directory that VAE.save_pretrained wrote"),
+        ([], "expected a directory that VAE.save_pretrained wrote"),
+        ({**own, "format": 2}, "it is not of this version of fusedvae: expected format 1"),
+        (lacking, "there is no 'latent_dim'"),
+    ):
+        config.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"cannot read .*config\.json: {expected}"):
+            VAE.from_pretrained(tmp_path)
 
 
 def test_what_is_no_model_says_so(tmp_path: Path) -> None:
@@ -196,6 +379,10 @@ def test_no_code_of_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=r"cannot read .*model\.pt"):
         VAE.from_pretrained(tmp_path)
     assert not (tmp_path / "owned").exists()
+    for content in ({"encoder.layers.0.weight": 3}, [torch.ones(2)]):
+        torch.save(content, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match=r"cannot read .*model\.pt: it is damaged \(there is something else than"):
+            VAE.from_pretrained(tmp_path)
 
 
 HUB_CACHE = "models--me--a", "0123456789abcdef0123456789abcdef01234567"
