@@ -66,19 +66,25 @@ COMBINED = tl.constexpr(1024)
 
 
 @triton.jit
+def split_number(number_of_tile, count):
+    """A tile's number, divided by a count of tiles: the quotient and the rest. Unsigned, that takes fewer steps."""
+    dividend, divisor = number_of_tile.to(tl.uint32), number(count, tl.uint32)
+    return (dividend // divisor).to(tl.int32), (dividend % divisor).to(tl.int32)
+
+
+@triton.jit
 def positions(tile, outer, inner, tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr, walk: tl.constexpr):
     """The elements of a tile along each dimension, as blocks that broadcast to the tile."""
-    if WIDE & walk:
-        tile = tile.to(tl.int64)
     if FLAT & walk:
-        b, o, first = tile * 0, tile * 0, tile * tile_i
+        b, o, i = tile * 0, tile * 0, tile
     else:
-        tiles_o, tiles_i = tl.cdiv(outer, tile_o), tl.cdiv(inner, tile_i)
-        row = tile // tiles_i
-        b, o, first = (row // tiles_o) * tile_b, (row % tiles_o) * tile_o, (tile % tiles_i) * tile_i
-    b = b + tl.arange(0, tile_b)[:, None, None]
-    o = o + tl.arange(0, tile_o)[None, :, None]
-    return b, o, first + tl.arange(0, tile_i)[None, None, :]
+        row, i = split_number(tile, tl.cdiv(inner, tile_i))
+        b, o = split_number(row, tl.cdiv(outer, tile_o))
+    if WIDE & walk:
+        b, o, i = b.to(tl.int64), o.to(tl.int64), i.to(tl.int64)
+    b = b * tile_b + tl.arange(0, tile_b)[:, None, None]
+    o = o * tile_o + tl.arange(0, tile_o)[None, :, None]
+    return b, o, i * tile_i + tl.arange(0, tile_i)[None, None, :]
 
 
 @triton.jit
@@ -180,20 +186,21 @@ def membership(
     Returns a tile's group, the number of groups, its number within the group, and the members of a group.
     """
     tiles_b, tiles_o, tiles_i = tl.cdiv(batch, tile_b), tl.cdiv(outer, tile_o), tl.cdiv(inner, tile_i)
-    row = tile // tiles_i
+    row, i = split_number(tile, tiles_i)
+    b, o = split_number(row, tiles_o)
     group, groups, member, members = tile * 0, 1, tile * 0, 1
     if BATCH & axes:
-        group, groups = row // tiles_o, tiles_b
+        group, groups = b, tiles_b
     else:
-        member, members = row // tiles_o, tiles_b
+        member, members = b, tiles_b
     if OUTER & axes:
-        group, groups = group * tiles_o + row % tiles_o, groups * tiles_o
+        group, groups = group * tiles_o + o, groups * tiles_o
     else:
-        member, members = member * tiles_o + row % tiles_o, members * tiles_o
+        member, members = member * tiles_o + o, members * tiles_o
     if INNER & axes:
-        group, groups = group * tiles_i + tile % tiles_i, groups * tiles_i
+        group, groups = group * tiles_i + i, groups * tiles_i
     else:
-        member, members = member * tiles_i + tile % tiles_i, members * tiles_i
+        member, members = member * tiles_i + i, members * tiles_i
     return group, groups, member, members
 
 
@@ -333,9 +340,11 @@ def noise_tile(
     """
     wide: tl.constexpr = WIDE & walk
     if in_quads:
+        first = tile
+        if not FLAT & walk:
+            _, first = split_number(tile, tl.cdiv(inner, tile_i))
         if wide:
-            tile = tile.to(tl.int64)
-        first = tile if FLAT & walk else tile % tl.cdiv(inner, tile_i)
+            first = first.to(tl.int64)
         quad = first * (tile_i // 4) + tl.arange(0, tile_i // 4)[None, None, :]
         if not FLAT & walk:
             quad = (b * l0 + o * l1) // 4 + quad
