@@ -260,6 +260,50 @@ def test_backends_agree_to_rounding(target: Target) -> None:
     torch.testing.assert_close(ours, reference, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(6, 1001), (77, 16), (1003, 4), (501, 7)])
+def test_the_noise_of_half_precisions(target: Target, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Half an ulp from the noise, and 2^-20 of the radius, as a GPU's own sine and cosine are exact; and mostly the
+    float32 values converted."""
+    zeros = torch.zeros(shape, dtype=dtype, device=target.device)
+    torch.manual_seed(24)
+    z, _ = functional.latent(zeros, zeros, backend=target.backend)
+    torch.manual_seed(24)
+    seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=target.device))
+    values, radii = (torch.from_numpy(found) for found in expected_noise(z.numel(), seed))
+    found, limits = z.flatten().cpu(), torch.finfo(dtype)
+    half_ulp = 0.5 * limits.eps * (values.abs() + limits.smallest_normal)
+    assert ((found.double() - values).abs() <= half_ulp + 2.0**-20 * radii).all()
+    assert (found != values.float().to(dtype)).double().mean() < 0.01
+
+
+def test_layouts_get_the_same_noise_in_bfloat16(target: Target) -> None:
+    """Whether a thread makes neighbours of two counters, of one, or each element by itself."""
+    if target.backend == "native":
+        pytest.skip("on a GPU, its noise is exact where tensors are not flat")
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    layouts = {
+        "samples apart": zeros(12, 6, 4)[::2],
+        "short rows": zeros(6, 6, 8)[:, :, :4],
+        "strided": zeros(6, 6, 8)[:, :, ::2],
+        "transposed": zeros(4, 6, 6).transpose(0, 2),
+    }
+
+    def sampled(mean: Tensor, **options: int) -> Tensor:
+        torch.manual_seed(25)
+        return functional.latent(mean, mean, backend=target.backend, **options).z
+
+    plain = sampled(zeros(6, 6, 4))
+    for name, layout in layouts.items():
+        assert torch.equal(sampled(layout), plain), name
+    for offset in (4, 5, 8):
+        part = sampled(zeros(1, 100), offset=offset)
+        assert torch.equal(part, plain.view(1, -1)[:, offset : 100 + offset]), offset
+
+
 def test_activation_checkpointing_makes_the_same_noise_again(target: Target) -> None:
     def block(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         z, kl = functional.latent(mu, logvar, backend=target.backend)

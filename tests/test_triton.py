@@ -189,19 +189,20 @@ def test_what_needs_64_bits(size: int, strides: tuple[int, int], wide: bool) -> 
     assert launch.fixed["walk"] & 1 == wide
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("columns", [8, 6])
 @pytest.mark.parametrize("offset", [0, 8, 6, 2**33 + 4, 2**33 + 1])
-def test_an_offset_in_memory(offset: int, columns: int) -> None:
+def test_an_offset_in_memory(offset: int, columns: int, dtype: torch.dtype, tolerance: float) -> None:
     """As a compiler has it; the kernel finds out whether a counter makes four neighbours."""
     shape, seed = torch.Size((3, columns)), torch.tensor(5, device=DEVICE)
-    zeros, out = torch.zeros(shape, device=DEVICE), torch.empty(shape, device=DEVICE)
+    zeros, out = torch.zeros(shape, dtype=dtype, device=DEVICE), torch.empty(shape, dtype=dtype, device=DEVICE)
     for first in (offset, torch.tensor(offset, dtype=torch.float64, device=DEVICE)):
         sources = (zeros, zeros, seed, first, out)
         mu, logvar, seed_part, offset_part, z = calls.parts_of(sources)
         divergence = TermWork(FORMULAS["kl_standard_normal"], False, (mu, logvar), (None, None), (PLAIN,))
         work = LatentWork(divergence, shape, False, seed=seed_part, offset=offset_part, z=z)
         backend.BACKEND.prepare_latent(work, len(sources), zeros.device)(sources)
-        check([out], [philox.normal(tuple(shape), seed, torch.float32, offset)], 4e-6)
+        check([out], [philox.normal(tuple(shape), seed, dtype, offset)], tolerance)
 
 
 @triton.jit

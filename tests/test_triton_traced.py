@@ -80,8 +80,9 @@ def operands(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(s, dtype=dtype).requires_grad_() for s in ((8, 16), (8, 16), (16,), (8, 4), (8, 4))]
 
 
-def test_a_compiled_step_holds_the_kernels() -> None:
-    calls = traced(step, *operands(torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_step_holds_the_kernels(dtype: torch.dtype) -> None:
+    calls = traced(step, *operands(dtype))
     launches = [node for node in calls if "triton_kernel_wrapper" in str(node.target)]
     written = [set(node.kwargs["tensors_to_clone"]) for node in launches]
     # What a kernel writes is all that the compiler need copy: operands are seen to be read only.

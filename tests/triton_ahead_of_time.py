@@ -182,11 +182,11 @@ def variants_of_the_latent() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
             )
         for offset in (4, 5, 2**40):
             found[f"offset {offset}, {name}"] = launches(lambda t=t, o=offset: latent(*t[:2], offset=o))
-    memory = [
-        (kernel, {**a, "offset": torch.zeros((), dtype=torch.float64), "in_quads": True})
-        for kernel, a in found["offset 4, float32"]
-    ]
-    found["contiguous, an offset in memory"] = memory
+    for quads, name in ((1, "float32"), (2, "bfloat16")):
+        found[f"contiguous, an offset in memory, {name}"] = [
+            (kernel, {**a, "offset": torch.zeros((), dtype=torch.float64), "quads": quads})
+            for kernel, a in found[f"offset 4, {name}"]
+        ]
     return found
 
 

@@ -103,6 +103,9 @@ _LANES = 64 if torch.version.hip else 32
 """Threads of a warp: those of a wavefront on AMD's CDNA chips, so that a thread takes as much there."""
 
 
+_A_THREAD = 8, 4, 4, 2
+"""Elements that a thread takes, by their weight."""
+
 _REGISTERS = 128
 """Enough for all kernels that do not say so. Without a bound, NVIDIA's assembler spills to fit in one more program at a
 time."""
@@ -116,7 +119,7 @@ def _options(elements: int, weight: int = 0) -> dict[str, Any]:
     of them for each element, and 4 elements; what is heavy twice gets all that a processor has, and if that is not
     enough, 2 elements.
     """
-    warps = max(1, elements // ((8, 4, 4, 2)[weight] * _LANES))
+    warps = max(1, elements // (_A_THREAD[weight] * _LANES))
     # The formulas count on products and sums that are rounded once.
     options = {"num_warps": warps, "enable_fp_fusion": True}
     if _LANES == 64:
@@ -275,31 +278,31 @@ class _LatentLauncher(_KernelLauncher):
         super().__init__(*arguments, **options)
         self._offset = None if offset is None else offset.source
         names = list(self._kernel.arg_names)
-        self._offset_position, self._in_quads_position = names.index("offset"), names.index("in_quads")
+        self._offset_position, self._quads_position = names.index("offset"), names.index("quads")
 
     def _key(self, sources: tuple[Any, ...], values: list[Any]) -> Any:
         if self._offset is None:
             return None
-        offset, in_quads = self._offset_of(sources[self._offset])
-        values[self._in_quads_position] = in_quads
+        offset, quads = self._offset_of(sources[self._offset])
+        values[self._quads_position] = quads
         if isinstance(offset, Tensor):
             values[self._offset_position] = address = offset.data_ptr()
-            return "in memory", address & 15 == 0, offset.dtype, in_quads
+            return "in memory", address & 15 == 0, offset.dtype, quads
         values[self._offset_position] = offset
-        return offset is None, offset is not None and offset >= 1 << 31, in_quads
+        return offset is None, offset is not None and offset >= 1 << 31, quads
 
     def _arguments(self, sources: tuple[Any, ...], workspace: _Workspace | None) -> dict[str, Any]:
         arguments = super()._arguments(sources, workspace)
         if self._offset is not None:
-            arguments["offset"], arguments["in_quads"] = self._offset_of(sources[self._offset])
+            arguments["offset"], arguments["quads"] = self._offset_of(sources[self._offset])
         return arguments
 
-    def _offset_of(self, offset: Any) -> tuple[Any, bool]:
-        """The offset as the kernel takes it, and whether counters make neighbours."""
-        in_quads: bool = self.fixed["in_quads"]
+    def _offset_of(self, offset: Any) -> tuple[Any, int]:
+        """The offset as the kernel takes it, and how many counters make neighbours for a thread."""
+        quads: int = self.fixed["quads"]
         if isinstance(offset, Tensor):  # which only the kernel looks at
-            return offset, in_quads
-        return int(offset) or None, in_quads and offset % 4 == 0
+            return offset, quads
+        return int(offset) or None, 0 if offset % 4 else quads
 
 
 def _with_memory(sources: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -505,6 +508,25 @@ def _tiles_for(extent: Extent, axes: dict[str, int], weight: int) -> _Tiles:
     return _tiles(extent, [_ALL & ~axes[name] for name in _SUMMED if name in axes], weight)
 
 
+def _quads(dtype: torch.dtype | None, row: int = 8, weight: int = 0) -> int:
+    """How many counters make four neighbours each for a thread that takes rows of a dtype and weight.
+
+    They are as many as it moves at once, 128 bits: others it would have to get from other threads.
+    """
+    assert dtype is not None
+    return 2 if dtype.itemsize == 2 and min(row, _A_THREAD[weight]) >= 8 else 1
+
+
+def _may_approximate(work: LatentWork) -> bool:
+    """Whether the noise may be made with NVIDIA's own sine and cosine, which are exact to some 20 bits.
+
+    It may where it is rounded to the 8 of bfloat16. With float16's 11 one would see it in what is near zero.
+    """
+    if _LANES == 64 or _interpreted() or work.divergence.in_double:
+        return False
+    return all(part.is_number or part.dtype == torch.bfloat16 for part in work.divergence.inputs[:2])
+
+
 def _forms(term: TermWork) -> dict[str, Any]:
     """The forms of a term's scales."""
     arguments = dict(_NO_FORMS)
@@ -678,7 +700,7 @@ class _Triton:
     def normal(self, out: Tensor, seed: Tensor) -> None:
         count = out.numel()
         if count:
-            fixed = {"count": count, **_flat(count), "out": out, "seed": seed}
+            fixed = {"count": count, **_flat(count), "quads": _quads(out.dtype), "out": out, "seed": seed}
             _KernelLauncher(kernels.normal_kernel, -(-count // fixed["tile"]), out.device, fixed, {})(())
 
     def prepare_latent(
@@ -694,6 +716,8 @@ class _Triton:
             return with_copies(_nothing, walked.copies)
         sums = _sums(axes, tiles)
         l0, l1, l2 = walked.logical
+        row = tiles.shape[2]
+        in_quads = l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and row >= 4
         fixed = {
             **{f"{name}_value": 0.0 for name in (*_INPUTS[1:], "incoming")},
             **_shape(extent, tiles, term.in_double),
@@ -707,7 +731,8 @@ class _Triton:
             "l0": l0,
             "l1": l1,
             "l2": l2,
-            "in_quads": l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and tiles.shape[2] >= 4,
+            "quads": _quads(term.inputs[0].dtype, row, _weight(term)) if in_quads else 0,
+            "approximate": _may_approximate(work),
             "walk": _walk(extent, tiles, [*walked.strides, walked.logical]),
         }
         parts = {**dict(zip(names, walked.parts, strict=True)), "seed": work.seed}

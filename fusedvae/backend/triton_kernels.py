@@ -312,59 +312,72 @@ def words_of(quad, seed, wide: tl.constexpr):
 
 
 @triton.jit
-def noise_in_quads(seed, quad, wide: tl.constexpr):
-    """The noise of elements 4 * quad to 4 * quad + 3 of the stream, one after the other along inner."""
+def noise_of_quad(seed, quad, wide: tl.constexpr, approximate: tl.constexpr):
+    """The noise of elements 4 * quad to 4 * quad + 3 of the stream."""
     w0, w1, w2, w3 = words_of(quad, seed, wide)
-    n0, n1 = box_muller(unit_interval(w0), unit_interval(w1))
-    n2, n3 = box_muller(unit_interval(w2), unit_interval(w3))
+    n0, n1 = box_muller(unit_interval(w0), unit_interval(w1), approximate)
+    n2, n3 = box_muller(unit_interval(w2), unit_interval(w3), approximate)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def noise_in_quads(seed, quad, quads: tl.constexpr, wide: tl.constexpr, approximate: tl.constexpr):
+    """The noise of as many ``quads`` from each ``quad`` on, one element after the other along inner."""
+    n0, n1, n2, n3 = noise_of_quad(seed, quad, wide, approximate)
+    if quads == 2:
+        n4, n5, n6, n7 = noise_of_quad(seed, quad + 1, wide, approximate)
+        n0, n1, n2, n3 = tl.interleave(n0, n4), tl.interleave(n1, n5), tl.interleave(n2, n6), tl.interleave(n3, n7)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
 @triton.jit
-def noise_one_by_one(seed, index, wide: tl.constexpr):
+def noise_one_by_one(seed, index, wide: tl.constexpr, approximate: tl.constexpr):
     """The noise of the elements ``index`` of the stream: each makes its own four, and picks its lane."""
     w0, w1, w2, w3 = words_of(index >> 2, seed, wide)
     second_pair = (index & 2) != 0
-    n0, n1 = box_muller(unit_interval(tl.where(second_pair, w2, w0)), unit_interval(tl.where(second_pair, w3, w1)))
+    u0, u1 = unit_interval(tl.where(second_pair, w2, w0)), unit_interval(tl.where(second_pair, w3, w1))
+    n0, n1 = box_muller(u0, u1, approximate)
     return tl.where((index & 1) != 0, n1, n0)
 
 
 @triton.jit
 def noise_tile(
-    seed, offset, l0, l1, l2, b, o, i, tile, inner, in_quads: tl.constexpr, tile_i: tl.constexpr, walk: tl.constexpr
+    seed, offset, l0, l1, l2, b, o, i, tile, inner, quads: tl.constexpr, approximate: tl.constexpr,
+    tile_i: tl.constexpr, walk: tl.constexpr,
 ):  # fmt: skip
     """The noise of a tile, in float32; l0, l1, l2 are the strides of the logical index, which begins at ``offset``.
 
-    ``in_quads``: inner is logically contiguous, and its rows begin at multiples of 4. Then a counter makes four
-    neighbours, as long as ``offset`` is a multiple of 4 too: one that came as a number is.
+    ``quads``: how many counters make four neighbours each for a thread, one or two; then inner is logically contiguous,
+    and its rows begin at multiples of 4, as does ``offset``, if it came as a number. 0: each element has a counter.
+    ``approximate``: with the chip's own sine and cosine.
     """
     wide: tl.constexpr = WIDE & walk
-    if in_quads:
+    if quads:
         first = tile
         if not FLAT & walk:
             _, first = split_number(tile, tl.cdiv(inner, tile_i))
         if wide:
             first = first.to(tl.int64)
-        quad = first * (tile_i // 4) + tl.arange(0, tile_i // 4)[None, None, :]
+        quad = first * (tile_i // 4) + tl.arange(0, tile_i // (4 * quads))[None, None, :] * quads
         if not FLAT & walk:
             quad = (b * l0 + o * l1) // 4 + quad
         if offset is None:
-            noise = noise_in_quads(seed, quad, wide)
+            noise = noise_in_quads(seed, quad, quads, wide, approximate)
         elif offset.dtype.is_ptr():
             start = tl.load(offset).to(tl.int64)
             if start % 4 == 0:
-                noise = noise_in_quads(seed, quad + start // 4, True)
+                noise = noise_in_quads(seed, quad + start // 4, quads, True, approximate)
             else:
-                noise = noise_one_by_one(seed, b * l0 + o * l1 + i + start, True)
+                noise = noise_one_by_one(seed, b * l0 + o * l1 + i + start, True, approximate)
         else:
-            noise = noise_in_quads(seed, quad + offset.to(tl.int64) // 4, True)
+            noise = noise_in_quads(seed, quad + offset.to(tl.int64) // 4, quads, True, approximate)
     else:
         index = b * l0 + o * l1 + i * l2
         if offset is None:
-            noise = noise_one_by_one(seed, index, wide)
+            noise = noise_one_by_one(seed, index, wide, approximate)
         else:
             start = tl.load(offset).to(tl.int64) if offset.dtype.is_ptr() else offset.to(tl.int64)
-            noise = noise_one_by_one(seed, index + start, True)
+            noise = noise_one_by_one(seed, index + start, True, approximate)
     return noise
 
 
@@ -372,11 +385,11 @@ def noise_tile(
 
 
 @triton.jit
-def normal_kernel(out, seed, count, tile: tl.constexpr, walk: tl.constexpr):
+def normal_kernel(out, seed, count, quads: tl.constexpr, tile: tl.constexpr, walk: tl.constexpr):
     """The noise stream of ``seed`` in a contiguous tensor."""
     program = tl.program_id(0)
     b, o, i = positions(program, 1, count, 1, 1, tile, walk)
-    noise = noise_tile(tl.load(seed), None, 0, 0, 1, b, o, i, program, count, True, tile, walk)
+    noise = noise_tile(tl.load(seed), None, 0, 0, 1, b, o, i, program, count, quads, False, tile, walk)
     store(out, 0, 0, noise, b, o, i, 1, 1, count, ALL, walk)
 
 
@@ -399,7 +412,7 @@ def latent_kernel(
     g3, g3_0, g3_1,
     partials, counters, partials_step, counters_step, split, slots: tl.constexpr,
     formula: tl.constexpr, at_sample: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr, bounds: tl.constexpr,
-    axes: tl.constexpr, in_quads: tl.constexpr, dtype: tl.constexpr, walk: tl.constexpr,
+    axes: tl.constexpr, quads: tl.constexpr, approximate: tl.constexpr, dtype: tl.constexpr, walk: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
     """The sample z = mean + deviation * noise of the first two inputs, beside a divergence, perhaps at the sample.
@@ -427,7 +440,8 @@ def latent_kernel(
         divergence, d0, d1, d2, d3 = formula_element(formula, v0, s1, v2, s3, w, form0, eps0, form1, eps1)
     deviation, d_deviation = deviation_of(s1, form0, eps0)
     if seed is not None:
-        eps = noise_tile(tl.load(seed), offset, l0, l1, l2, b, o, i, tile, inner, in_quads, tile_i, walk).to(dtype)
+        key = tl.load(seed)
+        eps = noise_tile(key, offset, l0, l1, l2, b, o, i, tile, inner, quads, approximate, tile_i, walk).to(dtype)
     elif noise is not None:
         eps = load(noise, noise_0, noise_1, b, o, i, batch, outer, inner, axes // NOISE & 15, walk, dtype)
     else:
