@@ -232,9 +232,9 @@ INSTRUCTIONS = {
     ("triton", "nll with gradients", "float32"): 45,
     ("triton", "nll with gradients", "bfloat16"): 45,
     ("triton", "latent forward", "float32"): 100,
-    ("triton", "latent forward", "bfloat16"): 100,
+    ("triton", "latent forward", "bfloat16"): 90,
     ("triton", "latent backward", "float32"): 100,
-    ("triton", "latent backward", "bfloat16"): 100,
+    ("triton", "latent backward", "bfloat16"): 90,
 }
 # Operands of a pass, read and written, by elements; the noise's seed, factors and sums come to little more.
 OPERANDS = {"nll with gradients": 5, "latent forward": 3, "latent backward": 5}

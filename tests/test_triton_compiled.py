@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -13,26 +14,31 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 pytestmark = pytest.mark.slow
 
 CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
-def compile_for(chip: str) -> list[dict[str, Any]]:
-    """Every variant is compiled for one of the chips; for each of them if TRITON_WHOLE=1, which takes ten minutes."""
-    part = "0/1" if os.environ.get("TRITON_WHOLE") == "1" else f"{CHIPS.index(chip)}/{len(CHIPS)}"
+def compile_for(chip: str, chosen: str = "", part: str = "0/1") -> list[dict[str, Any]]:
+    """What became of variants: see the script."""
     script = Path(__file__).parent / "triton_ahead_of_time.py"
-    done = subprocess.run([sys.executable, script, chip, "", part], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, chip, chosen, part], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout)
+
+
+def part_of(chip: str) -> str:
+    """Every variant is compiled for one of the chips; for each of them if TRITON_WHOLE=1, which takes ten minutes."""
+    return "0/1" if os.environ.get("TRITON_WHOLE") == "1" else f"{CHIPS.index(chip)}/{len(CHIPS)}"
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[dict[str, Future]]:
     """What became of every launch of every variant, a list for each chip; two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        yield {chip: pool.submit(compile_for, chip) for chip in CHIPS}
+        yield {chip: pool.submit(compile_for, chip, "", part_of(chip)) for chip in CHIPS}
 
 
 @pytest.fixture(params=CHIPS)
@@ -58,3 +64,17 @@ def test_contiguous_operands_move_once_and_128_bits_at_a_time(launches: list[dic
     assert [launch for launch in contiguous if launch[kind]["wide"] != launch[kind]["wanted"]] == []
     # What is left are single values: a seed, a factor, sums.
     assert max(launch[kind]["others"] for launch in contiguous) <= 12
+
+
+# No more than so many of an H100's own instructions an element, forward and backward; a thread takes 8 elements. While
+# memory moves an element of bfloat16, a processor has time for some 80.
+INSTRUCTIONS = {"float32": (84, 81), "bfloat16": (77, 75)}
+
+
+@pytest.mark.skipif(VERSION < (3, 7), reason="older compilers make more of them")
+def test_the_latent_executes_no_more_than_it_did() -> None:
+    for dtype, limits in INSTRUCTIONS.items():
+        launches = compile_for("sm_90", f"^contiguous analytic of logvar, {dtype}$")
+        assert [launch["kernel"] for launch in launches] == ["latent_kernel"] * 2
+        found = [launch["instructions"] / 8 for launch in launches]
+        assert all(map(operator.le, found, limits)), (dtype, found, limits)

@@ -243,14 +243,30 @@ def local_memory(assembly: dict[str, Any], target: GPUTarget) -> int:
         found = re.findall(pattern, assembly["amdgcn"])
         assert len(found) == 2
         return sum(map(int, found))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(assembly["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = seen_by("cuobjdump", "-res-usage", assembly)
     found = re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)
     assert len(found) == 2, usage
     return sum(map(int, found))
+
+
+def seen_by(tool: str, option: str, assembly: dict[str, Any]) -> str:
+    """What one of NVIDIA's tools, which come with Triton, says of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(assembly["cubin"])
+        file.flush()
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(assembly: dict[str, Any]) -> int:
+    """The machine's instructions that a thread executes, but for those that add up the sums of all programs.
+
+    Up to the first exit, where there are no loops of others. PTX is no measure of them: the halves of a product of 64
+    bits are five instructions there, and one here.
+    """
+    listing = seen_by("nvdisasm", "-c", assembly)
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", listing)
+    return found.index("EXIT")
 
 
 def accesses(assembly: dict[str, Any], target: GPUTarget, kind: str) -> list[int]:
@@ -270,6 +286,7 @@ def what_became(assembly: dict[str, Any], target: GPUTarget) -> dict[str, Any]:
     """What there is to know of a compiled kernel."""
     return {
         "local": local_memory(assembly, target),
+        "instructions": instructions(assembly) if target.backend == "cuda" else None,
         **{kind: accesses(assembly, target, kind) for kind in ("ld", "st")},
     }
 
@@ -310,7 +327,8 @@ def main(chip: str, chosen: str = "", part: str = "0/1") -> None:
             key = source.hash(), str(options)
             if key not in compiled:
                 compiled[key] = what_became(triton.compile(source, target=target, options=options).asm, target)
-            result = {"variant": variant, "kernel": kernel.fn.__name__, "local": compiled[key]["local"]}
+            result = {"variant": variant, "kernel": kernel.fn.__name__}
+            result.update({name: compiled[key][name] for name in ("local", "instructions")})
             threads = arguments["num_warps"] * target.warp_size
             for kind, names in (("ld", INPUTS), ("st", OUTPUTS)):
                 sizes = compiled[key][kind]
