@@ -30,8 +30,9 @@ struct FormIn {
 
   // Whether the logarithm that formulas are written in is at hand, but for bounds and a factor.
   FUSEDVAE_INLINE bool has_log() const { return map == Map::exponential && eps == 0; }
+  FUSEDVAE_INLINE bool is_bounded() const { return low != -INFINITY || high != INFINITY; }
   // Whether x is that logarithm.
-  FUSEDVAE_INLINE bool is_plain() const { return has_log() && !squared && low == -INFINITY && high == INFINITY; }
+  FUSEDVAE_INLINE bool is_plain() const { return has_log() && !squared && !is_bounded(); }
 };
 using Form = FormIn<double>;
 

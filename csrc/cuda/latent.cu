@@ -13,10 +13,18 @@ bool has_usual_divergence(const LatentTask& task, FUSEDVAE_NAMESPACE::List<Diver
   return found[task.divergence.formula];
 }
 
+// Whether the scale is what the formula is written in, but for bounds.
+bool is_plain_within_bounds(const ElementwiseTask& task) {
+  ElementwiseTask unbounded = task;
+  unbounded.forms[0].low = -INFINITY;
+  unbounded.forms[0].high = INFINITY;
+  return unbounded.is_plain();
+}
+
 // What the kernel can be compiled to know that the task makes, if its operands are flat.
 LatentMakes makes_of(const LatentTask& task, const Outputs& outputs) {
   const ElementwiseTask& divergence = task.divergence;
-  bool is_usual = task.seed && !task.offset.data && !divergence.in_double && divergence.is_plain() &&
+  bool is_usual = task.seed && !task.offset.data && !divergence.in_double && is_plain_within_bounds(divergence) &&
                   has_usual_divergence(task, FUSEDVAE_NAMESPACE::Divergences{});
   bool has_gradients = false;
   for (int k = 0; k < UsualDivergence::kInputs; ++k) {
@@ -85,14 +93,18 @@ void latent(const LatentTask& given, const Launch& on) {
   const bool is_flat = makes != LatentMakes::anything && has_flat_access(layouts);
   const LatentPlan plan = plan_of(task, outputs, is_flat);
   if (plan.blocks == 0 && !plan.finish.is_needed) return;
-  const auto launch_flat = [&](auto access) {
+  const auto launch_within = [&](auto access, auto is_bounded) {
     using A = decltype(access);
     if (makes == LatentMakes::values)
-      launch_latent<A, Sums::of_values, LatentMakes::values>(task, plan, on);
+      launch_latent<A, Sums::of_values, LatentMakes::values, is_bounded>(task, plan, on);
     else if (makes == LatentMakes::gradients)
-      launch_latent<A, Sums::of_values, LatentMakes::gradients>(task, plan, on);
+      launch_latent<A, Sums::of_values, LatentMakes::gradients, is_bounded>(task, plan, on);
     else
-      launch_latent<A, Sums::of_values, LatentMakes::sample_gradients>(task, plan, on);
+      launch_latent<A, Sums::of_values, LatentMakes::sample_gradients, is_bounded>(task, plan, on);
+  };
+  const auto launch_flat = [&](auto access) {
+    task.divergence.forms[0].is_bounded() ? launch_within(access, std::true_type())
+                                          : launch_within(access, std::false_type());
   };
   is_flat ? with_flat_access(layouts, launch_flat) : launch_general(task, plan, layouts, on);
   if (plan.finish.is_large())

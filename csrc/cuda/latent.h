@@ -27,8 +27,8 @@ struct LatentPlan : PassPlan {
 enum class LatentMakes { anything, values, gradients, sample_gradients };
 
 // The sample beside its divergence, and their gradients. Where it is known what the pass makes, operands are flat,
-// noise comes from the seed, and the task is a plain one with the usual divergence.
-template <class A, Sums sums, LatentMakes makes>
+// noise comes from the seed, and the task is a plain one with the usual divergence, but for bounds of the scale.
+template <class A, Sums sums, LatentMakes makes, bool is_bounded>
 class LatentPass {
  public:
   using T = typename A::T;
@@ -91,6 +91,10 @@ class LatentPass {
     Lanes<A> inputs[kInputs], z;
     FUSEDVAE_UNROLL
     for (int k = 0; k < kInputs; ++k) inputs[k] = inputs_[k].unpack(fetched.inputs[k], kLie);
+    if (is_bounded) {
+      FUSEDVAE_UNROLL
+      for (int j = 0; j < A::V; ++j) inputs[1].at[j] = within_bounds(inputs[1].at[j]).value;
+    }
     const Lanes<A> grad_z = makes == LatentMakes::values ? Lanes<A>{} : grad_z_.unpack(fetched.grad_z, kLie);
     const Lanes<A> incoming = kIsUsual ? Lanes<A>::of(incoming_.one()) : incoming_.read(at);
     const bool has_values = kIsUsual ? makes == LatentMakes::values : plan_.outputs.value != Output::none;
@@ -108,10 +112,14 @@ class LatentPass {
         for (int j = 0; j < A::V; ++j) made.take_value(j, beside[j].element.value);
       }
       if (has_gradients) {
+        // Unpacked again, what is given takes no registers meanwhile.
+        const Lanes<A> given = is_bounded ? inputs_[1].unpack(fetched.inputs[1], kLie) : Lanes<A>{};
         FUSEDVAE_UNROLL
         for (int j = 0; j < A::V; ++j) {
           Element<T, Divergence::kInputs> found{};
           add_gradients(beside[j], grad_z.at[j], found.grads);
+          if (is_bounded)
+            found.grads[1] = FUSEDVAE_NAMESPACE::through(found.grads[1], within_bounds(given.at[j]).slope);
           made.take_gradients(j, found.grads);
         }
       }
@@ -203,6 +211,10 @@ class LatentPass {
     return kIsUsual ? d_z * d_scale : FUSEDVAE_NAMESPACE::through(d_z, d_scale);
   }
 
+  __device__ __forceinline__ Derived<T> within_bounds(T given) const {
+    return FUSEDVAE_NAMESPACE::bounded(adaptation_.forms[0], given);
+  }
+
   __device__ __forceinline__ Derived<T> deviation_of(T given) const {
     if (!is_plain_) return FUSEDVAE_NAMESPACE::deviation_of(adaptation_.forms[0], given);
     const T deviation = FUSEDVAE_NAMESPACE::exp_pair(T(0.5) * given).exp;
@@ -229,19 +241,19 @@ constexpr int kLatentBlocks = makes != LatentMakes::anything                    
                               : std::is_same_v<A, MixedDoubleScalar>                      ? 1
                                                                                           : 2;
 
-template <class A, Sums sums, LatentMakes makes>
+template <class A, Sums sums, LatentMakes makes, bool is_bounded>
 __global__ void __launch_bounds__(kThreads, kLatentBlocks<A, sums, makes>)
     latent_kernel(const __grid_constant__ LatentTask task, const __grid_constant__ LatentPlan plan,
                   const Workspace workspace) {
-  LatentPass<A, sums, makes> pass(task, plan);
+  LatentPass<A, sums, makes, is_bounded> pass(task, plan);
   run_block<A>(pass, task.divergence, plan, blockIdx.x, workspace.partials, task.divergence.value, 1);
   if (!plan.last_block_finishes || !is_last_block(workspace.done)) return;
   finish_outputs(task.divergence, plan, workspace.partials, {0, 1});
 }
 
-template <class A, Sums sums, LatentMakes makes>
+template <class A, Sums sums, LatentMakes makes = LatentMakes::anything, bool is_bounded = false>
 void launch_latent(const LatentTask& task, const LatentPlan& plan, const Launch& on) {
-  launch("latent", latent_kernel<A, sums, makes>, grid_of(plan.blocks), kThreads, 0,
+  launch("latent", latent_kernel<A, sums, makes, is_bounded>, grid_of(plan.blocks), kThreads, 0,
          static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
 }
 

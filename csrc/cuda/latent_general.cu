@@ -7,8 +7,8 @@ namespace cuda {
 void launch_general(const LatentTask& task, const LatentPlan& plan, const Layouts& layouts, const Launch& on) {
   with_mixed_access(layouts, [&](auto access) {
     using A = decltype(access);
-    plan.outputs.any(Output::column) ? launch_latent<A, Sums::of_columns, LatentMakes::anything>(task, plan, on)
-                                     : launch_latent<A, Sums::of_all, LatentMakes::anything>(task, plan, on);
+    plan.outputs.any(Output::column) ? launch_latent<A, Sums::of_columns>(task, plan, on)
+                                     : launch_latent<A, Sums::of_all>(task, plan, on);
   });
 }
 

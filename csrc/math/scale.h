@@ -40,7 +40,7 @@ FUSEDVAE_INLINE Derived<T> softplus(T x) {
 // x within its bounds, and 1 if it was: at the bounds, too. NaN stays NaN; where there are bounds it counts as outside.
 template <class N, class T>
 FUSEDVAE_INLINE Derived<T> bounded(const FormIn<N>& form, T x) {
-  if (form.low == -INFINITY && form.high == INFINITY) return {x, number<T>(1)};
+  if (!form.is_bounded()) return {x, number<T>(1)};
   const T low = number<T>(form.low), high = number<T>(form.high);
   const T above = x < low ? low : x;
   const T inside = x >= low ? number<T>(1) : number<T>(0);

@@ -72,11 +72,12 @@ def measure(backend: str, profiled: str | None = None) -> list[Row]:
         inputs = [mean.requires_grad_(), spread.requires_grad_()]
         with counted("nll with gradients"):
             functional.gaussian_nll(mean, target, spread, backend=name)
-        with counted("latent forward"):
-            z, kl = functional.latent(*inputs, backend=name)
-        grads = [grad, torch.randn_like(kl)]
-        with counted("latent backward"):
-            torch.autograd.grad([z, kl], inputs, grads)
+        for case, options in (("latent", {}), ("clamped latent", {"clamp": (-30.0, 20.0)})):
+            with counted(f"{case} forward"):
+                z, kl = functional.latent(*inputs, backend=name, **options)
+            grads = [grad, torch.randn_like(kl)]
+            with counted(f"{case} backward"):
+                torch.autograd.grad([z, kl], inputs, grads)
     return rows
 
 
@@ -113,9 +114,9 @@ def main() -> None:
     if arguments.json:
         json.dump(rows, sys.stdout)
         return
-    print(f"{'kernels':<9}{'case':<20}{'dtype':<10}{'instructions an element':>25}{'bytes an element':>18}")
+    print(f"{'kernels':<9}{'case':<25}{'dtype':<10}{'instructions an element':>25}{'bytes an element':>18}")
     for row in rows:
-        print(f"{row.backend:<9}{row.case:<20}{row.dtype:<10}{row.instructions:>25.1f}{row.bytes:>18.2f}")
+        print(f"{row.backend:<9}{row.case:<25}{row.dtype:<10}{row.instructions:>25.1f}{row.bytes:>18.2f}")
 
 
 if __name__ == "__main__":
