@@ -161,6 +161,26 @@ def test_a_generator_for_each_sample() -> None:
         torch.set_default_dtype(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("clamp", [(-0.5, 0.5), (None, 0.25), (-1.0, None)], ids=str)
+def test_bounds_of_dense_latents(target: Target, clamp: tuple[float | None, float | None], dtype: torch.dtype) -> None:
+    """The same noise, so all is that of the reference: at the bounds and beyond, infinite and no number, too."""
+    special = [math.nan, math.inf, -math.inf, 0.5, -0.5, 0.25, -1.0]
+    for shape in ((9, 24), (2, 4, 8, 4)):
+        mu, logvar = torch.randn(2, *shape).to(dtype).unbind()
+        logvar.view(-1)[: 4 * len(special) : 4] = torch.tensor(special)
+        results = []
+        for backend in (target.backend, "reference"):
+            inputs = [t.clone().requires_grad_() for t in (mu, logvar)]
+            torch.manual_seed(3)
+            outputs = functional.latent(*inputs, clamp=clamp, backend=backend)
+            incoming = [torch.linspace(-1, 2, o.numel()).view(o.shape).to(o.dtype) for o in outputs]
+            results.append([*outputs, *torch.autograd.grad(outputs, inputs, incoming)])
+        tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 def test_divergences_of_one_dimension_are_scalars_whatever_computes_them() -> None:
     mu, logvar = torch.randn(2, 4).bfloat16()
     assert functional.kl_standard_normal(mu, logvar, reduction="none").dtype == torch.float32

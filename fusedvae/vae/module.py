@@ -481,7 +481,8 @@ class VAE(nn.Module):
         self, directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
     ) -> str | None:
         """Write the model to ``directory``: ``config.json``, and its tensors in ``model.safetensors`` (without
-        safetensors: ``model.pt``). `from_pretrained` reads both. Other files there are left alone.
+        safetensors: ``model.pt``). `from_pretrained` reads both. Other files there are left alone. Of a model that is
+        spread over processes (FSDP2) every process calls it and one writes, for which the others do not wait.
 
         Args:
             push_to_hub: also upload it, and return what `push_to_hub` does, which takes the other options.
@@ -514,7 +515,7 @@ class VAE(nn.Module):
             options: ``revision``, ``token``, ``cache_dir`` and others that ``huggingface_hub.snapshot_download`` takes.
 
         Raises:
-            TypeError: ``directory`` is neither a path nor a name.
+            TypeError: ``directory`` is neither a path nor a name, or the class takes other arguments than `VAE`.
             FileNotFoundError: there is no model, or the Hub cannot be asked for it.
             ValueError: it is damaged, or one of its modules must be passed: the message says which.
             RuntimeError: the tensors do not fit the modules.
