@@ -176,6 +176,11 @@ def draw_seed(device: torch.device, generator: torch.Generator | None, *, by_dis
     An operator of its own, so that a compiled program draws the very seed that an eager one does.
     """
     if generator is not None and generator.device != device:  # nobody waits for the way there
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"generator: expected one on {device} where a graph is captured, whose replays would not draw from "
+                f"another; got one on {generator.device}"
+            )
         return draw_seed(generator.device, generator, by_dispatcher=by_dispatcher).to(device, non_blocking=True)
     if by_dispatcher and not is_transformed(()):
         # By keyword: what moves an exported program to another device looks for arguments of this name.

@@ -16,7 +16,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedvae
-from fusedvae import autograd, calls, functional
+from fusedvae import autograd, calls, functional, ops
 from fusedvae.backend.specs import Objective
 from fusedvae.calls import Operands
 
@@ -473,3 +473,11 @@ def test_a_number_on_the_cpu_is_read_not_copied(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match="a 0-dim tensor on the CPU"):
         conversion.convert(beta)
+
+
+def test_a_captured_graph_draws_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        ValueError, match="generator: expected one on cuda:0 where a graph is captured, .* got one on cpu"
+    ):
+        ops.draw_seed(torch.device("cuda", 0), torch.Generator("cpu"), by_dispatcher=False)

@@ -31,13 +31,18 @@ constexpr bool kNewestIsOneChip = true;
 constexpr bool kNewestIsOneChip = false;
 #endif
 
-// A binary serves its own generation from its own version on; PTX serves all that came after it.
-bool serves(int capability) {
-  if (capability >= kOldestPtx || capability == kNewestBuilt) return true;
+// A binary serves its own generation from its own version on.
+bool has_binary(int capability) {
+  if (capability == kNewestBuilt) return true;
   for (const int built : kBuilt)
     if (built / 100 == capability / 100 && built <= capability && !(kNewestIsOneChip && built == kNewestBuilt))
       return true;
   return false;
+}
+
+// PTX serves all that came after it, if the driver can compile it: one no older than the compiler that wrote it.
+bool has_ptx(int capability) {
+  return capability >= kOldestPtx;
 }
 
 }  // namespace
@@ -63,12 +68,17 @@ std::vector<std::string> unavailable() {
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
     const int capability = 100 * major + 10 * minor;
-    reasons.push_back(serves(capability)
-                          ? ""
-                          : "GPU " + std::to_string(device) + " has compute capability " + dotted(capability, 100) +
-                                ", which the CUDA kernels were not compiled for; install fusedvae again with "
-                                "FUSEDVAE_CUDA_ARCHS=" +
-                                dotted(capability, 100));
+    const std::string gpu = "GPU " + std::to_string(device) + " has compute capability " + dotted(capability, 100);
+    if (has_binary(capability) || (has_ptx(capability) && driver >= CUDART_VERSION))
+      reasons.emplace_back();
+    else if (has_ptx(capability))
+      reasons.push_back(
+          gpu + ", for which the driver compiles the CUDA kernels, and it knows CUDA up to " + dotted(driver, 1000) +
+          " alone, where they were written with " + dotted(CUDART_VERSION, 1000) +
+          "; update the driver, or install fusedvae again with FUSEDVAE_CUDA_ARCHS=" + dotted(capability, 100));
+    else
+      reasons.push_back(gpu + ", which the CUDA kernels were not compiled for; install fusedvae again with " +
+                        "FUSEDVAE_CUDA_ARCHS=" + dotted(capability, 100));
   }
   return reasons;
 }
