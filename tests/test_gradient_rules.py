@@ -478,6 +478,6 @@ def test_a_number_on_the_cpu_is_read_not_copied(monkeypatch: pytest.MonkeyPatch)
 def test_a_captured_graph_draws_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(
-        ValueError, match="generator: expected one on cuda:0 where a graph is captured, .* got one on cpu"
+        ValueError, match=r"generator: expected one on cuda:0 where a graph is captured, .* got one on cpu"
     ):
         ops.draw_seed(torch.device("cuda", 0), torch.Generator("cpu"), by_dispatcher=False)
