@@ -22,7 +22,16 @@ from torch.autograd.graph import increment_version
 from . import ops
 from .backend import evaluation
 from .backend.reference import GIVEN, form_fields, replaced, working_dtype
-from .backend.specs import Objective, Placed, Sampling, SamplingGradient, TermGradient, factor_of, unpacked
+from .backend.specs import (
+    Objective,
+    Placed,
+    Sampling,
+    SamplingGradient,
+    TermGradient,
+    dtype_of_sums,
+    factor_of,
+    unpacked,
+)
 from .calls import (
     KERNEL_DTYPES,
     LatentCall,
@@ -131,6 +140,14 @@ def _converted(conversions: Sequence[Conversion], operands: Operands) -> Operand
     return found
 
 
+def _resolved(saved: Tensor) -> Tensor:
+    """A saved tensor without a negative bit, as hooks may give it back, that needs a gradient still if it did."""
+    if not saved.is_neg():
+        return saved
+    found = saved.resolve_neg()
+    return found if found.requires_grad == saved.requires_grad else found.requires_grad_()
+
+
 # --- the latent -------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +229,7 @@ class _LatentFunction(torch.autograd.Function):
         # Hooks may give back something else than was saved, and so may a parameter that was given other data meanwhile.
         if call is not None and not call.are_alike(*[operands[k] for k in call.tensors]):
             call = None
-            operands = [None if t is None else t.resolve_neg() for t in operands]
+            operands = [None if t is None else _resolved(t) for t in operands]
         for k, number in ctx.numbers:
             operands[k] = number
         grads = [g.resolve_neg() if g is not None and g.is_neg() else g for g in incoming]
@@ -480,7 +497,7 @@ class _Objective(torch.autograd.Function):
             )
         operands, divergence = _restored(ctx, call.deferred, ctx.saved_tensors)
         in_place = ctx.overwrites and not keeps_graph()
-        sources = [*operands, g_loss]
+        sources = [*operands, None if g_loss is None else g_loss.resolve_neg()]
         if is_factor and call.scaled is not None and not ops.needs_dispatcher(sources):
             assert g_loss is not None
             scaled = find(ObjectiveCall, sources, call.scaled, True, in_place)
@@ -565,7 +582,7 @@ def _restored(ctx: Any, deferred: Deferred, saved: Any) -> tuple[list[Operand], 
     """The operands of a forward pass, and the value of the divergence if that was saved."""
     operands: list[Operand] = [None] * deferred.operands
     for k, tensor in zip(deferred.tensors, saved, strict=False):
-        operands[k] = tensor.resolve_neg() if tensor.is_neg() else tensor  # hooks may give back such a view
+        operands[k] = _resolved(tensor)
     for k, number in zip(deferred.numbers, ctx.numbers, strict=True):
         operands[k] = number
     rest = saved[len(deferred.tensors) :]
@@ -641,7 +658,8 @@ def _gradients(
                 grads[span.start + k] = g
     if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
         assert divergence is not None
-        grads[spec.beta] = _times(g_loss * divergence, scale).sum().to(beta.dtype)
+        product = _times(g_loss * divergence, scale)
+        grads[spec.beta] = product.sum(dtype=dtype_of_sums(product.device)).to(beta.dtype)
     return tuple(grads)
 
 

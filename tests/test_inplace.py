@@ -104,6 +104,14 @@ def test_every_layout(
     assert step.written == [True]
 
 
+def test_a_factor_with_a_sign_to_come_is_read_with_it() -> None:
+    step, x, mu = Step(torch.randn(4, 9)), torch.randn(4, 9), torch.randn(4, 2)
+    loss = functional.elbo_loss(step.recon_x, x, mu, mu, inplace=True, return_terms=True).loss
+    expected = -2.0 * (step.leaf.detach() - x) / 4
+    (found,) = torch.autograd.grad(loss, step.leaf, torch._neg_view(torch.full((), 2.0)))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_kept_graph_gives_the_same_gradients_again() -> None:
     for reduction in ("sum", "none"):
         step, x = Step(torch.randn(4, 9)), torch.randn(4, 9)

@@ -272,6 +272,14 @@ def test_second_derivatives_by_counts_of_zero(target: Target, likelihood: str) -
     torch.testing.assert_close(second, right.detach(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_negative_rate_has_no_density(target: Target, full: bool) -> None:
+    options = {"full": full, "reduction": "none", "dim": (), "backend": target.backend}
+    x = torch.tensor([[0.0, 1.0, 3.0]])
+    assert functional.poisson_nll(-torch.ones(1, 3), x, **options).isnan().all()
+    assert functional.poisson_nll(torch.zeros(1, 3), x, **options)[0, 0].abs() < 1e-7
+
+
 @every_likelihood
 def test_not_a_number_and_infinity_go_where_they_go_in_eager(target: Target, likelihood: str) -> None:
     special = torch.tensor([0.0, 1.0, -1.0, 88.0, -88.0, torch.inf, -torch.inf, torch.nan])

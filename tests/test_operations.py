@@ -270,6 +270,31 @@ def test_bitwise_the_same_on_every_run_and_for_any_number_of_threads(target: Tar
             assert torch.equal(a, b)
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
+def test_sums_that_are_left_to_pytorch_do_not_depend_on_threads_either(target: Target) -> None:
+    x = torch.randn(100, 3, 14, 14).to(memory_format=torch.channels_last)
+    kl, weights, column = (torch.rand(100_000) for _ in range(3))
+    hidden, layer = torch.randn(100_000, 2), (torch.randn(4, 2), torch.zeros(4))
+    results = []
+    for count in (1, 2, 3, 4, 7):
+        logvar, beta = torch.zeros(3, 14, 14, requires_grad=True), torch.ones((), requires_grad=True)
+        with threads(count):
+            nll = functional.gaussian_nll(x, x + 0.5, logvar, backend=target.backend)
+            each = functional.elbo_loss(
+                column[:, None], column[:, None], None, None, kl=kl, beta=beta, reduction="none", backend=target.backend
+            )
+            linear = functional.linear_elbo(
+                hidden, *layer, torch.zeros(100_000, 4), None, None, kl=kl, backend=target.backend, return_terms=True
+            )
+            results.append(
+                [*torch.autograd.grad(nll, logvar), *torch.autograd.grad(each, beta, weights), linear.kl.detach()]
+            )
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 _ISA_SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])

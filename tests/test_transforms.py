@@ -163,6 +163,9 @@ def test_programs_of_torch_jit_trace_compute_what_was_traced() -> None:
         traced = torch.jit.trace(function, inputs, check_trace=False)
         others = tuple(torch.cat([t * 2, t[:3]]) for t in inputs)  # of another batch size
         torch.testing.assert_close(traced(*others), function(*others))
+        doubles = tuple(t.double() for t in others)
+        exact = torch.jit.trace(function, tuple(t.double() for t in inputs), check_trace=False)(*doubles)
+        torch.testing.assert_close(exact, function(*doubles), rtol=1e-13, atol=0)
     drawn = torch.jit.trace(lambda m, v: functional.latent(m, v).z, (mu, logvar), check_trace=False)
     torch.manual_seed(3)
     first, second = drawn(mu, logvar), drawn(mu, logvar)
@@ -259,6 +262,16 @@ def test_hooks_that_give_back_views_with_the_other_sign() -> None:
         found.append(torch.autograd.grad(z.sum() + divergence.sum() + nll.sum(), (mu, logvar)))
     assert unpack(mu).is_neg()
     torch.testing.assert_close(*found, rtol=0, atol=0)
+    beta, kl, noise = torch.ones((), requires_grad=True), torch.ones(6, requires_grad=True), torch.randn(6, 5)
+    noise.requires_grad_()
+    target = torch.zeros(6, 5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        learned = functional.elbo_loss(mu, target, mu, logvar, beta=beta)
+        given = functional.elbo_loss(target, target, None, None, kl=kl, beta=torch.tensor(0.5))
+        z = functional.reparameterize(mu, logvar, noise=noise)
+    expected = functional.kl_standard_normal(mu, logvar), torch.full((6,), 0.5 / 6), torch.exp(logvar / 2)
+    for (value, of), gradient in zip(((learned, beta), (given, kl), (z.sum(), noise)), expected, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(value, of)[0], gradient)
 
 
 @pytest.mark.parametrize("change", [Tensor.double, lambda t: t.t().contiguous().t()], ids=["dtype", "strides"])
@@ -325,6 +338,11 @@ def test_views_with_a_sign_to_come_are_read_with_it() -> None:
             strict=True,
         ):
             torch.testing.assert_close(f, e)
+    half = values[0].half().requires_grad_()  # whose gradients are left to the backward pass
+    loss = functional.elbo_loss(half, values[1].half(), *plain[2:4])
+    factor = torch.full((), -2.0)
+    (found,) = torch.autograd.grad(loss, half, negated(factor), retain_graph=True)
+    assert torch.equal(found, torch.autograd.grad(loss, half, factor)[0])
     recon_x, x, mu, logvar, noise = values
     found = functional.reparameterize(negated(mu), negated(logvar), noise=negated(noise))
     torch.testing.assert_close(found, mu + torch.exp(logvar / 2) * noise)

@@ -38,7 +38,8 @@ struct PoissonNll {
 
 // rate - x log rate + log x!. Where x is near the rate these cancel, so they are put together from small terms, as
 // Loader 2000 does it ("Fast and accurate computation of binomial probabilities"): (x + 1) gap + log r + log(2 pi (x +
-// 1)) / 2 + Binet's function of x + 1, with the ratio r = rate / (x + 1) and the gap r - 1 - log r. NaN for x < 0.
+// 1)) / 2 + Binet's function of x + 1, with the ratio r = rate / (x + 1) and the gap r - 1 - log r. NaN for x < 0 and
+// for a rate < 0.
 struct PoissonNllInFull {
   static constexpr const char* kName = "poisson_nll_in_full";
   static constexpr int kInputs = PoissonNll::kInputs, kUniform = PoissonNll::kUniform;
@@ -64,8 +65,8 @@ struct PoissonNllInFull {
     ratio.gap = is_usual ? ratio.gap : t - ratio.log;
     const Binet<T> rest = binet(inverse);
     const T value = (next * ratio.gap + ratio.log) + ((0.5f * log_next + number<T>(0.91893853320467274)) + rest.value);
-    const T known = x >= 0.0f ? value : number<T>(NAN);
-    return {x == 0.0f ? rate.value : known,
+    const T none = number<T>(NAN), known = x >= 0.0f ? value : none, of_0 = rate.value >= 0.0f ? rate.value : none;
+    return {x == 0.0f ? of_0 : known,
             {weight * (rate.value - x), weight * ((rest.slope - 0.5f * inverse) - ratio.log)}};
   }
 };

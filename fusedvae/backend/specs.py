@@ -217,7 +217,17 @@ def factor_of(reduction: str, shape: torch.Size) -> float:
     if reduction in ("sum", "none", "weighted_mean"):
         return 1.0
     count = shape[0] if reduction == "batchmean" else math.prod(shape)
-    return 1.0 / count if count else math.nan
+    return inverse_of(count) if count else math.nan
+
+
+def inverse_of(count: int) -> float:
+    """1 / count. To torch.jit.trace sizes are tensors, whose inverses would be float32."""
+    return 1.0 / (count.double() if isinstance(count, Tensor) else count)
+
+
+def dtype_of_sums(device: torch.device) -> torch.dtype:
+    """Of sums that are left to PyTorch. It shares them out among threads, which in float32 would be seen."""
+    return torch.float32 if device.type == "mps" else torch.float64  # there is no other on Apple's GPUs
 
 
 def halves(packed: Tensor, dim: int) -> tuple[Tensor, Tensor]:

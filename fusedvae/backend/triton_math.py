@@ -152,7 +152,7 @@ def poisson_nll(spread, x, in2, in3, weight, form0: tl.constexpr, eps0, form1: t
 
 @triton.jit
 def poisson_nll_in_full(spread, x, in2, in3, weight, form0: tl.constexpr, eps0, form1: tl.constexpr, eps1):
-    """rate - x log rate + log x!, put together from small terms: see csrc/math/poisson.h. NaN for x < 0."""
+    """rate - x log rate + log x!, put together from small terms: see csrc/math/poisson.h."""
     log, rate, slope = scale_of(spread, 1, form0, eps0)
     next = x + 1.0
     inverse = divide(tl.full((), 1.0, x.dtype), next)
@@ -164,7 +164,8 @@ def poisson_nll_in_full(spread, x, in2, in3, weight, form0: tl.constexpr, eps0, 
     gap = tl.where(is_usual, gap, t - log_ratio)
     rest, d_rest = binet(inverse)
     value = (next * gap + log_ratio) + ((0.5 * log_next + 0.91893853320467274) + rest)
-    value = tl.where(x == 0.0, rate, tl.where(x >= 0.0, value, float("nan")))
+    of_0 = tl.where(rate >= 0.0, rate, float("nan"))
+    value = tl.where(x == 0.0, of_0, tl.where(x >= 0.0, value, float("nan")))
     return (
         value,
         through(weight * (rate - x), slope, form0),

@@ -38,7 +38,7 @@ class Copy(NamedTuple):
         if self.is_output:
             original: torch.Tensor = self.part.of(sources)
             assert self.part.shape is not None
-            summed = _total(made) if self.part.shape.numel() == 1 else made.sum_to_size(self.part.shape)
+            summed = _total(made) if self.part.shape.numel() == 1 else _summed_to(made, self.part.shape)
             original.copy_(summed.view(original.shape))
 
 
@@ -49,6 +49,14 @@ def _total(dense: torch.Tensor) -> torch.Tensor:
         whole = len(rest) - len(rest) % _ROW
         rest = torch.cat([rest[:whole].view(-1, _ROW).sum(1), rest[whole:]])
     return rest.sum()
+
+
+def _summed_to(dense: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """``dense.sum_to_size(shape)``, of several sums; on a CPU, whose threads would be seen in it, in float64."""
+    lead = dense.dim() - len(shape)
+    broadcast = [*range(lead), *[lead + d for d, size in enumerate(shape) if size != dense.shape[lead + d]]]
+    dtype = torch.float64 if dense.device.type == "cpu" else None
+    return dense.sum(broadcast, dtype=dtype).view(shape) if broadcast else dense
 
 
 _ROW = 4096

@@ -31,7 +31,7 @@ from .checks import (
 from .divergences import divergence_of, run_divergence
 from .forms import Written, as_written, checked_recon_form
 from .likelihoods import check_likelihood, checked_likelihood, inputs_of, run_likelihood
-from .objective import backend_for, value_dtype, weighting_of
+from .objective import backend_for, summed_kl, value_dtype, weighting_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -194,7 +194,7 @@ def linear_elbo(
         check_same_device("kl", kl, "x", x)
         name, batch = "kl", kl.shape[0]
         kl = kl.to(torch.promote_types(kl.dtype, torch.float32))
-        divergence = kl if of_kl == "none" else kl.sum() if of_kl == "sum" else kl.mean()
+        divergence = kl if of_kl == "none" else summed_kl(kl, of_kl)
     if batch != x.shape[0]:
         raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {batch}")
     weighted = (divergence * beta).to(divergence.dtype)

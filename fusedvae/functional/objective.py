@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import autograd
 from ..backend import resolve
 from ..backend.reference import FORMULAS, GIVEN, Form, Formula, form_fields
-from ..backend.specs import Objective, half_of
+from ..backend.specs import Objective, dtype_of_sums, half_of, inverse_of
 from ..calls import Operand, Operands
 from ..layout import dense_strides
 from ..torch_private import has_hooks_on_saved_tensors, is_base_held, is_sharded, is_transformed, is_watched
@@ -106,12 +106,17 @@ def weighting_of(
     check_weight(name, weight, shape, of, mean)
     if reduction != "weighted_mean":
         return (weight,)
-    times = math.prod(shape) / max(weight.numel(), 1)
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64  # there is no other on Apple's GPUs
-    total = weight.sum(dtype=dtype)
+    times = math.prod(shape) * inverse_of(max(weight.numel(), 1))
+    total = weight.sum(dtype=dtype_of_sums(weight.device))
     if is_sharded((total,)):  # PyTorch 2.6 would take the reciprocal of each process's part
         total = total.full_tensor()  # type: ignore[attr-defined]
     return weight, 1.0 / (total * times)
+
+
+def summed_kl(kl: Tensor, reduction: str) -> Tensor:
+    """The sum over the batch of a divergence that is given, or its mean."""
+    dtype = dtype_of_sums(kl.device)
+    return (kl.sum(dtype=dtype) if reduction == "sum" else kl.mean(dtype=dtype)).to(kl.dtype)
 
 
 def value_dtype(device_type: str, *operands: Tensor | float | None, is_sum: bool = True) -> torch.dtype:

@@ -13,6 +13,7 @@ from ..functional import ELBOTerms, Latent
 from ..functional.checks import check_number, check_tensor, checked_reductions, shown
 from ..functional.forms import as_written
 from ..functional.likelihoods import inputs_of, run_likelihood
+from ..functional.objective import summed_kl
 from ..losses import checked_recon_options
 from ..typing import Bounds, LikelihoodName, LikelihoodScale, Reduction, TermReduction
 
@@ -261,7 +262,7 @@ def negative_bound(
     else:
         nll = p.nll(x, full, weight, of_nll, inplace)
     if of_kl != "none":
-        kl = kl.sum() if of_kl == "sum" else kl.mean()
+        kl = summed_kl(kl, of_kl)
     terms = ELBOTerms(nll + (kl * beta).to(kl.dtype), nll, kl)
     terms = ELBOTerms(*[_with_gradient_times(value, grad_scale) for value in terms])
     return terms if return_terms else terms.loss
