@@ -328,22 +328,22 @@ class GivenDivergence(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
 
-    def gradient(self, incoming: Tensor, numbers: Sequence[Any]) -> Tensor:
-        found = _times(incoming, self.factor, *[numbers[k] for k in self.coefficients])
+    def gradient(self, incoming: Tensor, kept: Sequence[Any]) -> Tensor:
+        found = _times(incoming, self.factor, *[kept[k] for k in self.coefficients])
         return (found if found.dtype == self.dtype else found.to(self.dtype)).expand(self.shape)
 
 
 def _given_divergence(spec: Objective, terms: Sequence[Placed], operands: Operands) -> GivenDivergence | None:
     """Of a total whose coefficients are numbers: the divergence, if it is given and its gradient wanted."""
-    numbers = _numbers(operands)
+    kept = _numbers(operands)
     coefficients = [spec.beta] if spec.grad_scale is None else [spec.beta, spec.grad_scale]
     term = terms[-1]
     kl = operands[term.inputs.start]
     if not (isinstance(kl, Tensor) and kl.requires_grad and term.formula is GIVEN and spec.values == "total"):
         return None
-    if any(k not in numbers for k in coefficients):
+    if any(k not in kept for k in coefficients):
         return None
-    factor, places = factor_of(term.reduction, kl.shape), [numbers.index(k) for k in coefficients]
+    factor, places = factor_of(term.reduction, kl.shape), [kept.index(k) for k in coefficients]
     return GivenDivergence(term.inputs.start, factor, places, kl.shape, kl.dtype)
 
 
@@ -423,6 +423,11 @@ class RecordedObjective:
         if spec.values == "total" and not spec.is_grad_scaled and made.needed != spec.needed:
             self.scaled = replaced(spec, returns_terms=False, needed=(*spec.needed, False), is_grad_scaled=True)
 
+    def add_given(self, grads: list[Tensor | None], incoming: Tensor, kept: Sequence[Any]) -> None:
+        """Put the gradient of a given divergence among those of a backward pass, the call's own in front."""
+        if self.given is not None:
+            grads[self.given.operand + 1] = self.given.gradient(incoming, kept)
+
 
 def objective(call: RecordedObjective, operands: Operands) -> Sequence[Tensor]:
     """The values of an objective: the loss, or loss, likelihood and divergence."""
@@ -486,8 +491,7 @@ class _Objective(torch.autograd.Function):
             for k, gradient in zip(made, _scaled(ctx, g_loss)):  # noqa: B905 - a hot path
                 grads[k + 1] = gradient
             if not call.needs_more:  # the usual step
-                if call.given is not None:
-                    grads[call.given.operand + 1] = call.given.gradient(g_loss, ctx.numbers)
+                call.add_given(grads, g_loss, ctx.numbers)
                 return tuple(grads)
             made_already = call.spec.needed
         elif call.overwrites:
@@ -506,8 +510,7 @@ class _Objective(torch.autograd.Function):
             if in_place:
                 increment_version(operands[0])  # type: ignore[arg-type]
             if not call.needs_more:
-                if call.given is not None:
-                    grads[call.given.operand + 1] = call.given.gradient(g_loss, ctx.numbers)
+                call.add_given(grads, g_loss, ctx.numbers)
                 return tuple(grads)
             made_already = call.spec.needed
         rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import results_of_processes
 from torch import Tensor, nn
 
 import fusedvae
@@ -220,44 +219,27 @@ def test_the_values_of_compiled_modules_and_of_plain_ones_are_those_of_each_othe
     assert torch.equal(found.prior.mean, model.prior.mean)  # type: ignore[union-attr]
 
 
-def _sharded(rank: int, directory: Path, results: Any) -> None:
-    """A process of two that have a model together, saves and uploads it."""
+def _saved_together(directory: Path) -> tuple[str, int] | None:
+    """What uploading a model gives that processes have together, and how often it is done; the model is saved, too."""
     from torch.distributed.fsdp import fully_shard
 
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=2)
-        torch.manual_seed(0)
-        model = MODELS["tensors, fixed and learned"]()
-        for part in (model.encoder, model.decoder, model):
-            fully_shard(part)
-        model.save_pretrained(directory / f"of process {rank}")
-        address = None
-        with contextlib.suppress(ImportError), mock.patch("huggingface_hub.hub_mixin.HfApi") as api:
-            api.return_value.upload_folder.return_value = "https://hub/commit"
-            address = model.push_to_hub("a"), api.return_value.upload_folder.call_count
-        dist.destroy_process_group()
-        results.put((rank, address))
-    except BaseException:
-        results.put((rank, traceback.format_exc()))
+    torch.manual_seed(0)
+    model = MODELS["tensors, fixed and learned"]()
+    for part in (model.encoder, model.decoder, model):
+        fully_shard(part)
+    model.save_pretrained(directory / f"of process {dist.get_rank()}")
+    with contextlib.suppress(ImportError), mock.patch("huggingface_hub.hub_mixin.HfApi") as api:
+        api.return_value.upload_folder.return_value = "https://hub/commit"
+        return model.push_to_hub("a"), api.return_value.upload_folder.call_count
+    return None
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without torch.distributed")
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
 def test_a_model_that_processes_share_is_written_whole_by_the_first(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_sharded, args=(rank, tmp_path, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        found = dict(results.get(timeout=120) for _ in processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join(10)
+    found = results_of_processes(2, tmp_path / "store", _saved_together, tmp_path)
     has_hub = importlib.util.find_spec("huggingface_hub") is not None
-    assert found == ({0: ("https://hub/commit", 1), 1: ("", 0)} if has_hub else {0: None, 1: None}), found
+    assert found == ([("https://hub/commit", 1), ("", 0)] if has_hub else [None, None])
     torch.manual_seed(0)
     check_same(MODELS["tensors, fixed and learned"](), VAE.from_pretrained(tmp_path / "of process 0"))
     assert not (tmp_path / "of process 1").exists()

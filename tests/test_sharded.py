@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import results_of_processes
 from torch import Tensor
 
 from fusedvae import functional
@@ -85,17 +85,7 @@ def _computed(case: Callable[[dict[str, Tensor]], Any], operands: dict[str, Tens
     return [*values, *torch.autograd.grad(loss, wanted, allow_unused=True)]
 
 
-def _process(rank: int, store: str, results: Any) -> None:
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-        results.put((rank, _compare()))
-        dist.destroy_process_group()
-    except BaseException:
-        results.put((rank, [traceback.format_exc()]))
-
-
-def _compare() -> list[str]:
+def _differences() -> list[str]:
     """All that is wrong."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -152,15 +142,5 @@ def _compare() -> list[str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
 def test_processes_compute_what_one_does(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_process, args=(r, str(tmp_path / "store"), results)) for r in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        found = dict(results.get(timeout=120) for _ in processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join(10)
-    assert found == {0: [], 1: []}, "\n".join(found[0] + found[1])
+    found = results_of_processes(2, tmp_path / "store", _differences)
+    assert found == [[], []], "\n".join(found[0] + found[1])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from processes import results_of_processes
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
@@ -1333,23 +1334,22 @@ def test_a_loss_past_a_wrapper_is_said_once(x: Tensor, monkeypatch: pytest.Monke
     vae.loss(x)  # warnings are errors
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of its reducer
 @pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}], ids=str)
 def test_the_loss_of_a_distributed_modules_output(bits: Tensor, tmp_path: Path, options: dict) -> None:
+    results_of_processes(1, tmp_path / "store", _check_distributed, bits, options)
+
+
+def _check_distributed(bits: Tensor, options: dict[str, bool]) -> None:
     vae = conditional_vae()
     vae.likelihood, vae.recon_scale, vae.recon_clamp = "laplace", "softplus", (None, 3.0)
     condition = torch.randn(BATCH, 3, dtype=torch.float64)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(vae, **options)
-        for _ in range(2):
-            torch.manual_seed(3)
-            found = with_gradients(wrapped(bits, condition, samples=3, bound="iwae").loss(bits), vae)
+    wrapped = nn.parallel.DistributedDataParallel(vae, **options)
+    for _ in range(2):
         torch.manual_seed(3)
-        expected = with_gradients(vae.loss(bits, condition, samples=3, bound="iwae"), vae)
-        torch.testing.assert_close(found, expected)
-    finally:
-        torch.distributed.destroy_process_group()
+        found = with_gradients(wrapped(bits, condition, samples=3, bound="iwae").loss(bits), vae)
+    torch.manual_seed(3)
+    expected = with_gradients(vae.loss(bits, condition, samples=3, bound="iwae"), vae)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow
