@@ -21,4 +21,4 @@ check mypy
 export OMP_WAIT_POLICY=passive
 # A test that hangs shows where, and ends its process alone.
 stuck=(-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true)
-check python -m pytest -n "$(nproc)" --dist loadfile "${stuck[@]}" "$@"
+check python -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder "${stuck[@]}" "$@"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import os
 from collections.abc import Iterator
+from types import FunctionType, ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -60,8 +62,29 @@ def _round_in_the_interpreter() -> None:
     interpreter._convert_float = converted
 
 
+def _patch_the_language_once() -> None:
+    """Have the interpreter put its own functions in the place of Triton's once a launch; it would do so again at every
+    call of a function within, which takes half of all the time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def languages(function: FunctionType) -> list[ModuleType]:
+        seen = function.__globals__.values()
+        return [language for language in (tl, tl.core) if any(value is language for value in seen)]
+
+    def patched(function: FunctionType) -> object:
+        is_patched = not any(tl.core.is_builtin(language.load) for language in languages(function))
+        return None if is_patched else patch(function)
+
+    interpreter._patch_lang = patched
+
+
 if INTERPRETED:
     _round_in_the_interpreter()
+    _patch_the_language_once()
 
 
 class Target(NamedTuple):
@@ -92,7 +115,12 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         yield request.param
 
 
+FIRST = ["test_triton_interpreted.py", "test_sanitizers.py", "test_packaging.py", "test_ptx_kernels.py"]
+"""The files that take minutes: begun last, each would run alone, beside processors that have nothing to do."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

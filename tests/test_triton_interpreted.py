@@ -17,15 +17,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-SELECTIONS = {
-    "layouts": ["test_operations.py", "-k", "over_layouts"],
-    "operations": ["test_operations.py", "-k", "not over_layouts"],
+SELECTIONS = {  # the longest first
+    "tasks": ["test_kernel_tasks.py"],
     "likelihoods": ["test_likelihoods.py", "test_divergences.py", "test_accuracy.py"],
+    "kernels": ["test_triton.py"],
+    "operations": ["test_operations.py", "-k", "not over_layouts"],
     "gradient rules": ["test_gradient_rules.py", "test_inplace.py"],
     "noise": ["test_noise.py"],
-    "kernels": ["test_triton.py"],
-    "tasks": ["test_kernel_tasks.py"],
     "latents": ["test_latents.py"],
+    "layouts": ["test_operations.py", "-k", "over_layouts"],
 }
 
 
