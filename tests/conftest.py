@@ -115,7 +115,15 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         yield request.param
 
 
-FIRST = ["test_triton_interpreted.py", "test_sanitizers.py", "test_packaging.py", "test_ptx_kernels.py"]
+FIRST = [
+    "test_triton_interpreted.py",
+    "test_sanitizers.py",
+    "test_triton_compiled.py",
+    "test_ptx_kernels.py",
+    "test_packaging.py",
+    "test_gpu_check.py",
+    "test_examples.py",
+]
 """The files that take minutes: begun last, each would run alone, beside processors that have nothing to do."""
 
 

@@ -35,7 +35,7 @@ FORMS = [
     Form("bounded", eps=0.9),
 ]
 
-STEP = 7 if INTERPRETED else 1
+STEP = 8 if INTERPRETED else 1
 """Between the cases that are drawn: an interpreted kernel takes a thousand times as long."""
 
 pytestmark = pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)

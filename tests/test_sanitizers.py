@@ -104,7 +104,7 @@ def threads(tmp_path_factory: pytest.TempPathFactory) -> Driver:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_memory_and_undefined_behaviour(memory: Driver, isa: str):
-    memory.run(isa, cases=2000)
+    memory.run(isa, cases=1000)
 
 
 def test_threads(threads: Driver):
