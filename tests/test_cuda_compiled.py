@@ -45,6 +45,8 @@ BLOCKS = {
     ("latent in general, by column", "d1 mixed"): 1,
     ("flat_objective", "f4"): 4,
     ("flat_objective", "f8"): 4,
+    ("adapted_objective", "f4"): 2,
+    ("adapted_objective", "f8"): 2,
     ("objective", "f1 mixed"): 2,
     ("objective", "f4 mixed"): 2,
     ("objective, by column", "f4"): 2,
@@ -57,6 +59,8 @@ BLOCKS = {
     ("objective in general, by column", "f4 mixed"): 2,
     ("objective in general, by column", "d1 mixed"): 1,
 }
+FLAT = ("flat_objective", "adapted_objective")
+"""What there is of each formula: kernels for flat operands of the usual tasks, and of any."""
 FEWER_BLOCKS = ("LaplaceNll", "BernoulliNll", "KlNormal")
 """Formulas with four inputs or a logistic function: flat operands leave room for one block less."""
 
@@ -95,7 +99,9 @@ class Kernel:
     """A kernel's name and, of a template's, the access that it is compiled for."""
 
     def __init__(self, symbol: str) -> None:
-        found = re.search(r"\d(normal|scale|finish|latent|flat_objective|objective)_kernel(.*)", symbol)
+        found = re.search(
+            r"\d(normal|scale|finish|latent|flat_objective|adapted_objective|objective)_kernel(.*)", symbol
+        )
         assert found, symbol
         self.name, arguments = found.groups()
         # As csrc/cuda/pass.h numbers them: of values, of all, of columns; and what a latent makes, 0 for anything.
@@ -109,7 +115,7 @@ class Kernel:
         """Working type and elements at a time; mixed, if they may be of any dtypes."""
         self.makes = int(makes[1]) if makes else 0
         formula = re.search(r"6scalar\d+([A-Z]\w*?)EEEv", arguments)
-        self.formula = formula[1] if formula and self.name == "flat_objective" else None
+        self.formula = formula[1] if formula and self.name in FLAT else None
         """What flat operands are compiled for."""
 
     def __repr__(self) -> str:
@@ -229,7 +235,7 @@ def test_vectors_are_read_and_written_once_by_instructions_of_16_bytes(architect
         assert instructions["LDG.E.128"] == loads, kernel
         assert instructions["STG.E.128"] == stores, kernel
         seen.add((kernel.name, kernel.access))
-    assert seen == {key for key in BLOCKS if key[1] in VECTORS and key[0] != "flat_objective"}
+    assert seen == {key for key in BLOCKS if key[1] in VECTORS and key[0] not in FLAT}
 
 
 def test_noise_and_scaling_move_16_bytes_at_a_time(architecture: str):

@@ -48,7 +48,7 @@ class Case:
         self.draw = random.Random(seed)
         torch.manual_seed(seed)
         self.is_usual = self.sometimes(0.4)
-        """Whether dense operands of one dtype, and scales as formulas are written, are the rule."""
+        """Whether dense operands of one dtype are the rule, and scales as formulas are written."""
         self.shape = self.draw.choice([shape for shape in SHAPES if not self.is_usual or shape[-1] % 4 == 0])
         self.sources: list[Any] = []
 
@@ -105,15 +105,17 @@ class Case:
                 t = torch.relu(3 * t).round()
             if k > 1 and self.sometimes(0.2):
                 found.append(t.mean().item())
-            elif name == "x" and not self.is_usual and self.sometimes(0.2):
+            elif name == "x" and self.sometimes(0.2):
                 found.append(self.laid_out((t > 0.5).to(self.draw.choice([torch.uint8, torch.bool]))))
             else:
-                found.append(self.laid_out(t.to(dtype if self.is_usual or self.sometimes(0.9) else torch.float32)))
+                # Data stay in float32 where networks are in half precision.
+                is_like_others = self.sometimes(0.8) if name == "x" else self.is_usual or self.sometimes(0.9)
+                found.append(self.laid_out(t.to(dtype if is_like_others else torch.float32)))
         return found
 
 
 def forms_for(case: Case, formula: Formula) -> tuple[Form, ...]:
-    plain = case.is_usual or case.sometimes(0.3)
+    plain = case.sometimes(0.6 if case.is_usual else 0.3)
     return tuple(PLAIN if plain else case.draw.choice(FORMS) for _ in formula.scales)
 
 
@@ -172,7 +174,7 @@ def drawn(case: Case, formula: Formula, *, has_value: bool) -> Drawn:
         gains = tuple(case.draw.uniform(-1, 2) for _ in inputs)
     constant = formula.constant if case.sometimes() else 0.0
     weight = incoming = None
-    if case.sometimes(0.2 if case.is_usual else 0.5):
+    if case.sometimes(0.3 if case.is_usual else 0.5):
         weight = (torch.rand(case.broadcast(case.shape)) - 0.3).clamp(min=0)
         weight = weight > 0 if case.sometimes(0.3) else weight.to(dtype)
         counts = (weight != 0).expand(case.shape)

@@ -314,7 +314,7 @@ class Source {
   __device__ __forceinline__ Bits fetch(const Place<A>& at, Lie lie = Lie::any) const {
     if (is_one(lie)) return Bits{};
     if constexpr (A::kIsFlat) {
-      return load_bits<16>(address_ + at * kStorageBytes<A>);
+      return load_bits<A::V * kStorageBytes<A>>(address_ + at * kStorageBytes<A>);
     } else {
       const char* const address = static_cast<const char*>(op_->data) + offset_of(*op_, at) * size_of(op_->dtype);
       return A::V == 1 || op_->stride[2] == 0 ? load<1>(address, op_->dtype) : load<A::V>(address, op_->dtype);
@@ -346,6 +346,57 @@ class Source {
   const char* address_ = nullptr;
   bool is_one_;
   T one_;
+};
+
+// An operand that is read which, where the others are flat and of one dtype, may have another: bytes, as masks have it,
+// or float32, as data do whose reconstruction is in half precision.
+template <class A>
+class OtherSource {
+  using T = typename A::T;
+
+ public:
+  __device__ __forceinline__ void open(const Operand& op, T absent = T(0)) {
+    if (A::kIsFlat && op.stride[2] != 0) {
+      are_bytes_ = op.dtype == DType::u8;
+      are_floats_ = op.dtype == DType::f32 && kStorageBytes<A> < 4;
+    }
+    with_source([&](auto& source) { source.open(op, absent); });
+  }
+  __device__ __forceinline__ void start(const Start& chunk) {
+    with_source([&](auto& source) { source.start(chunk); });
+  }
+  __device__ __forceinline__ void advance(int elements) {
+    with_source([&](auto& source) { source.advance(elements); });
+  }
+  __device__ __forceinline__ Lanes<A> read(const Place<A>& at) const {
+    if constexpr (A::kIsFlat) {
+      if (are_bytes_) return read_flat(bytes_, at);
+      if (are_floats_) return read_flat(floats_, at);
+    }
+    return source_.read(at);
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ void with_source(const F& f) {
+    are_bytes_ ? f(bytes_) : are_floats_ ? f(floats_) : f(source_);
+  }
+  // In as many accesses as it takes.
+  template <class B>
+  __device__ __forceinline__ static Lanes<A> read_flat(const Source<B>& source, int at) {
+    Lanes<A> lanes;
+    FUSEDVAE_UNROLL
+    for (int j = 0; j < A::V; j += B::V) {
+      const Lanes<B> found = source.read(at + j);
+      FUSEDVAE_UNROLL
+      for (int k = 0; k < B::V; ++k) lanes.at[j + k] = found.at[k];
+    }
+    return lanes;
+  }
+  Source<A> source_;
+  Source<Access<T, uint8_t, A::V, true>> bytes_;
+  Source<Access<T, float, 4, true>> floats_;
+  bool are_bytes_ = false, are_floats_ = false;
 };
 
 // An operand whose elements are written, if they are wanted.
@@ -390,16 +441,21 @@ class Sink {
 class Layouts {
  public:
   explicit Layouts(bool in_double) : in_double_(in_double) {}
-  void add(const Extent& extent, std::initializer_list<const Operand*> operands) {
+  // What may have another dtype is read by an OtherSource.
+  void add(const Extent& extent, std::initializer_list<const Operand*> operands, bool may_differ = false) {
     for (const Operand* op : operands) {
       if (op->data == nullptr || (op->stride[1] == 0 && op->stride[2] == 0)) continue;
       if (op->stride[2] == 0) {
         is_flat_ = false;
         continue;
       }
-      all_one_ &= !some_ || op->dtype == dtype_;
-      dtype_ = op->dtype;
-      some_ = true;
+      if (may_differ) {
+        others_ |= bit(op->dtype);
+      } else {
+        all_one_ &= !some_ || op->dtype == dtype_;
+        dtype_ = op->dtype;
+        some_ = true;
+      }
       if (op->dtype == DType::f64 && !in_double_) limit(1);  // four of them would be more than 16 bytes
       for (int v = 8; v > 1; v /= 2)
         if (reinterpret_cast<uintptr_t>(op->data) % static_cast<uintptr_t>(v * size_of(op->dtype))) limit(v / 2);
@@ -420,9 +476,17 @@ class Layouts {
   bool in_double() const { return in_double_; }
   int width() const { return width_; }
   bool is_flat() const { return is_flat_; }
-  bool all(DType dtype) const { return !in_double_ && all_one_ && (!some_ || dtype_ == dtype); }
+  // Whether all are of the dtype; or those are that must be, and there is an OtherSource for the rest.
+  bool all(DType dtype) const { return suit(dtype) && (others_ & ~bit(dtype)) == 0; }
+  bool suit(DType dtype) const {
+    const unsigned others = others_ & ~(bit(dtype) | bit(DType::u8) | bit(DType::f32));
+    return !in_double_ && all_one_ && (!some_ || dtype_ == dtype) && others == 0;
+  }
+  // Whether all are of one dtype.
+  bool are_alike() const { return all(dtype_); }
 
  private:
+  static unsigned bit(DType dtype) { return 1u << static_cast<int>(dtype); }
   void limit(int v) { width_ = v < width_ ? v : width_; }
   void limit_to_divisor(int64_t size, int64_t step) {
     for (int v = 8; v > 1; v /= 2)
@@ -431,6 +495,7 @@ class Layouts {
   const bool in_double_;
   bool all_one_ = true, some_ = false, is_flat_ = true;
   DType dtype_ = DType::f32;
+  unsigned others_ = 0;
   int width_ = 8;
 };
 
@@ -446,18 +511,18 @@ void with_mixed_access(const Layouts& layouts, const F& f) {
   layouts.in_double() ? f(MixedDoubleScalar{}) : with_mixed_float_access(layouts, f);
 }
 
-// Whether there is an access to flat operands: such of one dtype.
+// Whether there is an access to flat operands: such of one dtype, but for those that may have another.
 inline bool has_flat_access(const Layouts& layouts) {
-  const bool is_half = layouts.all(DType::bf16) || layouts.all(DType::f16);
-  return layouts.is_flat() && (is_half ? layouts.width() >= 8 : layouts.all(DType::f32) && layouts.width() >= 4);
+  const bool is_half = layouts.suit(DType::bf16) || layouts.suit(DType::f16);
+  return layouts.is_flat() && (is_half ? layouts.width() >= 8 : layouts.suit(DType::f32) && layouts.width() >= 4);
 }
 
 // Calls f with it.
 template <class F>
 void with_flat_access(const Layouts& layouts, const F& f) {
-  if (layouts.all(DType::bf16))
+  if (layouts.suit(DType::bf16))
     f(FlatBfloat16{});
-  else if (layouts.all(DType::f16))
+  else if (layouts.suit(DType::f16))
     f(FlatFloat16{});
   else
     f(FlatFloat32{});

@@ -86,7 +86,7 @@ void latent(const LatentTask& given, const Launch& on) {
   const LatentTask task = arranged(given);
   const Outputs outputs = outputs_of(task.divergence);
   Layouts layouts(task.divergence.in_double);
-  add_layouts(layouts, task.divergence, outputs);
+  add_layouts(layouts, task.divergence, outputs, false);
   layouts.add(task.divergence.extent, {&task.noise, &task.grad_z, &task.z});
   if (task.seed) layouts.add_noise(task.divergence.extent, task.index, task.offset);
   const LatentMakes makes = makes_of(task, outputs);

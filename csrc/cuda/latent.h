@@ -102,9 +102,15 @@ class LatentPass {
     const auto apply_divergence = [&](auto tag) {
       using Divergence = typename decltype(tag)::type;
       Beside<Divergence> beside[A::V];
+      if constexpr (!kIsUsual) {
+        Spreads<Divergence, T> spreads[A::V];
+        get_spreads(adaptation_, is_plain_, inputs, spreads);
+        FUSEDVAE_UNROLL
+        for (int j = 0; j < A::V; ++j) beside[j].spreads = spreads[j];
+      }
       FUSEDVAE_UNROLL
       for (int j = 0; j < A::V; ++j) {
-        beside[j] = sampled<Divergence>(Inputs<A, kInputs>(inputs, j).of, noise.at[j], incoming.at[j]);
+        sample(beside[j], Inputs<A, kInputs>(inputs, j).of, noise.at[j], incoming.at[j]);
         z.at[j] = beside[j].z;
       }
       if (has_values) {
@@ -166,9 +172,9 @@ class LatentPass {
     Element<T, Divergence::kInputs> element;
     T d_z;
   };
+  // Fills it in but for the spreads, if any may be wanted.
   template <class Divergence>
-  __device__ __forceinline__ Beside<Divergence> sampled(const T* in, T noise, T incoming) const {
-    Beside<Divergence> beside;
+  __device__ __forceinline__ void sample(Beside<Divergence>& beside, const T* in, T noise, T incoming) const {
     if constexpr (kIsUsual) {
       // sigma = e^(l / 2), and e^l - 1 = (sigma - 1) (sigma + 1), of one exponential.
       const auto [sigma, expm1] = FUSEDVAE_NAMESPACE::exp_pair<kRounding>(0.5f * in[1]);
@@ -179,12 +185,10 @@ class LatentPass {
       const Derived<T> deviation = deviation_of(in[1]);
       beside.z = in[0] + deviation.value * noise;
       beside.d_scale = noise * deviation.slope;
-      beside.spreads = spreads_of<Divergence>(adaptation_, is_plain_, in);
     }
     const auto at = FUSEDVAE_NAMESPACE::divergence_at<Divergence>(in, beside.spreads.of, beside.z, noise, incoming);
     beside.element = at.element;
     beside.d_z = at.d_z;
-    return beside;
   }
 
   // Only what comes in is added: nothing times a mean that is infinite would be a NaN.

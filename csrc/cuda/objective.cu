@@ -120,48 +120,63 @@ Plan plan_of(const ObjectiveTask& task, Order order) {
 
 // --- which kernel -----------------------------------------------------------------------------------------------
 
-// Whether a formula's kernels for flat operands serve a task with these outputs.
-template <class Formula>
-bool suits_flat(const ElementwiseTask& task, const Outputs& outputs) {
-  bool suits = outputs.value != Output::column && outputs.value != Output::row;
-  if (outputs.value == Output::element)  // without gradients
-    for (const Output grad : outputs.grads) suits = suits && grad == Output::none;
-  for (int k = 0; k < Formula::kInputs; ++k) {
-    const bool varies = task.inputs[k].stride[2] != 0, is_uniform = k == Formula::kUniform && !varies;
-    suits = suits && (k >= 2 || varies || is_uniform);
-    // The sum that can be made is the uniform input's.
-    const Output grad = outputs.grads[k];
-    suits = suits && (!is_summed(grad) || (is_uniform && (grad == Output::sample || grad == Output::total)));
-  }
-  return suits;
-}
-
+// Whether there are kernels for flat operands of a formula in the first place, or in the second.
 template <class... Formula>
-bool suits_flat(const ElementwiseTask& task, const Outputs& outputs, bool is_first, List<Formula...>) {
-  const bool suits[] = {(is_first ? kIsLight<Formula> : std::is_same_v<Formula, UsualDivergence>) &&
-                        suits_flat<Formula>(task, outputs)...};
-  return suits[task.formula];
+bool has_flat_kernel(int formula, bool is_first, List<Formula...>) {
+  const bool found[] = {(is_first ? kIsLight<Formula> : std::is_same_v<Formula, UsualDivergence>)...};
+  return found[formula];
 }
 
 constexpr int64_t kShortSample = 512;
 
-// Whether the term has kernels of its own if its operands are flat: any of LightFormulas in the first place, the usual
-// divergence or values that are given in the second.
+// Whether there are for a term, if its operands are flat.
 bool suits_flat(const Term& term, Values values, bool is_first) {
   const ElementwiseTask& task = term.elements;
   if (task.formula < 0) return !is_first;
-  if (task.in_double || task.weight || !task.is_plain()) return false;
   // Many samples that are short would leave more sums than it is worth.
   const Extent& e = task.extent;
   if (values == Values::total && e.batch > Finish::kMany && e.sample() < kShortSample) return false;
-  return suits_flat(task, outputs_of_term(term, values), is_first, FUSEDVAE_NAMESPACE::Formulas{});
+  const Outputs outputs = outputs_of_term(term, values);
+  return !task.in_double && !outputs.any(Output::column) && !outputs.any(Output::row) &&
+         has_flat_kernel(task.formula, is_first, FUSEDVAE_NAMESPACE::Formulas{});
 }
 
-// Whether all of its terms have.
+// Whether there are for all terms.
 bool suits_flat(const ObjectiveTask& task) {
   bool suits = true;
   for (int k = 0; k < task.count; ++k) suits &= suits_flat(task.terms[k], task.values, k == 0);
   return suits;
+}
+
+// Whether a term of flat operands is of those that the quicker kernels serve: plain, without weights, and of no sums of
+// gradients but the uniform input's.
+template <class Formula>
+bool is_usual(const ElementwiseTask& task, const Outputs& outputs) {
+  bool usual = task.is_plain() && !task.weight;
+  if (outputs.value == Output::element)  // without gradients
+    for (const Output grad : outputs.grads) usual = usual && grad == Output::none;
+  for (int k = 0; k < Formula::kInputs; ++k) {
+    const bool varies = task.inputs[k].stride[2] != 0, is_uniform = k == Formula::kUniform && !varies;
+    usual = usual && (k >= 2 || varies || is_uniform) && (!is_summed(outputs.grads[k]) || is_uniform);
+  }
+  return usual;
+}
+
+template <class... Formula>
+bool is_usual(const ElementwiseTask& task, const Outputs& outputs, List<Formula...>) {
+  const bool found[] = {is_usual<Formula>(task, outputs)...};
+  return found[task.formula];
+}
+
+// Whether all terms are.
+bool is_usual(const ObjectiveTask& task) {
+  bool usual = true;
+  for (int k = 0; k < task.count; ++k) {
+    const Term& term = task.terms[k];
+    usual &= term.elements.formula < 0 ||
+             is_usual(term.elements, outputs_of_term(term, task.values), FUSEDVAE_NAMESPACE::Formulas{});
+  }
+  return usual;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -196,10 +211,11 @@ void objective(const ObjectiveTask& given, const Launch& on) {
   Layouts layouts(in_double);
   for (int k = 0; k < task.count; ++k) {
     const Term& term = task.terms[k];
-    if (term.elements.formula >= 0) add_layouts(layouts, term.elements, outputs_of_term(term, task.values));
+    if (term.elements.formula >= 0) add_layouts(layouts, term.elements, outputs_of_term(term, task.values), true);
   }
   const bool is_flat = suits_flat(task) && has_flat_access(layouts);
-  const Plan plan = plan_of(task, order_of(task, is_flat));
+  Plan plan = plan_of(task, order_of(task, is_flat));
+  plan.is_usual = is_flat && layouts.are_alike() && is_usual(task);
   if (plan.blocks == 0 && !plan.finish.is_needed) return;
   if (is_flat)
     with_flat_access(layouts, [&](auto access) { launch_flat<decltype(access)>(task, plan, on); });

@@ -52,6 +52,7 @@ struct Plan {
   Total total;
   TermPlan terms[ObjectiveTask::kMostTerms];
   Order order = Order::any;
+  bool is_usual = false;  // all terms are, of flat operands
   Finish finish;
   int64_t values = 0;        // of the objective: totals, or values per sample
   int64_t most_addends = 0;  // of a term
@@ -170,8 +171,11 @@ __device__ __forceinline__ void finish(const ObjectiveTask& task, const Plan& pl
 
 template <class Formula>
 constexpr int kFlatBlocks = Formula::kInputs > 3 || std::is_same_v<Formula, FUSEDVAE_NAMESPACE::BernoulliNll> ? 3 : 4;
-// What comes second in such an objective.
+// What comes second in an objective of flat operands.
 using UsualDivergence = FUSEDVAE_NAMESPACE::KlStandardNormal;
+// Passes over flat operands that are adapted: two, or one of eight elements at a time and four inputs.
+template <class A, class Formula>
+constexpr int kAdaptedBlocks = Formula::kInputs > 3 && A::V > 4 ? 1 : 2;
 
 // Which of a term's blocks this one is. Those of the grid are the first term's, then the second's.
 __device__ __forceinline__ unsigned block_of(const TermPlan& plan) {
@@ -242,16 +246,37 @@ __global__ void __launch_bounds__(kThreads, kFlatBlocks<Formula>)
   finish(task, plan, workspace.partials, {0, 1});
 }
 
+// A term, whatever it is, of a formula that is known when compiling, or void.
+template <class A, class Formula, Sums sums>
+__device__ __forceinline__ void run_general(const ObjectiveTask& task, const Term& term, const TermPlan& plan,
+                                            double* partials) {
+  const Factors factors(term, plan, task);
+  GeneralPass<A, Formula, sums> pass(term.elements, plan, factors.gradients, term.constant);
+  run_block<A>(pass, term.elements, plan, block_of(plan), partials, whole_values(task, term),
+               whole_factor(task, factors));
+}
+
+// Terms of flat operands, whatever they are.
+template <class A, class Formula>
+__global__ void __launch_bounds__(kThreads, kAdaptedBlocks<A, Formula>)
+    adapted_objective_kernel(const __grid_constant__ ObjectiveTask task, const __grid_constant__ Plan plan,
+                             const Workspace workspace) {
+  if (blockIdx.x < plan.terms[0].blocks)
+    run_general<A, Formula, Sums::of_all>(task, task.terms[0], plan.terms[0], workspace.partials);
+  else if (blockIdx.x < plan.blocks)
+    run_general<A, UsualDivergence, Sums::of_all>(task, task.terms[1], plan.terms[1], workspace.partials);
+  if (!plan.last_block_finishes || !is_last_block(workspace.done)) return;
+  finish(task, plan, workspace.partials, {0, 1});
+}
+
 // A term, whatever it is.
 template <class A, Sums sums, bool general>
 __device__ __forceinline__ void run_term(const ObjectiveTask& task, const Term& term, const TermPlan& plan,
                                          double* partials) {
-  const Factors factors(term, plan, task);
   if constexpr (general) {
-    GeneralPass<A, sums> pass(term.elements, plan, factors.gradients, term.constant);
-    run_block<A>(pass, term.elements, plan, block_of(plan), partials, whole_values(task, term),
-                 whole_factor(task, factors));
+    run_general<A, void, sums>(task, term, plan, partials);
   } else {
+    const Factors factors(term, plan, task);
     FUSEDVAE_NAMESPACE::with_formula(
         term.elements.formula,
         [&](auto tag) {

@@ -6,23 +6,35 @@
 namespace fusedvae {
 namespace cuda {
 
-template <class A, class Formula>
-void launch_flat_formula(const ObjectiveTask& task, const Plan& plan, const Launch& on) {
-  if constexpr (kIsLight<Formula>)
-    launch("objective", flat_objective_kernel<A, Formula>, grid_of(plan.blocks), kThreads, 0,
-           static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
+using ObjectiveKernel = void (*)(ObjectiveTask, Plan, Workspace);
+
+inline void launch_kernel(ObjectiveKernel kernel, const ObjectiveTask& task, const Plan& plan, const Launch& on) {
+  launch("objective", kernel, grid_of(plan.blocks), kThreads, 0, static_cast<cudaStream_t>(on.stream), task, plan,
+         Workspace(on.workspace));
+}
+
+// A formula's kernel, if it is light: for plain tasks, or for any.
+template <class A, class Formula, bool is_plain>
+constexpr ObjectiveKernel kernel_for() {
+  if constexpr (!kIsLight<Formula>)
+    return nullptr;
+  else if constexpr (is_plain)
+    return flat_objective_kernel<A, Formula>;
+  else
+    return adapted_objective_kernel<A, Formula>;
 }
 
 template <class A, class... Formula>
-void launch_flat_formula(const ObjectiveTask& task, const Plan& plan, const Launch& on, List<Formula...>) {
-  using Launcher = void (*)(const ObjectiveTask&, const Plan&, const Launch&);
-  static constexpr Launcher launchers[] = {&launch_flat_formula<A, Formula>...};
-  launchers[task.terms[0].elements.formula](task, plan, on);
+void launch_flat(const ObjectiveTask& task, const Plan& plan, const Launch& on, List<Formula...>) {
+  static constexpr ObjectiveKernel kPlain[] = {kernel_for<A, Formula, true>()...};
+  static constexpr ObjectiveKernel kAdapted[] = {kernel_for<A, Formula, false>()...};
+  const int formula = task.terms[0].elements.formula;
+  launch_kernel(plan.is_usual ? kPlain[formula] : kAdapted[formula], task, plan, on);
 }
 
 template <class A>
 void launch_flat(const ObjectiveTask& task, const Plan& plan, const Launch& on) {
-  launch_flat_formula<A>(task, plan, on, FUSEDVAE_NAMESPACE::Formulas{});
+  launch_flat<A>(task, plan, on, FUSEDVAE_NAMESPACE::Formulas{});
 }
 
 }  // namespace cuda

@@ -105,6 +105,16 @@ class Made {
   Lanes<A> lanes_{}, grad_lanes_[inputs]{};
 };
 
+// Inputs of one element, of lane j.
+template <class A, int inputs>
+struct Inputs {
+  typename A::T of[inputs];
+  __device__ __forceinline__ Inputs(const Lanes<A> (&lanes)[inputs], int j) {
+    FUSEDVAE_UNROLL
+    for (int k = 0; k < inputs; ++k) of[k] = lanes[k].at[j];
+  }
+};
+
 // What a formula derives from its scales, and the derivatives of the forms that these are in.
 template <class Formula, class T>
 struct Spreads {
@@ -115,29 +125,59 @@ struct Spreads {
 template <class Formula, int k>
 constexpr int kScaleAt = Formula::kScaleOf[k];
 
-template <int k, class Formula, class T>
-__device__ __forceinline__ Scale<T> scale_at(const Adaptation<T>& adaptation, const T* inputs,
-                                             Spreads<Formula, T>& spreads) {
-  constexpr int kPower = Formula::kPowers[k];
-  const Scale<T> scale = FUSEDVAE_NAMESPACE::scale_of<kPower>(adaptation.forms[k], inputs[kScaleAt<Formula, k>]);
-  spreads.slopes[k] = scale.slope;
-  return scale;
+// Calls f with a form whose map is known when compiling.
+template <class T, class F>
+__device__ __forceinline__ void with_known_map(FormIn<T> form, const F& f) {
+  switch (form.map) {
+    case Map::exponential:
+      return form.map = Map::exponential, f(form);
+    case Map::linear:
+      return form.map = Map::linear, f(form);
+    case Map::softplus:
+      return form.map = Map::softplus, f(form);
+    default:
+      return form.map = Map::bounded, f(form);
+  }
 }
 
-template <class Formula, class T>
-__device__ __forceinline__ Spreads<Formula, T> spreads_of(const Adaptation<T>& adaptation, bool is_plain,
-                                                          const T* inputs) {
-  Spreads<Formula, T> spreads;
-  if (Formula::kScales == 0 || is_plain) {
-    spreads.of = Formula::plain(inputs);
-  } else if constexpr (Formula::kScales == 1) {
-    const Scale<T> scales[] = {scale_at<0>(adaptation, inputs, spreads)};
-    spreads.of = Formula::derive(scales);
-  } else if constexpr (Formula::kScales == 2) {
-    const Scale<T> scales[] = {scale_at<0>(adaptation, inputs, spreads), scale_at<1>(adaptation, inputs, spreads)};
-    spreads.of = Formula::derive(scales);
+// Scale k of all lanes: their form is looked at once.
+template <int k, class Formula, class A>
+__device__ __forceinline__ void get_scales(const Adaptation<typename A::T>& adaptation, const Lanes<A>* inputs,
+                                           Scale<typename A::T> (&scales)[A::V][kMostScales]) {
+  if constexpr (k < Formula::kScales) {
+    constexpr int kPower = Formula::kPowers[k];
+    const FormIn<typename A::T>& form = adaptation.forms[k];
+    const Lanes<A>& given = inputs[kScaleAt<Formula, k>];
+    if (form.has_log()) {
+      FUSEDVAE_UNROLL
+      for (int j = 0; j < A::V; ++j) scales[j][k] = FUSEDVAE_NAMESPACE::scale_of_log<kPower>(form, given.at[j]);
+    } else {
+      with_known_map(form, [&](const auto& known) {
+        FUSEDVAE_UNROLL
+        for (int j = 0; j < A::V; ++j) scales[j][k] = FUSEDVAE_NAMESPACE::scale_of_base<kPower>(known, given.at[j]);
+      });
+    }
   }
-  return spreads;
+}
+
+template <class Formula, class A, int inputs>
+__device__ __forceinline__ void get_spreads(const Adaptation<typename A::T>& adaptation, bool is_plain,
+                                            const Lanes<A> (&lanes)[inputs],
+                                            Spreads<Formula, typename A::T> (&spreads)[A::V]) {
+  if (Formula::kScales == 0 || is_plain) {
+    FUSEDVAE_UNROLL
+    for (int j = 0; j < A::V; ++j) spreads[j].of = Formula::plain(Inputs<A, inputs>(lanes, j).of);
+  } else if constexpr (Formula::kScales > 0) {
+    Scale<typename A::T> scales[A::V][kMostScales];
+    get_scales<0, Formula>(adaptation, lanes, scales);
+    get_scales<1, Formula>(adaptation, lanes, scales);
+    FUSEDVAE_UNROLL
+    for (int j = 0; j < A::V; ++j) {
+      spreads[j].of = Formula::derive(scales[j]);
+      FUSEDVAE_UNROLL
+      for (int k = 0; k < Formula::kScales; ++k) spreads[j].slopes[k] = scales[j][k].slope;
+    }
+  }
 }
 
 // A formula's gradients as those that the task asks for.
@@ -151,16 +191,6 @@ __device__ __forceinline__ void adapt(const Adaptation<T>& adaptation, const Spr
   FUSEDVAE_UNROLL
   for (int k = 0; k < Formula::kInputs; ++k) grads[k] *= adaptation.gains[k];
 }
-
-// Inputs of one element, of lane j.
-template <class A, int inputs>
-struct Inputs {
-  typename A::T of[inputs];
-  __device__ __forceinline__ Inputs(const Lanes<A> (&lanes)[inputs], int j) {
-    FUSEDVAE_UNROLL
-    for (int k = 0; k < inputs; ++k) of[k] = lanes[k].at[j];
-  }
-};
 
 // --- a formula's elements ---------------------------------------------------------------------------------------
 
@@ -281,14 +311,21 @@ class PlainPass {
   decltype(Formula::plain(static_cast<const T*>(nullptr))) uniform_spread_{};
 };
 
-// Those of any task, whatever the formula. A constant is added to values before they are weighted.
-template <class A, Sums sums>
+// How many inputs a formula has, or may have if it is void: one that is looked up.
+template <class Formula>
+constexpr int kInputsOf = Formula::kInputs;
+template <>
+constexpr int kInputsOf<void> = kMostInputs;
+
+// Those of any task, of a formula that is known when compiling, or void. A constant is added to values before they are
+// weighted.
+template <class A, class Formula, Sums sums>
 class GeneralPass {
  public:
   using T = typename A::T;
-  static constexpr int kInputs = kMostInputs, kAhead = 1;
+  static constexpr int kInputs = kInputsOf<Formula>, kAhead = 1;
   struct Fetched {
-    Bits inputs[kInputs];
+    Bits inputs[kInputs];  // but for the second
   };
   Made<A, kInputs, sums> made;
 
@@ -298,10 +335,12 @@ class GeneralPass {
         task_(task),
         adaptation_(adaptation_for<T>(task, plan)),
         is_plain_(plan.is_plain),
+        is_weighted_(task.weight.given),
         factor_(static_cast<T>(factor)),
         constant_(static_cast<T>(constant)) {
     FUSEDVAE_UNROLL
     for (int k = 0; k < kInputs; ++k) inputs_[k].open(task.inputs[k]);
+    second_.open(task.inputs[1]);
     weight_.open(task.weight, T(1));
     incoming_.open(task.incoming, T(1));
   }
@@ -309,7 +348,9 @@ class GeneralPass {
   __device__ __forceinline__ void start(const Start& chunk) {
     made.start(chunk);
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) inputs_[k].start(chunk);
+    for (int k = 0; k < kInputs; ++k)
+      if (k != 1) inputs_[k].start(chunk);
+    second_.start(chunk);
     weight_.start(chunk);
     incoming_.start(chunk);
   }
@@ -317,7 +358,9 @@ class GeneralPass {
   __device__ __forceinline__ void advance(int elements) {
     made.advance(elements);
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) inputs_[k].advance(elements);
+    for (int k = 0; k < kInputs; ++k)
+      if (k != 1) inputs_[k].advance(elements);
+    second_.advance(elements);
     weight_.advance(elements);
     incoming_.advance(elements);
   }
@@ -325,31 +368,34 @@ class GeneralPass {
   __device__ __forceinline__ Fetched fetch(const Place<A>& at) const {
     Fetched fetched;
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) fetched.inputs[k] = inputs_[k].fetch(at);
+    for (int k = 0; k < kInputs; ++k)
+      if (k != 1) fetched.inputs[k] = inputs_[k].fetch(at);
     return fetched;
   }
 
   __device__ __forceinline__ void apply(const Place<A>& at, const Fetched& fetched) {
+    const Lanes<A> second = second_.read(at), weight = weight_.read(at), incoming = incoming_.read(at);
     Lanes<A> inputs[kInputs];
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) inputs[k] = inputs_[k].unpack(fetched.inputs[k]);
-    const Lanes<A> weight = weight_.read(at), incoming = incoming_.read(at);
-    FUSEDVAE_NAMESPACE::with_formula(
-        task_.formula,
-        [&](auto tag) {
-          using Formula = typename decltype(tag)::type;
-          FUSEDVAE_UNROLL
-          for (int j = 0; j < A::V; ++j) {
-            const Inputs<A, kInputs> in(inputs, j);
-            const auto spreads = spreads_of<Formula>(adaptation_, is_plain_, in.of);
-            auto element = Formula::element(in.of, spreads.of, weight.at[j] * incoming.at[j] * factor_);
-            if (!is_plain_) adapt<Formula>(adaptation_, spreads, element.grads);
-            if (task_.weight.given) weigh(weight.at[j], element);
-            made.take_value(j, element.value);
-            made.take_gradients(j, element.grads);
-          }
-        },
-        FUSEDVAE_NAMESPACE::Formulas{});
+    for (int k = 0; k < kInputs; ++k) inputs[k] = k == 1 ? second : inputs_[k].unpack(fetched.inputs[k]);
+    const auto apply_formula = [&](auto tag) {
+      using Found = typename decltype(tag)::type;
+      Spreads<Found, T> spreads[A::V];
+      get_spreads(adaptation_, is_plain_, inputs, spreads);
+      FUSEDVAE_UNROLL
+      for (int j = 0; j < A::V; ++j) {
+        const Inputs<A, kInputs> in(inputs, j);
+        auto element = Found::element(in.of, spreads[j].of, weight.at[j] * incoming.at[j] * factor_);
+        if (!is_plain_) adapt<Found>(adaptation_, spreads[j], element.grads);
+        if (is_weighted_) weigh(weight.at[j], element);
+        made.take_value(j, element.value);
+        made.take_gradients(j, element.grads);
+      }
+    };
+    if constexpr (std::is_void_v<Formula>)
+      FUSEDVAE_NAMESPACE::with_formula(task_.formula, apply_formula, FUSEDVAE_NAMESPACE::Formulas{});
+    else
+      apply_formula(FUSEDVAE_NAMESPACE::Tag<Formula>{});
     made.write_values(at);
     made.write_gradients(at);
   }
@@ -366,9 +412,10 @@ class GeneralPass {
 
   const ElementwiseTask& task_;
   const Adaptation<T>& adaptation_;
-  const bool is_plain_;
+  const bool is_plain_, is_weighted_;
   const T factor_, constant_;
-  Source<A> inputs_[kInputs], weight_, incoming_;
+  Source<A> inputs_[kInputs], incoming_;
+  OtherSource<A> second_, weight_;
 };
 
 }  // namespace cuda

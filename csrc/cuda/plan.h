@@ -132,14 +132,14 @@ inline ElementwiseTask with_rows_for_samples(const ElementwiseTask& given) {
   return task;
 }
 
-// What a pass reads and writes at each element.
-inline void add_layouts(Layouts& layouts, const ElementwiseTask& task, const Outputs& outputs) {
-  layouts.add(task.extent, {&task.weight, &task.incoming});
+// What a pass reads and writes at each element. The weight and the second input, data if there are some, may have
+// dtypes of their own, if there are passes for that.
+inline void add_layouts(Layouts& layouts, const ElementwiseTask& task, const Outputs& outputs, bool may_differ) {
+  layouts.add(task.extent, {&task.weight, &task.inputs[1]}, may_differ);
+  layouts.add(task.extent, {&task.incoming, &task.inputs[0], &task.inputs[2], &task.inputs[3]});
   if (outputs.value == Output::element) layouts.add(task.extent, {&task.value});
-  for (int k = 0; k < kMostInputs; ++k) {
-    layouts.add(task.extent, {&task.inputs[k]});
+  for (int k = 0; k < kMostInputs; ++k)
     if (outputs.grads[k] == Output::element) layouts.add(task.extent, {&task.grads[k]});
-  }
 }
 
 }  // namespace cuda

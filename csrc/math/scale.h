@@ -77,16 +77,18 @@ FUSEDVAE_INLINE Derived<T> log_of(const FormIn<N>& form, T given) {
 // Of a scale that divides: its inverse if it has a logarithm, else itself, since a quotient is rounded but once.
 constexpr int kDivisor = 2;
 
-// The scale of x, with its first power, its inverse (power = -1), what it is more than 1 (power = 0), or kDivisor.
+// The scale of x, with its first power, its inverse (power = -1), what it is more than 1 (power = 0), or kDivisor: of a
+// form that has its logarithm, of one that has not, and of any.
 template <int power, class N, class T>
-FUSEDVAE_INLINE Scale<T> scale_of(const FormIn<N>& form, T given) {
-  if (form.has_log()) {
-    const Derived<T> log = log_of(form, given);
-    if constexpr (power == 0)
-      return {log.value, exponential_minus_1(log.value), log.slope, true};
-    else
-      return {log.value, exponential(power == 1 ? log.value : -log.value), log.slope, true};
-  }
+FUSEDVAE_INLINE Scale<T> scale_of_log(const FormIn<N>& form, T given) {
+  const Derived<T> log = log_of(form, given);
+  if constexpr (power == 0)
+    return {log.value, exponential_minus_1(log.value), log.slope, true};
+  else
+    return {log.value, exponential(power == 1 ? log.value : -log.value), log.slope, true};
+}
+template <int power, class N, class T>
+FUSEDVAE_INLINE Scale<T> scale_of_base(const FormIn<N>& form, T given) {
   const Derived<T> x = bounded(form, given);
   const Derived<T> base = base_of(form, x.value);
   const T inverse = 1.0f / base.value, log = logarithm(base.value), slope = through(base.slope * inverse, x.slope);
@@ -94,6 +96,10 @@ FUSEDVAE_INLINE Scale<T> scale_of(const FormIn<N>& form, T given) {
   const T more = root - 1.0f;  // near 1 to the last digit, which its square has not
   const T first = power == 0 ? more : root, second = power == 0 ? more * (root + 1.0f) : root * root;
   return {form.squared ? log + log : log, form.squared ? second : first, form.squared ? slope + slope : slope, false};
+}
+template <int power, class N, class T>
+FUSEDVAE_INLINE Scale<T> scale_of(const FormIn<N>& form, T given) {
+  return form.has_log() ? scale_of_log<power>(form, given) : scale_of_base<power>(form, given);
 }
 
 // The standard deviation of a variance in some form, and its derivative by x.

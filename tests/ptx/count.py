@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 SHAPE = (64, 8192)
@@ -70,8 +70,15 @@ def measure(backend: str, profiled: str | None = None) -> list[Row]:
         torch.manual_seed(0)
         mean, target, spread, grad = (torch.randn(SHAPE).to(getattr(torch, dtype)) for _ in range(4))
         inputs = [mean.requires_grad_(), spread.requires_grad_()]
-        with counted("nll with gradients"):
-            functional.gaussian_nll(mean, target, spread, backend=name)
+        calls: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
+            "nll with gradients": (target, {}),
+            "clamped nll with gradients": (target, {"clamp": (-6.0, 3.0)}),
+            "masked nll with gradients": (target, {"weight": mean > 0}),
+            "float32 data's nll with gradients": (target.float(), {}),
+        }
+        for case, (data, options) in calls.items():
+            with counted(case):
+                functional.gaussian_nll(mean, data, spread, backend=name, **options)
         for case, options in (("latent", {}), ("clamped latent", {"clamp": (-30.0, 20.0)})):
             with counted(f"{case} forward"):
                 z, kl = functional.latent(*inputs, backend=name, **options)
@@ -114,9 +121,9 @@ def main() -> None:
     if arguments.json:
         json.dump(rows, sys.stdout)
         return
-    print(f"{'kernels':<9}{'case':<25}{'dtype':<10}{'instructions an element':>25}{'bytes an element':>18}")
+    print(f"{'kernels':<9}{'case':<35}{'dtype':<10}{'instructions an element':>25}{'bytes an element':>18}")
     for row in rows:
-        print(f"{row.backend:<9}{row.case:<25}{row.dtype:<10}{row.instructions:>25.1f}{row.bytes:>18.2f}")
+        print(f"{row.backend:<9}{row.case:<35}{row.dtype:<10}{row.instructions:>25.1f}{row.bytes:>18.2f}")
 
 
 if __name__ == "__main__":
