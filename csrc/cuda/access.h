@@ -1,7 +1,7 @@
 // How threads read and write operands: V elements at a time, in accesses of up to 16 bytes.
 //
 // An Access names the working type T, the dtype in memory (void: looked up at run time), V, and whether operands are
-// flat: each sample of theirs lies in one stretch, or is one value. Then an offset within a chunk serves them all. A
+// flat: each row of theirs lies in one stretch, or is one value. Then an offset within a row serves them all. A
 // kernel is compiled for the few accesses that are chosen from below.
 #pragma once
 
@@ -228,11 +228,6 @@ struct Position {
 template <class A>
 using Place = std::conditional_t<A::kIsFlat, int, Position>;
 
-// Where a thread begins in a chunk, if operands are flat.
-struct Start {
-  int64_t sample, within;
-};
-
 __device__ __forceinline__ Position position_of(int64_t element, const Extent& extent) {
   if (extent.batch == 1 && extent.outer == 1) return {0, 0, element};
   // A 64-bit division takes a hundred instructions.
@@ -243,6 +238,17 @@ __device__ __forceinline__ Position position_of(int64_t element, const Extent& e
   }
   const int64_t row = element / extent.inner, batch = row / extent.outer;
   return {batch, row - batch * extent.outer, element - row * extent.inner};
+}
+
+// An element of a row.
+__device__ __forceinline__ Position in_row(int64_t row, int64_t inner, const Extent& extent) {
+  if (extent.outer == 1) return {row, 0, inner};
+  if (row <= UINT32_MAX && extent.outer <= UINT32_MAX) {
+    const uint32_t r = static_cast<uint32_t>(row), outer = static_cast<uint32_t>(extent.outer), batch = r / outer;
+    return {batch, r - batch * outer, inner};
+  }
+  const int64_t batch = row / extent.outer;
+  return {batch, row - batch * extent.outer, inner};
 }
 
 // The same column, a row further down.
@@ -274,10 +280,11 @@ template <class A>
 constexpr int64_t kStorageBytes =
     sizeof(std::conditional_t<std::is_void_v<typename A::Storage>, char, typename A::Storage>);
 
-// The address where a thread begins in a flat operand.
+// The address of an element of a flat operand, where a thread begins.
 template <class A>
-__device__ __forceinline__ char* begin_of(const Operand& op, const Start& chunk) {
-  return static_cast<char*>(op.data) + chunk.sample * kStorageBytes<A> * op.stride[0] + chunk.within * kStorageBytes<A>;
+__device__ __forceinline__ char* begin_of(const Operand& op, const Position& at) {
+  return static_cast<char*>(op.data) +
+         (at.batch * op.stride[0] + at.outer * op.stride[1] + at.inner) * kStorageBytes<A>;
 }
 
 // How an operand lies in a chunk, as far as that is known when compiling.
@@ -296,12 +303,12 @@ class Source {
     one_ = absent;
     if (!A::kIsFlat && is_one_ && op.given) one_ = get<T>(op, 0);
   }
-  __device__ __forceinline__ void start(const Start& chunk, Lie lie = Lie::any) {
+  __device__ __forceinline__ void start(const Position& at, Lie lie = Lie::any) {
     if constexpr (A::kIsFlat) {
       if (is_one(lie)) {
-        if (op_->given) one_ = get<T>(*op_, chunk.sample * op_->stride[0]);
+        if (op_->given) one_ = get<T>(*op_, at.batch * op_->stride[0] + at.outer * op_->stride[1]);
       } else {
-        address_ = begin_of<A>(*op_, chunk);
+        address_ = begin_of<A>(*op_, at);
       }
     }
   }
@@ -362,8 +369,8 @@ class OtherSource {
     }
     with_source([&](auto& source) { source.open(op, absent); });
   }
-  __device__ __forceinline__ void start(const Start& chunk) {
-    with_source([&](auto& source) { source.start(chunk); });
+  __device__ __forceinline__ void start(const Position& at) {
+    with_source([&](auto& source) { source.start(at); });
   }
   __device__ __forceinline__ void advance(int elements) {
     with_source([&](auto& source) { source.advance(elements); });
@@ -407,9 +414,9 @@ class Sink {
     op_ = &op;
     is_wanted_ = is_wanted;
   }
-  __device__ __forceinline__ void start(const Start& chunk) {
+  __device__ __forceinline__ void start(const Position& at) {
     if constexpr (A::kIsFlat) {
-      if (is_wanted_) address_ = begin_of<A>(*op_, chunk);
+      if (is_wanted_) address_ = begin_of<A>(*op_, at);
     }
   }
   __device__ __forceinline__ void advance(int elements) { address_ += elements * kStorageBytes<A>; }
@@ -444,11 +451,7 @@ class Layouts {
   // What may have another dtype is read by an OtherSource.
   void add(const Extent& extent, std::initializer_list<const Operand*> operands, bool may_differ = false) {
     for (const Operand* op : operands) {
-      if (op->data == nullptr || (op->stride[1] == 0 && op->stride[2] == 0)) continue;
-      if (op->stride[2] == 0) {
-        is_flat_ = false;
-        continue;
-      }
+      if (op->data == nullptr || op->stride[2] == 0) continue;
       if (may_differ) {
         others_ |= bit(op->dtype);
       } else {
@@ -462,7 +465,7 @@ class Layouts {
       limit_to_divisor(extent.batch, op->stride[0]);
       limit_to_divisor(extent.outer, op->stride[1]);
     }
-    is_flat_ &= extent.outer == 1;
+    are_samples_rows_ &= extent.outer == 1;
     limit_to_divisor(2, extent.inner);
   }
   // Noise that is made: V elements must be made together. Where an offset on the device leads to, nobody knows here.
@@ -475,7 +478,7 @@ class Layouts {
   }
   bool in_double() const { return in_double_; }
   int width() const { return width_; }
-  bool is_flat() const { return is_flat_; }
+  bool are_samples_rows() const { return are_samples_rows_; }
   // Whether all are of the dtype; or those are that must be, and there is an OtherSource for the rest.
   bool all(DType dtype) const { return suit(dtype) && (others_ & ~bit(dtype)) == 0; }
   bool suit(DType dtype) const {
@@ -493,7 +496,7 @@ class Layouts {
       if (size > 1 && step % v) limit(v / 2);
   }
   const bool in_double_;
-  bool all_one_ = true, some_ = false, is_flat_ = true;
+  bool all_one_ = true, some_ = false, are_samples_rows_ = true;
   DType dtype_ = DType::f32;
   unsigned others_ = 0;
   int width_ = 8;
@@ -514,7 +517,7 @@ void with_mixed_access(const Layouts& layouts, const F& f) {
 // Whether there is an access to flat operands: such of one dtype, but for those that may have another.
 inline bool has_flat_access(const Layouts& layouts) {
   const bool is_half = layouts.suit(DType::bf16) || layouts.suit(DType::f16);
-  return layouts.is_flat() && (is_half ? layouts.width() >= 8 : layouts.suit(DType::f32) && layouts.width() >= 4);
+  return is_half ? layouts.width() >= 8 : layouts.suit(DType::f32) && layouts.width() >= 4;
 }
 
 // Calls f with it.

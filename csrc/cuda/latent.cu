@@ -90,7 +90,7 @@ void latent(const LatentTask& given, const Launch& on) {
   layouts.add(task.divergence.extent, {&task.noise, &task.grad_z, &task.z});
   if (task.seed) layouts.add_noise(task.divergence.extent, task.index, task.offset);
   const LatentMakes makes = makes_of(task, outputs);
-  const bool is_flat = makes != LatentMakes::anything && has_flat_access(layouts);
+  const bool is_flat = makes != LatentMakes::anything && layouts.are_samples_rows() && has_flat_access(layouts);
   const LatentPlan plan = plan_of(task, outputs, is_flat);
   if (plan.blocks == 0 && !plan.finish.is_needed) return;
   const auto launch_within = [&](auto access, auto is_bounded) {

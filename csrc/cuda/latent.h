@@ -32,7 +32,7 @@ template <class A, Sums sums, LatentMakes makes, bool is_bounded>
 class LatentPass {
  public:
   using T = typename A::T;
-  static constexpr bool kIsUsual = makes != LatentMakes::anything;
+  static constexpr bool kIsUsual = makes != LatentMakes::anything, kTakesRows = false;
   static constexpr int kInputs = kIsUsual ? UsualDivergence::kInputs : kMostInputs, kAhead = A::V == 1 ? 2 : 1;
   struct Fetched {
     Bits inputs[kInputs], noise, grad_z;
@@ -54,15 +54,15 @@ class LatentPass {
     z_.open(task.z, task.z.given);
   }
 
-  __device__ __forceinline__ void start(const Start& chunk) {
-    made.start(chunk);
+  __device__ __forceinline__ void start(const Position& begin) {
+    made.start(begin);
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) inputs_[k].start(chunk, kLie);
-    if (!kIsUsual) noise_.start(chunk);
-    if (makes != LatentMakes::values) grad_z_.start(chunk, kLie);
-    if (makes == LatentMakes::gradients) incoming_.start(chunk, Lie::one);
-    if (!kIsUsual || makes == LatentMakes::values) z_.start(chunk);
-    if constexpr (A::kIsFlat) first_ = plan_.offset + chunk.sample * task_.index.batch + chunk.within;
+    for (int k = 0; k < kInputs; ++k) inputs_[k].start(begin, kLie);
+    if (!kIsUsual) noise_.start(begin);
+    if (makes != LatentMakes::values) grad_z_.start(begin, kLie);
+    if (makes == LatentMakes::gradients) incoming_.start(begin, Lie::one);
+    if (!kIsUsual || makes == LatentMakes::values) z_.start(begin);
+    if constexpr (A::kIsFlat) first_ = plan_.offset + begin.batch * task_.index.batch + begin.inner;
   }
 
   __device__ __forceinline__ void advance(int elements) {

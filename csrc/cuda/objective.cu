@@ -127,17 +127,17 @@ bool has_flat_kernel(int formula, bool is_first, List<Formula...>) {
   return found[formula];
 }
 
-constexpr int64_t kShortSample = 512;
+constexpr int64_t kShortRow = 512;
 
 // Whether there are for a term, if its operands are flat.
 bool suits_flat(const Term& term, Values values, bool is_first) {
   const ElementwiseTask& task = term.elements;
   if (task.formula < 0) return !is_first;
-  // Many samples that are short would leave more sums than it is worth.
+  // Many rows that are short would leave more sums than it is worth, unless each is wanted.
   const Extent& e = task.extent;
-  if (values == Values::total && e.batch > Finish::kMany && e.sample() < kShortSample) return false;
-  const Outputs outputs = outputs_of_term(term, values);
-  return !task.in_double && !outputs.any(Output::column) && !outputs.any(Output::row) &&
+  const bool are_wanted = values != Values::total && e.outer == 1;
+  if (!are_wanted && e.batch * e.outer > Finish::kMany && e.inner < kShortRow) return false;
+  return !task.in_double && !outputs_of_term(term, values).any(Output::column) &&
          has_flat_kernel(task.formula, is_first, FUSEDVAE_NAMESPACE::Formulas{});
 }
 
@@ -215,7 +215,7 @@ void objective(const ObjectiveTask& given, const Launch& on) {
   }
   const bool is_flat = suits_flat(task) && has_flat_access(layouts);
   Plan plan = plan_of(task, order_of(task, is_flat));
-  plan.is_usual = is_flat && layouts.are_alike() && is_usual(task);
+  plan.is_usual = is_flat && layouts.are_samples_rows() && layouts.are_alike() && is_usual(task);
   if (plan.blocks == 0 && !plan.finish.is_needed) return;
   if (is_flat)
     with_flat_access(layouts, [&](auto access) { launch_flat<decltype(access)>(task, plan, on); });

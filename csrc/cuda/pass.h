@@ -43,13 +43,13 @@ class Made {
   __host__ __device__ static constexpr bool sums_gradient(int k) { return sums != Sums::of_values || k == summed; }
   static constexpr int kSummed = sums != Sums::of_values ? inputs : summed >= 0 ? 1 : 0;
 
-  __device__ __forceinline__ void start(const Start& chunk) {
+  __device__ __forceinline__ void start(const Position& begin) {
     value_sum = 0;
-    values_.start(chunk);
+    values_.start(begin);
     FUSEDVAE_UNROLL
     for (int k = 0; k < inputs; ++k) {
       grad_sums[k] = 0;
-      grads_[k].start(chunk);
+      grads_[k].start(begin);
     }
   }
   __device__ __forceinline__ void advance(int elements) {
@@ -225,6 +225,7 @@ class PlainPass {
 
  public:
   using T = typename A::T;
+  static constexpr bool kTakesRows = false;
   static constexpr int kInputs = Formula::kInputs,
                        kAhead = kIsLight<Formula> && kInputs < 4 && (A::V == 1 || (A::kIsFlat && A::V == 4)) ? 2 : 1;
   struct Fetched {
@@ -239,11 +240,11 @@ class PlainPass {
     incoming_.open(task.incoming, T(1));
   }
 
-  __device__ __forceinline__ void start(const Start& chunk) {
-    made.start(chunk);
+  __device__ __forceinline__ void start(const Position& begin) {
+    made.start(begin);
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) inputs_[k].start(chunk, lie_of(k));
-    incoming_.start(chunk, kIncoming);
+    for (int k = 0; k < kInputs; ++k) inputs_[k].start(begin, lie_of(k));
+    incoming_.start(begin, kIncoming);
     weight_ = incoming_.is_one(kIncoming) ? factor_ * incoming_.one() : factor_;
     if (is_derived_once()) {
       T one[kInputs] = {};
@@ -323,6 +324,7 @@ template <class A, class Formula, Sums sums>
 class GeneralPass {
  public:
   using T = typename A::T;
+  static constexpr bool kTakesRows = true;
   static constexpr int kInputs = kInputsOf<Formula>, kAhead = 1;
   struct Fetched {
     Bits inputs[kInputs];  // but for the second
@@ -345,14 +347,14 @@ class GeneralPass {
     incoming_.open(task.incoming, T(1));
   }
 
-  __device__ __forceinline__ void start(const Start& chunk) {
-    made.start(chunk);
+  __device__ __forceinline__ void start(const Position& begin) {
+    made.start(begin);
     FUSEDVAE_UNROLL
     for (int k = 0; k < kInputs; ++k)
-      if (k != 1) inputs_[k].start(chunk);
-    second_.start(chunk);
-    weight_.start(chunk);
-    incoming_.start(chunk);
+      if (k != 1) inputs_[k].start(begin);
+    second_.start(begin);
+    weight_.start(begin);
+    incoming_.start(begin);
   }
 
   __device__ __forceinline__ void advance(int elements) {

@@ -72,7 +72,7 @@ inline __host__ __device__ bool is_summed(Output output) {
 enum class Order { any, flat, by_column };
 
 // Of a task with these outputs. A segment is the elements whose sum some output has a value of its own for, or, of
-// flat operands, a sample. Values of samples may be written at once, if they are wanted somewhere.
+// flat operands, a row. Values of samples may be written at once, if they are wanted somewhere.
 inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs, Order order, bool are_values_wanted,
                              Finish& finish) {
   PassPlan plan;
@@ -81,7 +81,7 @@ inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs
   plan.is_plain = task.is_plain();
   for (int k = 0; k < kMostScales; ++k) plan.adaptation.forms[k] = FormIn<float>(task.forms[k]);
   for (int k = 0; k < kMostInputs; ++k) plan.adaptation.gains[k] = static_cast<float>(task.gains[k]);
-  const bool by_row = outputs.any(Output::row), by_sample = outputs.any(Output::sample) || order == Order::flat;
+  const bool by_row = outputs.any(Output::row) || order == Order::flat, by_sample = outputs.any(Output::sample);
   plan.chunks = Chunks(e.count(), by_row ? e.inner : by_sample ? e.sample() : e.count());
   if (order == Order::by_column && e.count() > 0) {
     const int64_t rows = e.batch * e.outer;
@@ -106,8 +106,8 @@ inline PassPlan plan_of_pass(const ElementwiseTask& task, const Outputs& outputs
   };
   for (const Output output : {outputs.value, outputs.grads[0], outputs.grads[1], outputs.grads[2], outputs.grads[3]})
     plan.has_sums |= is_summed(output) && output != Output::column;
-  plan.has_whole_values =
-      are_values_wanted && outputs.value == Output::sample && !by_row && plan.chunks.per_segment == 1;
+  const bool are_samples = plan.chunks.segment == e.sample() && plan.chunks.per_segment == 1;
+  plan.has_whole_values = are_values_wanted && outputs.value == Output::sample && are_samples;
   if (!plan.has_whole_values) plan.first_value_partial = place(outputs.value, task.value);
   for (int k = 0; k < kMostInputs; ++k) plan.first_grad_partial[k] = place(outputs.grads[k], task.grads[k]);
   return plan;

@@ -1,6 +1,7 @@
 // A pass over its elements: what a thread does with its share, a block with its chunks, and what the last block adds
 // up. A pass fetches the operands of an element (or vector of elements), and later applies formulas to what it fetched;
-// kAhead is how many fetches it has under way at a time. `made` are its outputs and sums.
+// kAhead is how many fetches it has under way at a time. `made` are its outputs and sums. kTakesRows is whether samples
+// of flat operands may have several rows.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +66,7 @@ __device__ __forceinline__ void run_columns(Pass& pass, const PassPlan& plan, co
     pass.made.start_columns();
     if constexpr (A::kIsFlat) {  // a row is a sample
       for (int row = 0; row < rows; ++row) {
-        pass.start({first_row + row, column});
+        pass.start({first_row + row, 0, column});
         pass.apply(0, pass.fetch(0));
       }
     } else {
@@ -98,7 +99,9 @@ __device__ __forceinline__ void run_block(Pass& pass, const ElementwiseTask& tas
   const uint32_t chunk = (block << (kLogThreads - chunks.log_team)) + static_cast<uint32_t>(thread >> chunks.log_team);
   const Share share = share_of(chunks, chunk);
   const bool has_chunk = chunk < static_cast<uint32_t>(chunks.count);
-  pass.start({share.segment, share.within + lane * A::V});
+  // A segment of flat operands is a row, of which a sample has one, if passes take no more.
+  const int64_t begin = share.within + lane * A::V;
+  pass.start(Pass::kTakesRows ? in_row(share.segment, begin, task.extent) : Position{share.segment, 0, begin});
   if constexpr (!by_column)
     run<A>(pass, share, lane, chunks, task.extent);
   else if (has_chunk)
