@@ -29,9 +29,8 @@ if [ "$requirements" != "$(cat .venv/requirements.sha256 2>/dev/null)" ]; then
     say "Installing requirements"
     # The build requirements come first, as the build below does not use an environment of its own: that is what
     # makes it incremental.
-    # (Python compiles what is imported; pip would all that there is, which takes longer.)
-    pip install --no-compile -c constraints.txt setuptools pybind11 ninja
-    pip install --no-compile -c constraints.txt --no-build-isolation -e '.[test]'
+    pip install -c constraints.txt setuptools pybind11 ninja
+    pip install -c constraints.txt --no-build-isolation -e '.[test]'
     echo "$requirements" >.venv/requirements.sha256
 else
     say "Compiling what has changed"
