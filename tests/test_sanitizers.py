@@ -104,11 +104,11 @@ def threads(tmp_path_factory: pytest.TempPathFactory) -> Driver:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_memory_and_undefined_behaviour(memory: Driver, isa: str):
-    memory.run(isa, cases=1000)
+    memory.run(isa, cases=500)
 
 
 def test_threads(threads: Driver):
-    threads.run("baseline", cases=300)
+    threads.run("baseline", cases=200)
 
 
 AARCH64 = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64")
