@@ -30,7 +30,7 @@ def compile_for(chip: str, chosen: str = "", part: str = "0/1") -> list[dict[str
 
 
 def part_of(chip: str) -> str:
-    """Every other variant is compiled, for one of the chips; all for each of them if TRITON_WHOLE=1, in 20 minutes."""
+    """Every other variant is compiled, for one of the chips; all for each of them if TRITON_WHOLE=1, in ten minutes."""
     return "0/1" if os.environ.get("TRITON_WHOLE") == "1" else f"{2 * CHIPS.index(chip)}/{2 * len(CHIPS)}"
 
 
