@@ -31,7 +31,7 @@ def compile_for(chip: str, chosen: str = "", part: str = "0/1") -> list[dict[str
 
 def part_of(chip: str) -> str:
     """Every other variant is compiled, for one of the chips; all for each of them if TRITON_WHOLE=1, in ten minutes."""
-    return "0/1" if os.environ.get("TRITON_WHOLE") == "1" else f"{2 * CHIPS.index(chip)}/{2 * len(CHIPS)}"
+    return "0/1" if os.environ.get("TRITON_WHOLE") == "1" else f"{CHIPS.index(chip)}/{2 * len(CHIPS)}"
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def launches(request: pytest.FixtureRequest, compiled: dict[str, Future]) -> lis
     return compiled[request.param].result()
 
 
-def test_every_kernel_is_there(compiled: dict[str, Future]) -> None:
-    names = {launch["kernel"] for launches in compiled.values() for launch in launches.result()}
+def test_every_kernel_is_there(launches: list[dict[str, Any]]) -> None:
+    names = {launch["kernel"] for launch in launches}
     assert names == {"normal_kernel", "latent_kernel", "elementwise_kernel", "objective_kernel", "scale_kernel"}
 
 
@@ -59,7 +59,7 @@ def test_nothing_is_spilled_and_threads_have_no_memory_of_their_own(launches: li
 def test_contiguous_operands_move_once_and_128_bits_at_a_time(launches: list[dict[str, Any]], kind: str) -> None:
     """The bytes that a program moves so are those of its tiles of the operands, no more and no less."""
     contiguous = [launch for launch in launches if launch["variant"].startswith("contiguous")]
-    assert len(contiguous) >= 2 * 10
+    assert len(contiguous) >= 4 * 10
     assert any(launch[kind]["wanted"] > 0 for launch in contiguous)
     assert [launch for launch in contiguous if launch[kind]["wide"] != launch[kind]["wanted"]] == []
     # What is left are single values: a seed, a factor, sums.
