@@ -18,25 +18,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fusedvae import functional
+from fusedvae.cli.bench.measuring import profiled
 
 Step = Callable[[], tuple[Tensor, ...]]
 
 
 def peak(step: Step, device: str) -> float:
     """Bytes that a step takes at most, beside what it returns."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        returned = step()
-        most = torch.cuda.max_memory_allocated() - before
-    else:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            returned = step()
-        now = most = 0
-        changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        for change in sorted(changes, key=lambda e: e.start_ns()):
-            now += change.nbytes()
-            most = max(most, now)
+    returned: list[Tensor] = []
+    most = profiled(lambda: returned.extend(step()), torch.device(device)).peak_bytes
     return most - sum(t.nbytes for t in returned)
 
 

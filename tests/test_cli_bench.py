@@ -163,6 +163,15 @@ def test_memory_and_operators_of_some_work() -> None:
     assert found.launches == 3
 
 
+def test_memory_of_before_that_some_work_releases_does_not_count() -> None:
+    def change(time: float, address: int, count: int) -> dict:
+        return {"name": "[memory]", "ts": time, "args": {"Device Type": 0, "Addr": address, "Bytes": count}}
+
+    earlier, fresh = 0x10, 0x20
+    trace = [change(3, fresh, -400), change(1, earlier, -8), change(2, fresh, 400), change(4, fresh, 300)]
+    assert measuring._peak(trace) == 400
+
+
 def test_a_copy_moves_as_many_bytes_as_it_says() -> None:
     copy_of = measuring.copying(4096, 2, CPU)
     assert copy_of.work(0).numel() == 2048

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn.functional import linear
 import fusedvae
 from fusedvae import functional
 from fusedvae.backend.reference import LIKELIHOODS
+from fusedvae.cli.bench.measuring import profiled
 
 every_target = pytest.mark.parametrize("target", TARGETS, indirect=True)
 kernel_target = pytest.mark.parametrize("target", KERNEL_TARGETS, indirect=True)
@@ -297,23 +299,6 @@ def test_where_operations_of_pytorch_are_seen() -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def peak(run: Callable[[], Any], target: Target) -> int:
-    """Bytes that are allocated at most while this runs."""
-    if target.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for change in sorted(changes, key=lambda e: e.start_ns()):
-        now += change.nbytes()
-        most = max(most, now)
-    return most
-
-
 @kernel_target
 @pytest.mark.large
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
@@ -338,7 +323,8 @@ def test_a_tenth_of_the_memory(is_packed: bool, reduction: str, target: Target) 
     def fused(*layer: Tensor) -> Any:
         return functional.linear_elbo(*layer, x, mu, mu, None if is_packed else 0.0, reduction=reduction)
 
-    most, least = peak(lambda: step(apart), target), peak(lambda: step(fused), target)
+    device = torch.device(target.device)
+    most, least = (profiled(functools.partial(step, way), device).peak_bytes for way in (apart, fused))
     assert most >= 2 * batch * rows * 4  # the output, and its gradient
     assert least <= most / 10
 

@@ -166,13 +166,21 @@ def _is_operator(name: str) -> bool:
 
 
 def _peak(events: list[dict[str, Any]]) -> int:
-    """The highest sum of the allocations and releases in a trace."""
-    changes = [(event["ts"], event["args"]) for event in events if event.get("name") == "[memory]"]
+    """The most bytes held at a time, of those that were allocated within a trace.
+
+    Releases are matched by address: the profiler also reports those of memory that was allocated before the trace.
+    """
+    changes = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    held: dict[int, int] = {}
     allocated = peak = 0
-    for _, arguments in sorted(changes, key=lambda change: change[0]):
-        if arguments["Device Type"] == 0:
-            allocated += arguments["Bytes"]
-            peak = max(peak, allocated)
+    for change in sorted(changes, key=lambda event: event["ts"]):
+        address, count = change["args"]["Addr"], change["args"]["Bytes"]
+        if count > 0:
+            held[address] = count
+            allocated += count
+        else:
+            allocated -= held.pop(address, 0)
+        peak = max(peak, allocated)
     return peak
 
 
