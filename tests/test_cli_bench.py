@@ -14,10 +14,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,46 +107,65 @@ def test_the_machine_is_taken_out_of_a_change() -> None:
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def test_contestants_take_turns() -> None:
-    calls: list[tuple[str, int]] = []
+class Clock:
+    """One that the work of a test moves, in the place of the machine's."""
 
-    def contestant(name: str) -> measuring.Contestant:
-        return measuring.Contestant(name, lambda index: calls.append((name, index)))
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[str, Any]] = []
 
-    timings = measuring.interleaved([contestant(name) for name in "ABC"], CPU, seconds=0, rounds=(4, 9))
-    # Warm-up, then turns, each of work that is not timed and work that is.
-    assert [name for name, _ in calls] == [*("A" * 3), *("B" * 3), *("C" * 3), *("AABBCC" * 4)]
-    assert [index for name, index in calls[9:] if name == "B"] == list(range(8))
-    assert {name: len(times) for name, times in timings.seconds.items()} == {"A": 4, "B": 4, "C": 4}
+    def perf_counter(self) -> float:
+        return self.now
+
+    def work(self, name: str, seconds: float, prepare: Callable[[int], Any] | None = None) -> measuring.Contestant:
+        """Work that takes so long."""
+
+        def takes(item: Any) -> None:
+            self.calls.append((name, item))
+            self.now += seconds
+
+        return measuring.Contestant(name, takes, prepare)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(measuring, "time", clock)
+    return clock
+
+
+def test_contestants_take_turns(clock: Clock) -> None:
+    works = [clock.work("A", 0.25), clock.work("B", 0.125), clock.work("C", 2.0**-10)]
+    timings = measuring.interleaved(works, CPU, seconds=0, rounds=(4, 9))
+    # Warm-up, less of what takes long; then turns, each of work that is not timed, if it is short, and work that is.
+    assert [name for name, _ in clock.calls] == [*("A" * 2), *("B" * 3), *("C" * 3), *("ABBCC" * 4)]
+    assert [index for name, index in clock.calls[8:] if name == "B"] == list(range(8))
+    assert timings.seconds == {"A": [0.25] * 4, "B": [0.125] * 4, "C": [2.0**-10] * 4}
     assert set(timings.repeats.values()) == {1}
 
 
-def test_short_work_is_repeated_on_other_buffers() -> None:
-    indices: list[int] = []
-    work = measuring.Contestant("short", indices.append)
-    timings = measuring.interleaved([work], CPU, seconds=0, rounds=(2, 2), turn=1e-3)
-    repeats = timings.repeats["short"]
-    assert repeats > 10
-    assert indices[measuring.WARM_UPS :] == list(range(2 * (1 + repeats)))
-    assert all(0 < seconds < 1e-3 for seconds in timings.seconds["short"])
+def test_short_work_is_repeated_on_other_buffers(clock: Clock) -> None:
+    timings = measuring.interleaved([clock.work("short", 2.0**-15)], CPU, seconds=0, rounds=(2, 2), turn=2.0**-10)
+    assert timings == ({"short": [2.0**-15] * 2}, {"short": 32})
+    assert [index for _, index in clock.calls][measuring.WARM_UPS :] == list(range(2 * (1 + 32)))
 
 
-def test_time_and_a_request_to_stop_end_the_rounds() -> None:
-    work = measuring.Contestant("work", lambda _: time.sleep(0.002))
-    assert len(measuring.interleaved([work], CPU, seconds=0.02, rounds=(1, 99)).seconds["work"]) < 20
+def test_time_and_a_request_to_stop_end_the_rounds(clock: Clock) -> None:
+    work = clock.work("work", 0.125)
+    # A round takes 0.25 s, with the work that is not timed: after the fifth, 1.25 s have gone by.
+    assert len(measuring.interleaved([work], CPU, seconds=1.125, rounds=(1, 99)).seconds["work"]) == 5
     stops = iter([False, False, True])
     times = measuring.interleaved([work], CPU, seconds=9, rounds=(5, 99), stop=lambda: next(stops)).seconds["work"]
     assert len(times) == 2
 
 
-def test_preparation_is_not_timed() -> None:
+def test_preparation_is_not_timed(clock: Clock) -> None:
     def prepare(index: int) -> int:
-        time.sleep(0.02)
+        clock.now += 4.0
         return index + 1
 
-    got: list[int] = []
-    assert measuring.seconds_of(measuring.Contestant("work", got.append, prepare), CPU, repeats=2, first=5) < 0.01
-    assert got == [6, 7]
+    assert measuring.seconds_of(clock.work("work", 0.5, prepare), CPU, repeats=2, first=5) == 0.5
+    assert clock.calls == [("work", 6), ("work", 7)]
 
 
 def test_memory_and_operators_of_some_work() -> None:
