@@ -82,9 +82,18 @@ def _patch_the_language_once() -> None:
     interpreter._patch_lang = patched
 
 
+def _compute_nothing_for_assertions() -> None:
+    """Have the interpreter do integers' arithmetic once. It would do it in 64 bits, too, to see whether it overflows,
+    and then assert nothing, as it is not debugging: half of all the time."""
+    from triton.runtime import interpreter
+
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
+
+
 if INTERPRETED:
     _round_in_the_interpreter()
     _patch_the_language_once()
+    _compute_nothing_for_assertions()
 
 
 class Target(NamedTuple):
@@ -133,6 +142,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Have garbage collected seldom, and not among the million objects that libraries have made by now: a tenth of the
+    tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)

@@ -139,6 +139,7 @@ def resources(architecture: str) -> list[tuple[Kernel, dict[str, int]]]:
     return [(Kernel(s), {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", figures)}) for s, figures in found]
 
 
+@cache
 def accesses(architecture: str) -> list[tuple[Kernel, Counter[str]]]:
     """How often each instruction that touches global or local memory is in each kernel."""
     functions = re.split(r"Function : (\S+)", dump("-sass", "-arch", architecture))[1:]
