@@ -227,11 +227,14 @@ Planned<ObjectiveTask> objective_task(const py::tuple& terms, int values, const 
   return plan;
 }
 
-Planned<ScaleTask> scale_task(const py::tuple& tensors, const py::tuple& counts, const py::tuple& factor) {
+Planned<ScaleTask> scale_task(const py::tuple& tensors, const py::tuple& counts, const py::tuple& factor,
+                              const py::object& coefficient, const py::object& product) {
   Planned<ScaleTask> plan;
   plan.add(plan.part.tensors, tensors);
   for (size_t i = 0; i < tensors.size(); ++i) plan.part.counts[i] = counts[i].cast<int64_t>();
   plan.add(plan.part.factor, factor);
+  plan.add(plan.part.coefficient, coefficient);
+  plan.add(plan.part.product, product);
   return plan;
 }
 
@@ -352,7 +355,8 @@ PYBIND11_MODULE(_C, m) {
           .def(py::init(&objective_task), arg("terms"), arg("values"), arg("loss"), arg("grad_scale") = none)
           .def("run", run<Planned<ObjectiveTask>>(&Kernels::objective));
   auto scale = py::class_<Planned<ScaleTask>>(m, "ScaleTask")
-                   .def(py::init(&scale_task))
+                   .def(py::init(&scale_task), arg("tensors"), arg("counts"), arg("factor"), arg("coefficient") = none,
+                        arg("product") = none)
                    .def("run", run<Planned<ScaleTask>>(&Kernels::scale));
 #if defined(FUSEDVAE_WITH_CUDA)
   m.def("cuda_unavailable", &cuda::unavailable, "Why each GPU here cannot run the CUDA kernels; empty if it can.");

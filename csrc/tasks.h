@@ -93,6 +93,7 @@ struct ScaleTask {
   Operand tensors[kMost];  // contiguous
   int64_t counts[kMost] = {};
   Operand factor;
+  Operand coefficient, product;  // a number, and where its product with the factor goes, if that is wanted
 };
 
 }  // namespace fusedvae

@@ -71,4 +71,11 @@ class ObjectiveTask(_Task):
     def __init__(self, terms: tuple[Term, ...], values: int, loss: _Operand, grad_scale: _Operand = None) -> None: ...
 
 class ScaleTask(_Task):
-    def __init__(self, tensors: tuple[_Operand, ...], counts: tuple[int, ...], factor: _Operand) -> None: ...
+    def __init__(
+        self,
+        tensors: tuple[_Operand, ...],
+        counts: tuple[int, ...],
+        factor: _Operand,
+        coefficient: _Operand = None,
+        product: _Operand = None,
+    ) -> None: ...

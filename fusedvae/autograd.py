@@ -318,7 +318,7 @@ class Deferred(NamedTuple):
 
 
 class GivenDivergence(NamedTuple):
-    """A divergence that was computed before; its gradient is the incoming one, times numbers."""
+    """A divergence that was computed before; its gradient is the incoming one, times a number."""
 
     operand: int
     factor: float
@@ -328,9 +328,16 @@ class GivenDivergence(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
 
-    def gradient(self, incoming: Tensor, kept: Sequence[Any]) -> Tensor:
-        found = _times(incoming, self.factor, *[kept[k] for k in self.coefficients])
-        return (found if found.dtype == self.dtype else found.to(self.dtype)).expand(self.shape)
+    def coefficient(self, kept: Sequence[Any]) -> float:
+        """That number, of those that are kept."""
+        found = self.factor
+        for k in self.coefficients:
+            found *= kept[k]
+        return found
+
+    def gradient(self, product: Tensor) -> Tensor:
+        """The product of the two, spread out."""
+        return (product if product.dtype == self.dtype else product.to(self.dtype)).expand(self.shape)
 
 
 def _given_divergence(spec: Objective, terms: Sequence[Placed], operands: Operands) -> GivenDivergence | None:
@@ -423,11 +430,6 @@ class RecordedObjective:
         if spec.values == "total" and not spec.is_grad_scaled and made.needed != spec.needed:
             self.scaled = replaced(spec, returns_terms=False, needed=(*spec.needed, False), is_grad_scaled=True)
 
-    def add_given(self, grads: list[Tensor | None], incoming: Tensor, kept: Sequence[Any]) -> None:
-        """Put the gradient of a given divergence among those of a backward pass, the call's own in front."""
-        if self.given is not None:
-            grads[self.given.operand + 1] = self.given.gradient(incoming, kept)
-
 
 def objective(call: RecordedObjective, operands: Operands) -> Sequence[Tensor]:
     """The values of an objective: the loss, or loss, likelihood and divergence."""
@@ -486,12 +488,15 @@ class _Objective(torch.autograd.Function):
         made = call.forward.made
         is_factor = is_loss_alone and not torch.is_grad_enabled() and not is_transformed(incoming)
         made_already: Sequence[bool] = (False,) * len(call.spec.needed)
+        given = call.given
         if is_factor and made:
             assert g_loss is not None
-            for k, gradient in zip(made, _scaled(ctx, g_loss)):  # noqa: B905 - a hot path
+            found = _scaled(ctx, g_loss, None if given is None else given.coefficient(ctx.numbers))
+            for k, gradient in zip(made, found):  # noqa: B905 - a hot path
                 grads[k + 1] = gradient
+            if given is not None:
+                grads[given.operand + 1] = given.gradient(found[-1])
             if not call.needs_more:  # the usual step
-                call.add_given(grads, g_loss, ctx.numbers)
                 return tuple(grads)
             made_already = call.spec.needed
         elif call.overwrites:
@@ -509,8 +514,9 @@ class _Objective(torch.autograd.Function):
                 grads[k + 1] = gradient
             if in_place:
                 increment_version(operands[0])  # type: ignore[arg-type]
+            if given is not None:
+                grads[given.operand + 1] = given.gradient(g_loss * given.coefficient(ctx.numbers))
             if not call.needs_more:
-                call.add_given(grads, g_loss, ctx.numbers)
                 return tuple(grads)
             made_already = call.spec.needed
         rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)
@@ -520,8 +526,8 @@ class _Objective(torch.autograd.Function):
 _record_objective = record(_Objective)
 
 
-def _scaled(ctx: Any, factor: Tensor) -> Sequence[Tensor]:
-    """The gradients made in the forward pass, times the incoming factor.
+def _scaled(ctx: Any, factor: Tensor, coefficient: float | None = None) -> Sequence[Tensor]:
+    """The gradients made in the forward pass, times the incoming factor; after them a coefficient's product with it.
 
     Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
     the graph is kept: then a later backward pass needs the gradients as they are. They are not among the saved tensors:
@@ -535,14 +541,13 @@ def _scaled(ctx: Any, factor: Tensor) -> Sequence[Tensor]:
             "away. Specify retain_graph=True if you need to backward through it a second time."
         )
     if keeps_graph():
-        return [g * factor for g in gradients]
+        return [g * factor for g in (gradients if coefficient is None else [*gradients, coefficient])]
     ctx.gradients = None
     if factor.is_neg():
         factor = factor.resolve_neg()
     if call.scale is None:
-        call.scale = find(ScaleCall, [*gradients, factor], call.spec.backend)
-    call.scale.run(gradients, factor)
-    return gradients
+        call.scale = find(ScaleCall, [*gradients, factor, coefficient], call.spec.backend)
+    return call.scale.run(gradients, factor, coefficient)
 
 
 class _DispatchedObjective(torch.autograd.Function):

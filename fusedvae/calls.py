@@ -482,13 +482,24 @@ class LatentGradientCall:
 
 
 class ScaleCall:
-    """Dense tensors times a 0-dim factor, in place; nobody looks at the factor on the host."""
+    """Dense tensors times a 0-dim factor, in place; nobody looks at the factor on the host.
+
+    Operands: the tensors; the factor; and None, or a number whose product with the factor is wanted, too.
+    """
 
     def __init__(self, operands: Operands, backend_name: str) -> None:
-        *tensors, factor = parts_of(operands)
-        assert factor is not None
+        factor, number = operands[-2:]
+        *tensors, of_factor, coefficient, product = parts_of([*operands, None if number is None else factor])
+        assert of_factor is not None
         kernels = backend.kernels(backend_name)
-        self._launch = kernels.prepare_scale([t for t in tensors if t is not None], factor, _device_of(operands))
+        given = [t for t in tensors if t is not None]
+        self._launch = kernels.prepare_scale(given, of_factor, _device_of(operands), coefficient, product)
 
-    def run(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
-        self._launch((*tensors, factor))
+    def run(self, tensors: Sequence[Tensor], factor: Tensor, coefficient: float | None = None) -> Sequence[Tensor]:
+        """The tensors, and the product after them."""
+        if coefficient is None:
+            self._launch((*tensors, factor))
+            return tensors
+        product = torch.empty_like(factor)
+        self._launch((*tensors, factor, coefficient, product))
+        return [*tensors, product]

@@ -250,13 +250,33 @@ def test_a_divergence_that_is_given_has_the_gradient_of_its_coefficients(
         loss = functional.elbo_loss(
             recon_x, x, None, None, kl=kl, reduction=reduction, backend=target.backend, **options
         )
-        factor = 0.5 * float(options.get("beta", 1.0)) * options.get("grad_scale", 1.0)
+        factor = float(options.get("beta", 1.0)) * options.get("grad_scale", 1.0)
         expected = torch.full_like(kl, factor if reduction == "sum" else factor / 4)
         for is_kept in (True, False):
             found, of_mean = torch.autograd.grad(0.5 * loss, [kl, recon_x], retain_graph=is_kept)
-            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(found, 0.5 * expected)
             assert found.dtype == kl.dtype
             assert of_mean.any()
+        for rows in (slice(0, 6), slice(0, 0)):  # and where nothing else has a gradient to be scaled
+            t = recon_x[:, rows], x[:, rows], None, None
+            loss = functional.elbo_loss(*t, kl=kl, reduction=(reduction, reduction), backend=target.backend, **options)
+            found, of_mean = torch.autograd.grad(loss, [kl, recon_x])
+            torch.testing.assert_close(found, expected)
+            assert of_mean.any() == (rows.stop > 0)
+
+
+def test_the_gradient_of_a_divergence_that_is_given_takes_no_operator_of_its_own(target: Target) -> None:
+    if target.backend == "reference":
+        pytest.skip("computes with operators")
+    x, recon_x = torch.randn(4, 6), torch.randn(4, 6).requires_grad_()
+    kl = torch.rand(4).requires_grad_()
+    for incoming in (torch.tensor(1.0), torch.tensor(0.25)):
+        loss = functional.elbo_loss(recon_x, x, None, None, kl=kl, beta=0.3, backend=target.backend)
+        with torch.profiler.profile() as profile:
+            found, of_mean = torch.autograd.grad(loss, [kl, recon_x], incoming)
+        torch.testing.assert_close(found, (incoming * 0.3 / 4).expand(4))
+        torch.testing.assert_close(of_mean, (incoming / 4) * (recon_x.detach() - x))
+        assert "aten::mul" not in {event.name for event in profile.events()}
 
 
 def test_the_latents_own_kl() -> None:

@@ -177,7 +177,7 @@ def test_what_cannot_be_launched_directly_is_launched_as_triton_has_it(
 
     monkeypatch.setattr(backend, "_launch", launch)
     data, factor = torch.ones(100), torch.tensor(2.0)
-    scale = calls.ScaleCall([data, factor], "triton")
+    scale = calls.ScaleCall([data, factor, None], "triton")
     for _ in range(3):
         scale.run([data], factor)
     assert seen == ["scale_kernel"] * 3

@@ -153,6 +153,7 @@ void scale_array(S* data, int64_t count, T factor, int threads) {
 
 void scale(const ScaleTask& task, int threads) {
   const double factor = get(task.factor, 0);
+  if (task.product) put(task.product, 0, factor * task.coefficient.value);
   if (factor == 1.0) return;
   for (int k = 0; k < ScaleTask::kMost; ++k) {
     const Operand& tensor = task.tensors[k];

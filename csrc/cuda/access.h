@@ -228,27 +228,24 @@ struct Position {
 template <class A>
 using Place = std::conditional_t<A::kIsFlat, int, Position>;
 
-__device__ __forceinline__ Position position_of(int64_t element, const Extent& extent) {
-  if (extent.batch == 1 && extent.outer == 1) return {0, 0, element};
-  // A 64-bit division takes a hundred instructions.
-  if (element <= UINT32_MAX && extent.inner <= UINT32_MAX && extent.outer <= UINT32_MAX) {
-    const uint32_t e = static_cast<uint32_t>(element), inner = static_cast<uint32_t>(extent.inner);
-    const uint32_t outer = static_cast<uint32_t>(extent.outer), row = e / inner, batch = row / outer;
-    return {batch, row - batch * outer, e - row * inner};
-  }
-  const int64_t row = element / extent.inner, batch = row / extent.outer;
-  return {batch, row - batch * extent.outer, element - row * extent.inner};
+// How often a number, which is not negative, has another in it. A 64-bit division takes a hundred instructions.
+__device__ __forceinline__ int64_t quotient_of(int64_t number, int64_t divisor) {
+  if (number <= UINT32_MAX && divisor <= UINT32_MAX)
+    return static_cast<uint32_t>(number) / static_cast<uint32_t>(divisor);
+  return number / divisor;
 }
 
 // An element of a row.
 __device__ __forceinline__ Position in_row(int64_t row, int64_t inner, const Extent& extent) {
   if (extent.outer == 1) return {row, 0, inner};
-  if (row <= UINT32_MAX && extent.outer <= UINT32_MAX) {
-    const uint32_t r = static_cast<uint32_t>(row), outer = static_cast<uint32_t>(extent.outer), batch = r / outer;
-    return {batch, r - batch * outer, inner};
-  }
-  const int64_t batch = row / extent.outer;
+  const int64_t batch = quotient_of(row, extent.outer);
   return {batch, row - batch * extent.outer, inner};
+}
+
+__device__ __forceinline__ Position position_of(int64_t element, const Extent& extent) {
+  if (extent.batch == 1 && extent.outer == 1) return {0, 0, element};
+  const int64_t row = quotient_of(element, extent.inner);
+  return in_row(row, element - row * extent.inner, extent);
 }
 
 // The same column, a row further down.

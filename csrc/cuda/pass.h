@@ -341,7 +341,8 @@ class GeneralPass {
         factor_(static_cast<T>(factor)),
         constant_(static_cast<T>(constant)) {
     FUSEDVAE_UNROLL
-    for (int k = 0; k < kInputs; ++k) inputs_[k].open(task.inputs[k]);
+    for (int k = 0; k < kInputs; ++k)
+      if (k != 1) inputs_[k].open(task.inputs[k]);
     second_.open(task.inputs[1]);
     weight_.open(task.weight, T(1));
     incoming_.open(task.incoming, T(1));

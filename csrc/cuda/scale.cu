@@ -1,4 +1,4 @@
-// Gradients times the incoming factor, which is almost always 1: then nothing is read or written.
+// Gradients times the incoming factor, which is almost always 1: then none of them is read or written.
 #include "cuda/access.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -31,6 +31,7 @@ __device__ __forceinline__ void scale_elements(char* data, int64_t count, T fact
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     scale_kernel(const __grid_constant__ ScaleTask task) {
   const double factor = get<double>(task.factor, 0);
+  if (task.product.given && blockIdx.x == 0 && threadIdx.x == 0) put(task.product, 0, factor * task.coefficient.value);
   if (factor == 1.0) return;
   FUSEDVAE_UNROLL_BY(1)
   for (int k = 0; k < ScaleTask::kMost; ++k) {
@@ -50,7 +51,7 @@ void scale(const ScaleTask& task, const Launch& on) {
   int64_t elements = 0;
   for (int k = 0; k < ScaleTask::kMost; ++k)
     if (task.tensors[k]) elements += task.counts[k];
-  if (elements == 0) return;
+  if (elements == 0 && !task.product) return;
   // 16 elements a thread and more: with a factor of 1, a block is over as soon as it starts.
   const unsigned grid = grid_for((elements + 16 * kThreads - 1) / (16 * kThreads), kBlocksPerMultiprocessor, on.device);
   launch("scale", scale_kernel, grid, kThreads, 0, static_cast<cudaStream_t>(on.stream), task);

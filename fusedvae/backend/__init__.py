@@ -180,9 +180,17 @@ class KernelBackend(Protocol):
     ) -> Launcher:
         """What does this work."""
 
-    def prepare_scale(self, tensors: Sequence[Part], factor: Part, device: torch.device) -> Launcher:
-        """What multiplies dense tensors by the 0-dim factor in place, all in one launch, and touches nothing when it is
-        1, without a host sync."""
+    def prepare_scale(
+        self,
+        tensors: Sequence[Part],
+        factor: Part,
+        device: torch.device,
+        coefficient: Part | None = None,
+        product: Part | None = None,
+    ) -> Launcher:
+        """What multiplies dense tensors by the 0-dim factor in place, all in one launch, and touches none of them when
+        it is 1, without a host sync. The factor's product with a coefficient, a number, goes into another 0-dim tensor,
+        if that is wanted."""
 
 
 def of_gpu(reasons: Sequence[str | None], index: int | None) -> str | None:

@@ -213,9 +213,17 @@ class _Native:
         task = _C.ObjectiveTask(tuple(terms), _VALUES[work.values], _values(work.loss), _operand(work.grad_scale))
         return _launcher(task, device, copies, keeps_workspace=keeps_workspace)
 
-    def prepare_scale(self, tensors: Sequence[Part], factor: Part, device: torch.device) -> Launcher:
+    def prepare_scale(
+        self,
+        tensors: Sequence[Part],
+        factor: Part,
+        device: torch.device,
+        coefficient: Part | None = None,
+        product: Part | None = None,
+    ) -> Launcher:
         counts = tuple([part.shape.numel() for part in tensors if part.shape is not None])
-        task = _C.ScaleTask(tuple([_operand(part, (0, 0, 1)) for part in tensors]), counts, _operand(factor))
+        data = tuple([_operand(part, (0, 0, 1)) for part in tensors])
+        task = _C.ScaleTask(data, counts, _operand(factor), _operand(coefficient), _operand(product))
         return _launcher(task, device)
 
 

@@ -755,14 +755,21 @@ class _Triton:
         prepare = _prepare_elements if work.values == "element" else _prepare_values
         return prepare(work, sources, device, keeps_workspace)
 
-    def prepare_scale(self, tensors: Sequence[Part], factor: Part, device: torch.device) -> Launcher:
-        parts: dict[str, Part | None] = {"factor": factor}
+    def prepare_scale(
+        self,
+        tensors: Sequence[Part],
+        factor: Part,
+        device: torch.device,
+        coefficient: Part | None = None,
+        product: Part | None = None,
+    ) -> Launcher:
+        parts = {"factor": factor, "coefficient": coefficient, "product": product}
         counts = [part.shape.numel() if part.shape is not None else 0 for part in tensors]
-        if not any(counts):
+        if not any(counts) and product is None:
             return _nothing
         assert len(counts) <= _SCALED
-        fixed = _flat(max(counts))
-        blocks = 0
+        fixed = {**_flat(max(counts)), "coefficient_value": 0.0}
+        blocks = 1
         for k, (part, count) in enumerate(zip(tensors, counts, strict=True)):
             if count:
                 parts[f"data_{k}"], fixed[f"count_{k}"] = part, count

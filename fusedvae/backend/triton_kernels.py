@@ -931,7 +931,7 @@ def scale_blocks(data, count, factor, tile: tl.constexpr, walk: tl.constexpr):
 
 @triton.jit
 def scale_kernel(
-    factor,
+    factor, coefficient_value: tl.float64, product,
     data_0, count_0,
     data_1, count_1,
     data_2, count_2,
@@ -942,8 +942,12 @@ def scale_kernel(
     data_7, count_7,
     tile: tl.constexpr, walk: tl.constexpr,
 ):  # fmt: skip
-    """Multiply up to eight dense tensors by one factor, in place; touch nothing when it is 1."""
+    """Multiply up to eight dense tensors by one factor, in place; touch none of them when it is 1. Its product with a
+    coefficient goes where that is wanted, if it is."""
     by = tl.load(factor)
+    if product is not None:
+        multiple = narrow(by.to(tl.float64) * coefficient_value, product.dtype.element_ty)
+        tl.store(product, multiple, mask=tl.program_id(0) == 0)
     if by != 1.0:
         scale_blocks(data_0, count_0, by, tile, walk)
         scale_blocks(data_1, count_1, by, tile, walk)

@@ -189,15 +189,15 @@ class Array {
   }
   // Whether everything but the elements is as it was.
   bool gaps_untouched() const {
-    std::vector<bool> element(bytes_);
+    std::vector<unsigned char> bytes(block_.get(), block_.get() + bytes_);
+    unsigned char* const rest = bytes.data();
     for (int64_t b = 0; b < extent_.batch; ++b)
       for (int64_t o = 0; o < extent_.outer; ++o)
-        for (int64_t i = 0; i < extent_.inner; ++i) {
-          const int64_t at = (skip_ + offset(b, o, i)) * size_of(dtype_);
-          for (int64_t k = 0; k < size_of(dtype_); ++k) element[static_cast<size_t>(at + k)] = true;
-        }
+        for (int64_t i = 0; i < extent_.inner; ++i)
+          std::memset(rest + (skip_ + offset(b, o, i)) * size_of(dtype_), kUntouched,
+                      static_cast<size_t>(size_of(dtype_)));
     for (size_t k = 0; k < bytes_; ++k)
-      if (!element[k] && block_.get()[k] != kUntouched) return false;
+      if (rest[k] != kUntouched) return false;
     return true;
   }
 
@@ -1129,8 +1129,16 @@ void test_scale(int threads) {
     task.tensors[k] = tensors[k].operand();
     for (int64_t i = 0; i < task.counts[k]; ++i) before[k].push_back(tensors[k].at(0, 0, i));
   }
+  extent = {1, 1, 1};
+  const Array product(extent, any_float(true), {0, 0, 0});
+  if (coin()) {
+    task.coefficient.given = true;
+    task.coefficient.value = one_of<double>({1, -0.75, 3});
+    task.product = product.operand();
+  }
   kernels().scale(task, threads);
   const double by = factor.at(0, 0, 0);
+  if (task.product) compare("product", product, 0, by * task.coefficient.value, 8, 1e-7);
   for (int k = 0; k < ScaleTask::kMost; ++k) {
     extent = {1, 1, task.counts[k]};
     for (int64_t i = 0; i < task.counts[k]; ++i) {
