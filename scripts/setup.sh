@@ -27,10 +27,14 @@ unset PYTHONHOME
 requirements=$(cat pyproject.toml constraints.txt | sha256sum)
 if [ "$requirements" != "$(cat .venv/requirements.sha256 2>/dev/null)" ]; then
     say "Installing requirements"
-    # The build requirements come first, as the build below does not use an environment of its own: that is what
-    # makes it incremental.
+    # The build requirements come first, as the builds below do not use environments of their own: that is what makes
+    # them incremental. One compiles while the rest is installed, by a single processor that often waits for the disk.
     pip install -c constraints.txt setuptools pybind11 ninja
-    pip install -c constraints.txt --no-build-isolation -e '.[test]'
+    python setup.py -q build_ext &
+    build=$!
+    pip install -c constraints.txt -r <(python scripts/requirements.py test)
+    wait "$build"
+    pip install --no-deps --no-build-isolation -e .
     echo "$requirements" >.venv/requirements.sha256
 else
     say "Compiling what has changed"

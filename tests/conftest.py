@@ -125,15 +125,22 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 
 FIRST = [
-    "test_triton_interpreted.py",
     "test_sanitizers.py",
-    "test_triton_compiled.py",
     "test_ptx_kernels.py",
+    "test_triton_interpreted.py",
+    "test_triton_compiled.py",
     "test_packaging.py",
-    "test_gpu_check.py",
+    "test_cli_files.py",
     "test_examples.py",
+    "test_gpu_check.py",
+    "test_cli_bench.py",
+    "test_cli_processes.py",
+    "test_cli_train.py",
+    "test_wrappers.py",
+    "test_cuda_compiled.py",
 ]
-"""The files that take minutes: begun last, each would run alone, beside processors that have nothing to do."""
+"""The files that take long, the longest in front: begun last, each would run alone, beside processors that have nothing
+to do."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
