@@ -22,17 +22,20 @@ fi
 # By its absolute path, whatever environment is active in the calling shell.
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONHOME
+# Whatever imports a module first keeps its bytecode for all processes after it.
+unset PYTHONDONTWRITEBYTECODE
 
 # Requirements are installed once, and again when a file that names them has changed.
 requirements=$(cat pyproject.toml constraints.txt | sha256sum)
 if [ "$requirements" != "$(cat .venv/requirements.sha256 2>/dev/null)" ]; then
     say "Installing requirements"
     # The build requirements come first, as the builds below do not use environments of their own: that is what makes
-    # them incremental. One compiles while the rest is installed, by a single processor that often waits for the disk.
+    # them incremental. One compiles while the rest is installed, by a single processor that often waits for the disk;
+    # without bytecode, as nothing ever imports most of it.
     pip install -c constraints.txt setuptools pybind11 ninja
     python setup.py -q build_ext &
     build=$!
-    pip install -c constraints.txt -r <(python scripts/requirements.py test)
+    pip install --no-compile -c constraints.txt -r <(python scripts/requirements.py test)
     wait "$build"
     pip install --no-deps --no-build-isolation -e .
     echo "$requirements" >.venv/requirements.sha256

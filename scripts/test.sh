@@ -17,8 +17,6 @@ check ruff check
 check ruff format --check
 check clang-format --dry-run -Werror "${cpp[@]}"
 check mypy
-# The tests start many processes: none should compile the package's Python anew.
-unset PYTHONDONTWRITEBYTECODE
 # A process a core, whose threads wait for each other asleep: awake they would keep the other process from running.
 export OMP_WAIT_POLICY=passive
 # A test that hangs shows where, and ends its process alone.
