@@ -74,6 +74,12 @@ def step(recon_x: Tensor, x: Tensor, recon_logvar: Tensor | float | None, mu: Te
     latent(mu, logvar)
 
 
+def given(recon_x: Tensor, x: Tensor, recon_logvar: Tensor, mu: Tensor, logvar: Tensor) -> None:
+    """Those of a total whose divergence comes from the latent."""
+    _, kl = functional.latent(mu, logvar, backend="triton")
+    functional.elbo_loss(recon_x, x, None, None, recon_logvar, kl=kl, beta=0.5, backend="triton").backward()
+
+
 def reparameterize(*operands: Tensor, **options: Any) -> Tensor:
     return functional.reparameterize(*operands, backend="triton", **options)
 
@@ -98,6 +104,7 @@ def variants() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
         t = [leaf(dtype) for _ in range(5)]
         found[f"contiguous {name}"] = [
             *launches(lambda t=t: step(*t)),
+            *launches(lambda t=t: given(*t)),
             *launches(lambda t=t: reparameterize(t[3], t[4], noise=t[2].detach()).backward(t[0])),
             *launches(lambda t=t: functional.gaussian_nll_loss(*t[:3], reduction="none", backend="triton").sum()),
             *launches(lambda dtype=dtype: normal(SHAPE, 1, dtype=dtype, backend="triton")),
