@@ -326,9 +326,10 @@ def test_options_in_yaml(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("lr: -1", "argument --lr: expected a number above 0, got '-1'"),
-        ("learning_rate: 1", "there is no option --learning-rate"),
+        ("learning_rate: 1", "--learning-rate is no option of a run's settings"),
         ("lr: [1, 2]", "argument --lr: expected a number above 0"),
-        ("resume: x", "there is no option --resume"),
+        ("resume: x", "--resume is no option of a run's settings"),
+        ("amp: bf16", "--amp is no option of a run's settings"),
         ("fsdp: 3", "--fsdp: expected true or false, got 3"),
         ("lr: yes", "--lr: expected a value, got True"),
         ("- lr", "expected a mapping of options to values, got list"),

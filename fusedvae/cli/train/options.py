@@ -345,7 +345,7 @@ def parsed(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         field = str(name).replace("-", "_")
         if field not in defaults:
-            raise ValueError(f"there is no option {option_name(field)}")
+            raise ValueError(f"{option_name(field)} is no option of a run's settings")
         is_switch = isinstance(defaults[field], bool)
         if value is not None and isinstance(value, bool) != is_switch:
             raise ValueError(
