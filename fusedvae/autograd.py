@@ -494,9 +494,9 @@ class _Objective(torch.autograd.Function):
             found = _scaled(ctx, g_loss, None if given is None else given.coefficient(ctx.numbers))
             for k, gradient in zip(made, found):  # noqa: B905 - a hot path
                 grads[k + 1] = gradient
-            if given is not None:
-                grads[given.operand + 1] = given.gradient(found[-1])
             if not call.needs_more:  # the usual step
+                if given is not None:
+                    grads[given.operand + 1] = given.gradient(found[-1])
                 return tuple(grads)
             made_already = call.spec.needed
         elif call.overwrites:
@@ -514,9 +514,9 @@ class _Objective(torch.autograd.Function):
                 grads[k + 1] = gradient
             if in_place:
                 increment_version(operands[0])  # type: ignore[arg-type]
-            if given is not None:
-                grads[given.operand + 1] = given.gradient(g_loss * given.coefficient(ctx.numbers))
             if not call.needs_more:
+                if given is not None:
+                    grads[given.operand + 1] = given.gradient(g_loss * given.coefficient(ctx.numbers))
                 return tuple(grads)
             made_already = call.spec.needed
         rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)
