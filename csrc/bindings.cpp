@@ -274,21 +274,23 @@ auto run(void (*Kernels::*kernel)(const Task&, int)) {
 }
 
 #if defined(FUSEDVAE_WITH_CUDA)
-cuda::Launch launch_on(int device, uintptr_t stream, uintptr_t workspace) {
-  return {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(workspace)};
+cuda::Launch launch_on(int device, uintptr_t stream, uintptr_t workspace, uintptr_t counter) {
+  return {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(workspace),
+          reinterpret_cast<unsigned*>(counter)};
 }
 
-// Launches on a stream share a workspace. Some are of two kernels, between which no other thread's may come.
+// Launches on a stream share what its blocks do. Some are of two kernels, between which no other thread's may come.
 std::mutex launching;
 
 // A launch of a kernel on a GPU.
 template <class Plan, class Task>
 auto launch(void (*kernel)(const Task&, const cuda::Launch&)) {
-  return [kernel](const Plan& plan, const py::tuple& sources, int device, uintptr_t stream, uintptr_t workspace) {
+  return [kernel](const Plan& plan, const py::tuple& sources, int device, uintptr_t stream, uintptr_t workspace,
+                  uintptr_t counter) {
     const Task task = plan.on(sources);
     py::gil_scoped_release release;  // before the lock: who holds that must not wait for the interpreter
     const std::lock_guard<std::mutex> lock(launching);
-    kernel(task, launch_on(device, stream, workspace));
+    kernel(task, launch_on(device, stream, workspace, counter));
   };
 }
 #endif
@@ -360,10 +362,17 @@ PYBIND11_MODULE(_C, m) {
                    .def("run", run<Planned<ScaleTask>>(&Kernels::scale));
 #if defined(FUSEDVAE_WITH_CUDA)
   m.def("cuda_unavailable", &cuda::unavailable, "Why each GPU here cannot run the CUDA kernels; empty if it can.");
+  m.def(
+      "cuda_counters",
+      [] {
+        const cuda::Counters counters = cuda::counters();
+        return py::make_tuple(reinterpret_cast<uintptr_t>(counters.first), counters.count);
+      },
+      "The address of the current GPU's counters, and how many there are.");
   m.def("launch_normal", [](uintptr_t out, int dtype, int64_t count, uintptr_t seed, int device, uintptr_t stream) {
     const NormalTask task = normal_task(out, dtype, count, seed);
     py::gil_scoped_release release;
-    cuda::normal(task, launch_on(device, stream, 0));
+    cuda::normal(task, launch_on(device, stream, 0, 0));
   });
   latent.def("launch", launch<PlannedLatent>(&cuda::latent))
       .def_property_readonly("workspace_bytes",

@@ -10,14 +10,23 @@
 namespace fusedvae {
 namespace cuda {
 
-// Where a kernel runs, and memory for its partial sums.
+// Where a kernel runs, and what its blocks share, which launches that may run at the same time must not.
 struct Launch {
   int device = 0;
   void* stream = nullptr;
-  // At least as many bytes as the task's `workspace_bytes`, and aligned to 16. The first four are zero before the first
-  // launch; a launch leaves them so. Launches that may run at the same time must not share it.
+  // Memory for partial sums: at least as many bytes as the task's `workspace_bytes`, and aligned to 16.
   void* workspace = nullptr;
+  // Where the blocks that are done are counted: 0 before the first launch; a launch leaves it so.
+  unsigned* counter = nullptr;
 };
+
+// Counters of the current device's own, which are 0 to begin with and are there as long as the kernels are: for as
+// long, that is, as a graph may be replayed that one of their launches was captured in.
+struct Counters {
+  unsigned* first;
+  int64_t count;
+};
+Counters counters();
 
 // On the current device, which must be the one that is named. None waits for it. They throw std::runtime_error.
 void normal(const NormalTask&, const Launch&);

@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, kLatentBlocks<A, sums, makes>)
 template <class A, Sums sums, LatentMakes makes = LatentMakes::anything, bool is_bounded = false>
 void launch_latent(const LatentTask& task, const LatentPlan& plan, const Launch& on) {
   launch("latent", latent_kernel<A, sums, makes, is_bounded>, grid_of(plan.blocks), kThreads, 0,
-         static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
+         static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on));
 }
 
 // Where the kernels for any task are: of operands of any dtypes.

@@ -227,7 +227,7 @@ void objective(const ObjectiveTask& given, const Launch& on) {
     launch_mixed(task, plan, layouts, on);
   if (plan.finish.is_large())
     launch("finish", finish_kernel, static_cast<unsigned>(plan.finish.blocks), kThreads, 0,
-           static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
+           static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on));
 }
 
 }  // namespace cuda

@@ -310,7 +310,7 @@ void launch_general(const ObjectiveTask&, const Plan&, const Layouts&, const Lau
 template <class A, Sums sums, bool general>
 void launch_objective(const ObjectiveTask& task, const Plan& plan, const Launch& on) {
   launch("objective", objective_kernel<A, sums, general>, grid_of(plan.blocks), kThreads, 0,
-         static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on.workspace));
+         static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on));
 }
 
 }  // namespace cuda

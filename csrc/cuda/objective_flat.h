@@ -10,7 +10,7 @@ using ObjectiveKernel = void (*)(ObjectiveTask, Plan, Workspace);
 
 inline void launch_kernel(ObjectiveKernel kernel, const ObjectiveTask& task, const Plan& plan, const Launch& on) {
   launch("objective", kernel, grid_of(plan.blocks), kThreads, 0, static_cast<cudaStream_t>(on.stream), task, plan,
-         Workspace(on.workspace));
+         Workspace(on));
 }
 
 // A formula's kernel, if it is light: for plain tasks, or for any.

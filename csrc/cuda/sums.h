@@ -128,11 +128,11 @@ struct Workspace {
   unsigned* done;
   double* partials;
 
-  static constexpr int64_t kHeader = 16;
-  static int64_t bytes_for(int64_t partials) { return kHeader + partials * static_cast<int64_t>(sizeof(double)); }
-  explicit Workspace(void* memory)
-      : done(static_cast<unsigned*>(memory)),
-        partials(memory ? reinterpret_cast<double*>(static_cast<char*>(memory) + kHeader) : nullptr) {}
+  // Never 0: what is added up of nothing needs the count.
+  static int64_t bytes_for(int64_t partials) {
+    return (partials > 0 ? partials : 1) * static_cast<int64_t>(sizeof(double));
+  }
+  explicit Workspace(const Launch& on) : done(on.counter), partials(static_cast<double*>(on.workspace)) {}
 };
 
 // Whether this block is the last of the grid to come here; it then sees what all others wrote. The count wraps around

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -111,6 +111,7 @@ def _launcher(
         run, threads = task.run, torch.get_num_threads
         return with_copies(lambda sources: run(sources, threads()), copies)
     gpu: int = current_gpu() if device.index is None else device.index
+    device = torch.device("cuda", gpu)
     size = task.workspace_bytes
     is_kept = keeps_workspace and size <= MOST_KEPT
 
@@ -120,26 +121,64 @@ def _launcher(
                 launch(sources)
             return
         stream = current_stream_address(gpu)
-        # Until the launch, the workspace must not become anyone else's; after it, the stream's order sees to that.
-        workspace = _workspace(gpu, stream, size, is_kept=is_kept) if size else None
-        task.launch(sources, gpu, stream, 0 if workspace is None else workspace.data_ptr())
+        if size == 0:
+            task.launch(sources, gpu, stream, 0, 0)
+            return
+        # Until the launch, its memory must not become anyone else's; after it, the stream's order sees to that.
+        sums, counter = _workspace(device, stream, size, is_kept=is_kept)
+        task.launch(sources, gpu, stream, sums.data_ptr(), counter)
 
     return with_copies(launch, copies)
 
 
-_workspaces: dict[tuple[int, int], Tensor] = {}
-"""Memory for partial sums, one a GPU and stream: launches on one stream follow each other, and so may share it."""
+class _Workspace(NamedTuple):
+    """What the blocks of a launch share."""
+
+    sums: Tensor
+    """Memory for partial sums."""
+    counter: int
+    """The address of one that is 0 before a launch, and after it."""
 
 
-def _workspace(gpu: int, stream: int, size: int, *, is_kept: bool) -> Tensor:
-    """A workspace of at least ``size`` bytes that is zero, or that a launch on this stream has left."""
-    if not is_kept or torch.cuda.is_current_stream_capturing():
-        # Graphs are replayed on any stream, several at a time: each has its own, out of its own memory.
-        return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", gpu))
-    found = _workspaces.get((gpu, stream))
-    if found is None or found.numel() < size:
-        device = torch.device("cuda", gpu)
-        found = _workspaces[gpu, stream] = torch.zeros(max(size, 1 << 16), dtype=torch.uint8, device=device)
+_sums: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[tuple[torch.device, int], int] = {}
+"""One a GPU and stream: launches on one stream follow each other, and so may share them."""
+_free_counters: dict[torch.device, Iterator[int]] = {}
+"""By GPU, those of the extension's that no stream and no graph has."""
+
+
+def _workspace(device: torch.device, stream: int, size: int, *, is_kept: bool) -> _Workspace:
+    """A workspace with room for ``size`` bytes of sums, which stays for the stream if it ``is_kept``.
+
+    Graphs are replayed on any stream, several at a time: each of their launches has its own, the sums in the graph's
+    memory.
+    """
+    is_capturing = torch.cuda.is_current_stream_capturing()
+    counter = _counter(device, stream, is_capturing=is_capturing)
+    if counter is None:
+        zeros = torch.zeros(16 + size, dtype=torch.uint8, device=device)
+        return _Workspace(zeros[16:], zeros.data_ptr())
+    if is_capturing or not is_kept:
+        return _Workspace(torch.empty(size, dtype=torch.uint8, device=device), counter)
+    sums = _sums.get((device, stream))
+    if sums is None or sums.numel() < size:
+        sums = _sums[device, stream] = torch.empty(max(size, 1 << 16), dtype=torch.uint8, device=device)
+    return _Workspace(sums, counter)
+
+
+def _counter(device: torch.device, stream: int, *, is_capturing: bool) -> int | None:
+    """The address of the stream's counter on the current GPU, or of one that a captured launch has for good. None where
+    there are no more."""
+    if is_capturing:  # A GPU that has not been asked for its counters might have to load them, which captures forbid.
+        return next(_free_counters.get(device, iter(())), None)
+    found = _counters.get((device, stream))
+    if found is None:
+        if device not in _free_counters:
+            first, count = _C.cuda_counters()
+            _free_counters[device] = iter(range(first, first + 4 * count, 4))
+        found = next(_free_counters[device], None)
+        if found is not None:
+            _counters[device, stream] = found
     return found
 
 

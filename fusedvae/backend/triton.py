@@ -381,13 +381,21 @@ _workspaces: dict[tuple[torch.device, int], _Workspace] = {}
 """One a device and stream: launches on one stream follow each other, and so may share it."""
 
 
-def _workspace(size: int, counters: int, device: torch.device, stream: int, *, is_kept: bool) -> _Workspace:
-    """A workspace of at least so many bytes for sums, and counters.
+_graph_counters: dict[torch.device, Tensor] = {}
+"""By device, those that no graph has."""
+_GRAPH_COUNTERS = 1 << 16
 
-    Graphs are replayed on any stream, several at a time: each has its own, out of its own memory.
-    """
-    if not is_kept or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _workspace(size: int, counters: int, device: torch.device, stream: int, *, is_kept: bool) -> _Workspace:
+    """A workspace of at least so many bytes for sums, and counters."""
+    if not is_kept:
         return _new_workspace(size, counters, device)
+    if _is_capturing(device):
+        return _graph_workspace(size, counters, device)
     found = _workspaces.get((device, stream))
     if found is None or found.sums.numel() < size or found.counters.numel() < counters:
         found = _workspaces[device, stream] = _new_workspace(
@@ -395,6 +403,10 @@ def _workspace(size: int, counters: int, device: torch.device, stream: int, *, i
             max(counters, 1 << 10, found.counters.numel() if found else 0),
             device,
         )
+        if device not in _graph_counters:  # now: in a capture, it would be done at every replay
+            _graph_counters[device] = torch.zeros(_GRAPH_COUNTERS, dtype=torch.int32, device=device)
+            if device.type == "cuda":  # they are ready then, whatever stream a graph runs on
+                torch.cuda.current_stream(device).synchronize()
     return found
 
 
@@ -403,6 +415,19 @@ def _new_workspace(size: int, counters: int, device: torch.device) -> _Workspace
         torch.empty(size, dtype=torch.uint8, device=device),
         torch.zeros(counters, dtype=torch.int32, device=device),
     )
+
+
+def _graph_workspace(size: int, counters: int, device: torch.device) -> _Workspace:
+    """One for a launch that is being captured.
+
+    Graphs are replayed on any stream, several at a time: each of their launches has its own, the bytes in the graph's
+    memory. The counters are there before, as long as there are any, so that no replay needs to set them to zero.
+    """
+    left, taken = _graph_counters.get(device), -(-counters // 4) * 4  # in whole 16 bytes, which kernels count on
+    if left is None or left.numel() < taken:
+        return _new_workspace(size, counters, device)
+    _graph_counters[device] = left[taken:]
+    return _Workspace(torch.empty(size, dtype=torch.uint8, device=device), left[:taken])
 
 
 # --- what kernels are told of a walk ----------------------------------------------------------------------------------

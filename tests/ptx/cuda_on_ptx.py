@@ -43,15 +43,15 @@ def _watch(task: Any) -> None:
     launch = task.launch
 
     @functools.wraps(launch)
-    def watched(self: Any, sources: Sequence[Any], device: int, stream: int, workspace: int) -> None:
+    def watched(self: Any, sources: Sequence[Any], device: int, stream: int, workspace: int, counter: int) -> None:
         library = executor.library()
         library.forget_all()
         library.allow(*(source for source in sources if isinstance(source, Tensor)))
         if workspace:
-            library.allow((workspace, self.workspace_bytes))
-        launch(self, sources, device, stream, workspace)
+            library.allow((workspace, self.workspace_bytes), (counter, 4))
+        launch(self, sources, device, stream, workspace, counter)
         # The count of the blocks that are done is as the next launch needs it.
-        assert not workspace or ctypes.c_uint32.from_address(workspace).value == 0
+        assert not workspace or ctypes.c_uint32.from_address(counter).value == 0
 
     task.launch = watched
 
@@ -71,11 +71,11 @@ def install() -> None:
     def launcher(task: Any, device: torch.device, *more: Any, **options: Any) -> Any:
         return prepare(task, torch.device("cuda", 0), *more, **options)
 
-    def workspace(gpu: int, stream: int, size: int, **options: Any) -> Tensor:
-        # Of just the size that was asked for, with nothing of use in it but the count of blocks that are done.
-        made = torch.full((size,), 0xFF, dtype=torch.uint8)
-        made[:4] = 0
-        return made
+    counter, _ = extension.cuda_counters()
+
+    def workspace(device: torch.device, stream: int, size: int, **options: Any) -> Any:
+        # Of just the size that was asked for, with nothing of use in it.
+        return native._Workspace(torch.full((size,), 0xFF, dtype=torch.uint8), counter)
 
     def normal(out: int, dtype: int, count: int, seed: int, threads: int) -> None:
         library = executor.library()

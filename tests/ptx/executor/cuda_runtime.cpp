@@ -24,6 +24,11 @@ std::map<const void*, std::string>& kernels() {
   return by_host_function;
 }
 
+std::map<const void*, std::vector<char>>& variables() {
+  static std::map<const void*, std::vector<char>> by_host_variable;
+  return by_host_variable;
+}
+
 thread_local std::vector<Configuration> configurations;
 thread_local int device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -65,7 +70,9 @@ void** __cudaRegisterFatBinary(void* binary) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+void __cudaRegisterVar(void**, char* host_variable, char*, const char*, int, size_t bytes, int, int) {
+  variables()[host_variable].resize(bytes);
+}
 void __cudaRegisterFunction(void**, const char* host_function, char*, const char* device_name, int, uint3*, uint3*,
                             dim3*, dim3*, int*) {
   kernels()[host_function] = device_name;
@@ -171,6 +178,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int of)
   const auto found = values.find(attribute);
   if (found == values.end()) return failed(cudaErrorInvalidValue, "an attribute that the executor's device lacks");
   *value = found->second;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetSymbolAddress(void** address, const void* host_variable) {
+  const auto found = variables().find(host_variable);
+  if (found == variables().end()) return failed(cudaErrorInvalidSymbol, "a variable that was not registered");
+  *address = found->second.data();
   return cudaSuccess;
 }
 
