@@ -108,7 +108,7 @@ def test_memory_and_undefined_behaviour(memory: Driver, isa: str):
 
 
 def test_threads(threads: Driver):
-    threads.run("baseline", cases=200)
+    threads.run("baseline", cases=100)
 
 
 AARCH64 = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64")

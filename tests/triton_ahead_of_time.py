@@ -2,8 +2,9 @@
 
     python triton_ahead_of_time.py sm_90 [REGULAR EXPRESSION [PART/PARTS]]
 
-The expression chooses among the variants by their names. Launches are recorded from calls on CPU tensors, so that
-kernels are compiled with the arguments they are called with.
+The expression chooses among the variants by their names; of chosen ones instructions are counted, which takes longer
+than to compile them. Launches are recorded from calls on CPU tensors, so that kernels are compiled with the arguments
+they are called with.
 """
 
 from __future__ import annotations
@@ -289,11 +290,11 @@ def accesses(assembly: dict[str, Any], target: GPUTarget, kind: str) -> list[int
     return [int(vector or 1) * int(bits) // 8 for modifiers, vector, bits in found if ".cg" not in modifiers]
 
 
-def what_became(assembly: dict[str, Any], target: GPUTarget) -> dict[str, Any]:
+def what_became(assembly: dict[str, Any], target: GPUTarget, *, is_counted: bool) -> dict[str, Any]:
     """What there is to know of a compiled kernel."""
     return {
         "local": local_memory(assembly, target),
-        "instructions": instructions(assembly) if target.backend == "cuda" else None,
+        "instructions": instructions(assembly) if is_counted and target.backend == "cuda" else None,
         **{kind: accesses(assembly, target, kind) for kind in ("ld", "st")},
     }
 
@@ -333,7 +334,8 @@ def main(chip: str, chosen: str = "", part: str = "0/1") -> None:
             options = {name: arguments[name] for name in OPTIONS if name in arguments}
             key = source.hash(), str(options)
             if key not in compiled:
-                compiled[key] = what_became(triton.compile(source, target=target, options=options).asm, target)
+                assembly = triton.compile(source, target=target, options=options).asm
+                compiled[key] = what_became(assembly, target, is_counted=bool(chosen))
             result = {"variant": variant, "kernel": kernel.fn.__name__}
             result.update({name: compiled[key][name] for name in ("local", "instructions")})
             threads = arguments["num_warps"] * target.warp_size
