@@ -8,6 +8,7 @@ repeats the work until that is long enough for the clock, and what it takes is d
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -96,6 +97,7 @@ def interleaved(
     at_least, at_most = rounds
     collecting = gc.isenabled()
     gc.collect()
+    _pass_over_what_is_left()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
@@ -111,6 +113,13 @@ def interleaved(
         if collecting:
             gc.enable()
     return Timings(times, repeats)
+
+
+@functools.cache
+def _pass_over_what_is_left() -> None:
+    """Have the collections before other timings not look again at what was there before the first: at the million
+    objects that libraries make as they are imported, which takes longer than many a case."""
+    gc.freeze()
 
 
 class Profile(NamedTuple):
