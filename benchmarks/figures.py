@@ -2,7 +2,8 @@ r"""Writes the tables and plots of docs/benchmarks.md from recorded runs.
 
     python benchmarks/figures.py
 
-Each table stands between marks that name the file of its run, in benchmarks/results/. How these are recorded:
+Each table stands between marks that name the file of its run, in benchmarks/results/. How these are recorded (the first
+may be narrowed: the page shows the command that it was):
 
     fusedvae bench --full --threads 2 --json benchmarks/results/cpu-avx512-2-threads.json
     python benchmarks/cpu_goals.py --json benchmarks/results/cpu-goals-avx512-2-threads.json
@@ -15,6 +16,7 @@ A file by another name is shown once a mark on the page names it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -64,7 +66,8 @@ def of_bench(path: Path) -> Iterator[str]:
     what = (
         f"Forward and backward in float32 on {settings['threads']} threads ({machine}; {kind}), PyTorch "
         f"{environment['versions']['torch']}, {result['date'][:10]}: how many times as long the fastest way to write "
-        "it in eager PyTorch, and the fastest of these under `torch.compile`, take, with 95 % intervals."
+        "it in eager PyTorch takes, and the fastest under `torch.compile`, of those that were measured, with 95 % "
+        "intervals."
     )
     if result["noise"]["noisy"]:
         what += " The machine was busy at times, as wide intervals show."
@@ -156,7 +159,7 @@ def of_gpu(path: Path) -> Iterator[str]:
     yield from ("", "| goal | native | triton |", "| --- | --- | --- |")
     for goal in GOALS:
         reached = goal.reached(record["steps"][goal.step]["found"][goal.case]["microseconds"])
-        cells = [f"{value:.2f}, {_verdict(value >= goal.at_least)}" for value in reached.values()]
+        cells = [f"{value:.3f}, {_verdict(value >= goal.at_least)}" for value in reached.values()]
         cells = cells or ["not measured"] * 2
         yield f"| {goal.case}: {goal.rival}'s time over ours at least {goal.at_least:.2f} | {' | '.join(cells)} |"
 
@@ -189,6 +192,7 @@ def generated(text: str) -> tuple[str, dict[str, str]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     text, made = generated(PAGE.read_text())
     FIGURES.mkdir(exist_ok=True)
     files = {FIGURES / f"{name}.svg": svg.encode() for name, svg in made.items()}

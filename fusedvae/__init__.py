@@ -1,8 +1,9 @@
 """Fused kernels for variational autoencoders in PyTorch.
 
-`ELBOLoss`, `GaussianNLLLoss` and `VAE` are the modules, `functional` what they are made of, `random` the noise;
-`distributions` are other libraries' classes, and `patch` makes an installed library use them; `use_backend` and
-`backends` choose and list what computes.
+`ELBOLoss`, `LinearLikelihood`, `GaussianNLLLoss` and `VAE` are the modules, `functional` what they are made of,
+`random` the noise, `networks` ready encoders and decoders; `distributions` are other libraries' classes, and `patch`
+makes an installed library use them; `use_backend` and `backends` choose and list what computes; `typing` has what
+arguments can be.
 """
 
 from . import distributions, functional, networks, random, typing

@@ -289,7 +289,7 @@ class LinearLikelihood(nn.Linear):
 
     A `torch.nn.Linear` that, called with x, returns the loss and never stores its own output as a whole: see
     `functional.linear_elbo`. Called without x it is the layer, for samples and reconstructions; the state_dict is the
-    layer's.
+    layer's, and ``recon_logvar`` if that is a tensor or a parameter.
 
     Args:
         in_features: of the layer's input.

@@ -13,21 +13,25 @@ Common to all:
 * a mean and its scale may come packed in one tensor, halves along dimension 1 (or ``packed_dim``, -1 for the tokens of
   a transformer): pass it in the mean's place and None, said out loud, in the scale's.
 * ``scale`` says what the tensor beside a mean holds: "logvar" (sigma^2 = e^s), "logstd" (sigma = e^s), "std" (sigma =
-  s), "var" (sigma^2 = s), "softplus" (sigma = softplus(s)); of a Laplace distribution "logscale" (b = e^s), "scale" (b
-  = s), "softplus". ``clamp=(low, high)`` bounds s first, with no gradient outside; either may be None.
-  ``eps`` is then added to what the form names (sigma^2 for "logvar" and "var", else sigma, or b).
+  s), "var" (sigma^2 = s), "softplus" (sigma = softplus(s)); of a Laplace or discretized logistic distribution
+  "logscale" (b = e^s), "scale" (b = s), "softplus"; of a negative binomial one "theta", "logtheta", "softplus"; of a
+  Poisson distribution's rate "rate", "lograte", "softplus". ``clamp=(low, high)`` bounds s first, with no gradient
+  outside; either may be None. ``eps`` is then added to what the form names (sigma^2 for "logvar" and "var", else sigma,
+  b, theta or the rate).
 * reductions: "batchmean" (sum over everything, divided by the batch size), "sum", "mean" (over elements),
   "weighted_mean" (sum of the weighted values, divided by the sum of the weights), "none" (sums over ``dim``: by default
   all but the batch, one value per sample; ``dim=()`` gives one an element).
 * ``weight`` multiplies elements; a float or bool tensor that broadcasts to them. Where it is 0, values and gradients
-  are exactly 0, whatever the operands hold.
+  are exactly 0, whatever the operands hold. With a weight that needs a gradient itself, the reference's formulas
+  compute.
 * ``inplace=True`` has the gradient of the likelihood's first input (recon_x) written into the memory of that input, in
   the forward pass where gradients are made in it. So nobody may read recon_x after the loss; an operation before it
-  that saved it for its own backward pass (a sigmoid, tanh or ReLU at a decoder's end) has autograd raise its error; and
-  there are no second derivatives. With "none", ``return_terms`` or float16 it is written in the backward pass instead,
-  unless the graph is kept. Where nothing needs that gradient, nothing is written. ValueError where it cannot be, or
-  would be seen: recon_x is a leaf; its memory has gaps, is broadcast, or is another operand's too; it is a view of a
-  tensor that something else holds; with the reference formulas, under torch.compile, torch.func and tracing.
+  that saved it for its own backward pass (a sigmoid, tanh or ReLU at a decoder's end) has autograd raise its error;
+  and there are no second derivatives. With "none", ``return_terms``, or float16 without ``grad_scale``, it is written
+  in the backward pass instead, unless the graph is kept. Where nothing needs that gradient, nothing is written.
+  ValueError where it cannot be, or would be seen: recon_x is a leaf; its memory has gaps, is broadcast, or is another
+  operand's too; it is a view of a tensor that something else holds; with the reference formulas, under torch.compile,
+  torch.func and tracing.
 
 Formulas: Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (arXiv:1312.6114), appendix B.
 """

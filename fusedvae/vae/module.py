@@ -351,8 +351,10 @@ class VAE(nn.Module):
             offset: position of the first element in the noise stream: a process that holds the rows from r0 of a batch
                 passes r0 times the number of latent variables, and gets the noise that one process would have given
                 them. With several samples, which lie in front of the batch, pass ``noise``.
-            generator: where the noise comes from; torch's default generator if None.
-            noise: the noise itself, in the place of the generator's: of z's shape, ``(batch, *latent)``.
+            generator: where the noise comes from: one, or a list of one for each sample of the batch; torch's default
+                generator if None.
+            noise: the noise itself, in the place of the generator's: of z's shape, ``(batch, *latent)``; with several
+                samples or "iwae" ``(samples, batch, *latent)``.
 
         Raises:
             TypeError, ValueError: an argument is not of these, does not go with the bound, or does not fit.

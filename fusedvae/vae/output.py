@@ -21,7 +21,8 @@ from ..typing import Bounds, LikelihoodName, LikelihoodScale, Reduction, TermRed
 class VAEOutput(NamedTuple):
     """All that one pass through a `VAE` computes.
 
-    With several samples, K of them, ``recon_x`` and ``z`` have these in front: ``(K, batch, *)``.
+    With several samples, K of them, ``recon_x`` and ``z`` have these in front: ``(K, batch, *)``; for the
+    importance-weighted bound with one, too.
     """
 
     recon_x: Tensor

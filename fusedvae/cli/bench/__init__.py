@@ -249,7 +249,10 @@ def _command(settings: Settings) -> str:
 
 
 def _measure(arguments: argparse.Namespace, settings: Settings, old: Result | None) -> int:
-    result = new_result(settings, _command(settings), info.collect())
+    environment = info.collect()
+    if runtime := environment["openmp"]["runtime"]:  # where it lies is of no use to who reads a result elsewhere
+        environment["openmp"]["runtime"] = Path(runtime).name
+    result = new_result(settings, _command(settings), environment)
     cases = settings.cases()
     bar = None
     if not arguments.quiet:
