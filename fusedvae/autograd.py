@@ -64,10 +64,11 @@ def wants_derivative(operands: Operands) -> bool:
 
 
 def _second_order(formula: Callable[..., Any], inputs: Operands, grads: Sequence[Tensor | None]) -> _Grads:
-    """Differentiable gradients of a reference formula, None for the inputs that need none.
+    """Gradients of a reference formula, None for the inputs that need none; differentiable if that is wanted here.
 
     ``formula`` takes the inputs and returns as many tensors as there are incoming ``grads``.
     """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: inputs may be one tensor, or computed from each other, and no derivative may go on to the next.
         inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]
@@ -76,7 +77,7 @@ def _second_order(formula: Callable[..., Any], inputs: Operands, grads: Sequence
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
         found = iter(
             torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
             )
         )
     return tuple(next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs)
@@ -278,12 +279,22 @@ def _latent_gradients(
             return evaluation.latent(whole, inputs)
 
         return _second_order(formula, [*inputs, seed, offset, noise], [grad_z, grad_kl][: 1 if kl_dtype is None else 2])
+    needed = _needed_with(spec, grad_kl).needed
+    if not any(needed):
+        return (None,) * len(operands)
     given = (*operands, grad_z, grad_kl)
     told = given if call is None else (grad_z, grad_kl)
     # A call is quicker to compare than all that it is.
     found = find(_latent_gradient, told, spec if call is None else call, whole=given).outputs(given)
     made = iter(found)
-    return (*[next(made) if needed else None for needed in spec.needed], None, None, None)
+    return (*[next(made) if is_needed else None for is_needed in needed], None, None, None)
+
+
+def _needed_with(spec: SamplingGradient, grad_kl: Operand) -> SamplingGradient:
+    """The same of the inputs that anything comes to: without a gradient of the divergence, its prior has none."""
+    if grad_kl is not None or not any(spec.needed[2:]):
+        return spec
+    return replaced(spec, needed=(*spec.needed[:2], *[False] * len(spec.needed[2:])))
 
 
 class _Dispatched:
@@ -298,7 +309,7 @@ class _Dispatched:
 
 def _latent_gradient(operands: Operands, what: SamplingGradient | RecordedLatent) -> Any:
     """The call of a latent's backward pass, which records no derivative; its forward pass says what it is."""
-    spec = what.gradient if isinstance(what, RecordedLatent) else what
+    spec = _needed_with(what.gradient if isinstance(what, RecordedLatent) else what, operands[-1])
     if ops.needs_dispatcher(operands):
         return _Dispatched(ops.latent_gradient, spec)
     return LatentGradientCall(operands, spec)
@@ -504,7 +515,8 @@ class _Objective(torch.autograd.Function):
                 f"{call.terms[0].formula.inputs[0]} has been overwritten with its gradient: second derivatives, and "
                 "gradients in batches, cannot be computed of a fusedvae objective with inplace=True."
             )
-        operands, divergence = _restored(ctx, call.deferred, ctx.saved_tensors)
+        operands, rest = _restored(ctx, call.deferred, ctx.saved_tensors)
+        divergence = rest[0] if rest else None
         in_place = ctx.overwrites and not keeps_graph()
         sources = [*operands, None if g_loss is None else g_loss.resolve_neg()]
         if is_factor and call.scaled is not None and not ops.needs_dispatcher(sources):
@@ -519,8 +531,8 @@ class _Objective(torch.autograd.Function):
                     grads[given.operand + 1] = given.gradient(g_loss * given.coefficient(ctx.numbers))
                 return tuple(grads)
             made_already = call.spec.needed
-        rest = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)
-        return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
+        more = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)
+        return None, *[g if m is None else m for g, m in zip(grads[1:], more, strict=True)]
 
 
 _record_objective = record(_Objective)
@@ -553,7 +565,11 @@ def _scaled(ctx: Any, factor: Tensor, coefficient: float | None = None) -> Seque
 class _DispatchedObjective(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: Objective, *operands: Any) -> Any:
-        ctx.spec, ctx.made = spec, made_in_forward(spec, operands, is_dispatched=True)
+        # A program may be run on operands that need other gradients than those that it was traced with.
+        ctx.spec, ctx.made = (
+            replaced(spec, needed=_needed(spec, operands)),
+            made_in_forward(spec, operands, is_dispatched=True),
+        )
         ctx.deferred = _deferred(ctx.made.needed, operands)
         outputs = ops.objective.below_autograd(operands, ctx.made)
         values = 3 if spec.returns_terms else 1
@@ -575,26 +591,36 @@ class _DispatchedObjective(torch.autograd.Function):
             return tuple(grads)
         made = positions(ctx.made.needed)
         saved = ctx.saved_tensors
-        operands, divergence = _restored(ctx, ctx.deferred, saved)
-        if is_loss_alone and made and not torch.is_grad_enabled():
+        operands, rest = _restored(ctx, ctx.deferred, saved)
+        divergence = rest[0] if spec.returns_terms else None
+        are_enough = all(need <= is_made for need, is_made in zip(spec.needed, ctx.made.needed, strict=True))
+        if is_loss_alone and made and are_enough and not torch.is_grad_enabled():
             for k, gradient in zip(made, saved[-len(made) :], strict=True):
                 grads[k + 1] = gradient * values[0]
-            made_already = spec.needed
+            made_already = ctx.made.needed
         else:
             made_already = (False,) * len(spec.needed)
-        rest = _gradients(spec, spec.terms(), made_already, operands, divergence, values)
-        return None, *[g if r is None else r for g, r in zip(grads[1:], rest, strict=True)]
+        more = _gradients(spec, spec.terms(), made_already, operands, divergence, values)
+        return None, *[g if m is None else m for g, m in zip(grads[1:], more, strict=True)]
 
 
-def _restored(ctx: Any, deferred: Deferred, saved: Any) -> tuple[list[Operand], Tensor | None]:
-    """The operands of a forward pass, and the value of the divergence if that was saved."""
+def _needed(spec: Objective, operands: Operands) -> tuple[bool, ...]:
+    """Which of some operands need gradients that objectives make."""
+    found = [False] * len(spec.needed)
+    for term in spec.terms():
+        if term.formula is not GIVEN:
+            found[term.inputs] = [isinstance(t, Tensor) and t.requires_grad for t in operands[term.inputs]]
+    return tuple(found)
+
+
+def _restored(ctx: Any, deferred: Deferred, saved: Any) -> tuple[list[Operand], Sequence[Tensor]]:
+    """The operands of a forward pass, and what else was saved."""
     operands: list[Operand] = [None] * deferred.operands
     for k, tensor in zip(deferred.tensors, saved, strict=False):
         operands[k] = _resolved(tensor)
     for k, number in zip(deferred.numbers, ctx.numbers, strict=True):
         operands[k] = number
-    rest = saved[len(deferred.tensors) :]
-    return operands, rest[0] if rest else None
+    return operands, saved[len(deferred.tensors) :]
 
 
 def _gradients(
@@ -613,7 +639,10 @@ def _gradients(
     """
     grads: list[Tensor | None] = [None] * len(operands)
     g_loss, g_likelihood, g_divergence = [*map(_as_weight, incoming), None, None][:3]
-    if torch.is_grad_enabled() or is_transformed(incoming):
+    # Kernels know no gradients of weights, which a traced program may be run with all the same.
+    weights = [operands[k] for term in terms for k in (term.weight, term.normalizer) if k is not None]
+    is_weight_learned = any(isinstance(t, Tensor) and t.requires_grad for t in weights)
+    if torch.is_grad_enabled() or is_transformed(incoming) or is_weight_learned:
 
         def values(*operands: Operand) -> list[Tensor]:
             return evaluation.objective(spec, operands)
@@ -665,7 +694,10 @@ def _gradients(
             for k, g in zip(positions(spec.needed[span]), found, strict=True):
                 grads[span.start + k] = g
     if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
-        assert divergence is not None
+        if divergence is None:  # as a traced program was run with a number before
+            divergence = ops.objective(
+                operands, replaced(spec, returns_terms=True, needed=(False,) * len(spec.needed))
+            )[2]
         product = _times(g_loss * divergence, scale)
         grads[spec.beta] = product.sum(dtype=dtype_of_sums(product.device)).to(beta.dtype)
     return tuple(grads)

@@ -183,25 +183,25 @@ def draw_seed(device: torch.device, generator: torch.Generator | None, *, by_dis
             )
         return draw_seed(generator.device, generator, by_dispatcher=by_dispatcher).to(device, non_blocking=True)
     if by_dispatcher and not is_transformed(()):
-        # By keyword: what moves an exported program to another device looks for arguments of this name.
-        return torch.ops.fusedvae.draw_seed(device=device, generator=generator)
-    return _draw_seed(device=device, generator=generator)
+        # A compiler takes two calls with the same arguments for one, unless it knows the operator for a random one; but
+        # never two uninitialised tensors. (The device is given by keyword: what moves an exported program to another
+        # looks for that.)
+        return torch.ops.fusedvae.draw_seed(torch.empty((), dtype=torch.int64, device=device), generator=generator)
+    return _draw_seed(device, generator)
 
 
-def _draw_seed(*, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
 
 
 _library.define(
-    "draw_seed(*, Device device, Generator? generator=None) -> Tensor",
+    "draw_seed(Tensor place, *, Generator? generator=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
-for _key in (*_KERNEL_DEVICES, "BackendSelect"):  # no tensor argument tells the dispatcher which device this is for
-    _library.impl("draw_seed", _draw_seed, _key)
+for _key in _KERNEL_DEVICES:
+    _library.impl("draw_seed", lambda place, *, generator=None: _draw_seed(place.device, generator), _key)
 torch.library.register_fake(
-    "fusedvae::draw_seed",
-    lambda *, device, generator=None: torch.empty((), dtype=torch.int64, device=device),
-    lib=_library,
+    "fusedvae::draw_seed", lambda place, *, generator=None: torch.empty_like(place), lib=_library
 )
 
 

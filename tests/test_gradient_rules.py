@@ -394,8 +394,7 @@ def test_operators_pass_opcheck(target: Target) -> None:
     opcheck(ops.latent, ([mu, logvar, seed, None, None], *sampling(torch.float32, target.backend)))
     opcheck(ops.latent, ([mu, logvar, None, None, torch.randn_like(mu)], *sampling(None, target.backend)))
     opcheck(ops.normal, ([4, 5], seed, torch.float32, target.backend))
-    drawn_on = {"device": torch.device(target.device)}
-    opcheck(ops.draw_seed, (), drawn_on, test_utils=("test_schema", "test_faketensor"))
+    opcheck(ops.draw_seed, (seed,), test_utils=("test_schema", "test_faketensor"))
     recon_x, mu, logvar, spread = (t.detach() for t in (recon_x, mu, logvar, spread))
     term = [recon_x, x, spread, None, torch.tensor(2.0)]
     form = [["exponential"], [False], [-math.inf, math.inf, 0.0]]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedvae
 from fusedvae import functional
@@ -190,6 +191,87 @@ def test_compiled_transforms() -> None:
     for function in functions:
         torch._dynamo.reset()
         torch.testing.assert_close(torch.compile(function, backend="eager")(mu), function(mu))
+
+
+@pytest.mark.slow
+def test_each_draw_of_a_compiled_program_is_one_of_its_own() -> None:
+    """A compiler that takes two calls of an operator for one would have all latents of a program follow one noise."""
+    mu, logvar = torch.randn(4, 3, requires_grad=True), torch.zeros(4, 3)
+
+    def draws(mu: Tensor, logvar: Tensor) -> list[Tensor]:
+        first, second = (functional.latent(mu, logvar).z for _ in range(2))
+        return [first, second, functional.reparameterize(mu[:2], logvar[:2]), functional.reparameterize(mu, logvar)]
+
+    compiled = torch.compile(draws, backend="aot_eager", fullgraph=True)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            torch.manual_seed(3)
+            expected = draws(mu, logvar)
+            torch.manual_seed(3)
+            for found, z in zip(compiled(mu, logvar), expected, strict=True):
+                torch.testing.assert_close(found, z)
+    assert not torch.equal(expected[0], expected[1])
+
+
+@pytest.mark.parametrize("needed", ["all", "data", "beta", "weight", "latent_weight", "none of those before"])
+@pytest.mark.parametrize("before", ["none", "two"])
+def test_traced_programs_make_the_gradients_that_their_operands_need(needed: str, before: str) -> None:
+    """Whatever those needed that they were traced with."""
+    operands = {
+        **dict(zip(("recon_x", "x", "recon_logvar"), torch.randn(3, 5, 4), strict=True)),
+        **dict(zip(("mu", "logvar"), torch.randn(2, 5, 2), strict=True)),
+        "beta": torch.tensor(0.7),
+        "weight": torch.rand(5, 4),
+        "latent_weight": torch.rand(5, 2),
+    }
+    groups = {
+        "all": list(operands),
+        "data": ["x"],
+        "none of those before": ["recon_logvar", "logvar"],
+    }
+    wanted = groups.get(needed, [needed])
+
+    def loss(*values: Tensor) -> Tensor:
+        given = dict(zip(operands, values, strict=True))
+        first = [given.pop(name) for name in ("recon_x", "x", "mu", "logvar")]
+        return functional.elbo_loss(*first, **given, reduction="weighted_mean")
+
+    def like(names: list[str]) -> list[Tensor]:
+        return [t.clone().requires_grad_(name in names) for name, t in operands.items()]
+
+    program = make_fx(loss)(*like(["recon_x", "mu"] if before == "two" else []))
+    for run, values in ((program, like(wanted)), (loss, like(wanted))):
+        run(*values).backward()
+        grads = [t.grad for t in values]
+        if run is program:
+            found = grads
+    assert [g is not None for g in found] == [name in wanted for name in operands]
+    for f, g in zip(found, grads, strict=True):
+        assert f is None or g is not None
+        if f is not None:
+            torch.testing.assert_close(f, g)
+
+
+def test_gradients_have_no_derivative_unless_it_is_asked_for() -> None:
+    mu, logvar, noise = torch.randn(3, 4, 3)
+    for t in (mu, noise):
+        t.requires_grad_()
+    kl = functional.latent(mu, logvar, noise=noise, estimator="sample").kl
+    first, of_noise = torch.autograd.grad(kl.sum(), (mu, noise), retain_graph=True)
+    assert not first.requires_grad
+    assert not of_noise.requires_grad
+    terms = torch.stack(functional.elbo_loss(mu, torch.zeros(4, 3), *torch.zeros(2, 4, 3), return_terms=True))
+    assert not torch.autograd.grad(terms, mu, torch.eye(3), is_grads_batched=True)[0].requires_grad
+    assert all(g.requires_grad for g in torch.autograd.grad(kl.sum(), (mu, noise), create_graph=True))
+
+
+def test_a_prior_that_took_no_part_has_no_gradient() -> None:
+    mu, prior = torch.randn(2, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    for estimator in ("analytic", "sample"):
+        z, kl = functional.latent(mu, torch.zeros(2, 3), prior, 0.0, estimator=estimator)
+        assert torch.autograd.grad(z.sum(), (mu, prior), allow_unused=True, retain_graph=True)[1] is None
+        assert torch.autograd.grad(z.sum(), prior, allow_unused=True, retain_graph=True) == (None,)
+        assert torch.autograd.grad(kl.sum() + z.sum(), prior)[0].abs().sum() > 0
 
 
 @pytest.mark.slow
