@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +75,16 @@ class TestNative:
         capture.is_on = False
         assert self.number(native._workspace(CPU, 1, 100, is_kept=is_kept)) == 0
         assert self.number(native._workspace(CPU, 2, 100, is_kept=is_kept)) is None
+
+    def test_threads_that_come_at_once_get_different_ones(self, capture: Capture, monkeypatch: pytest.MonkeyPatch):
+        def slowly() -> tuple[int, int]:
+            time.sleep(0.05)
+            return self.memory.data_ptr(), len(self.memory)
+
+        monkeypatch.setattr(native, "_C", SimpleNamespace(cuda_counters=slowly))
+        with ThreadPoolExecutor(2) as pool:
+            found = pool.map(lambda stream: native._workspace(CPU, stream, 100, is_kept=True), (1, 2))
+            assert sorted(map(self.number, found)) == [0, 1]
 
     def test_a_first_call_that_is_captured_asks_for_nothing(self, capture: Capture, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(native, "_C", None)

@@ -383,6 +383,7 @@ _workspaces: dict[tuple[torch.device, int], _Workspace] = {}
 
 _graph_counters: dict[torch.device, Tensor] = {}
 """By device, those that no graph has."""
+_graph_counters_lock = threading.Lock()
 _GRAPH_COUNTERS = 1 << 16
 
 
@@ -403,10 +404,11 @@ def _workspace(size: int, counters: int, device: torch.device, stream: int, *, i
             max(counters, 1 << 10, found.counters.numel() if found else 0),
             device,
         )
-        if device not in _graph_counters:  # now: in a capture, it would be done at every replay
-            _graph_counters[device] = torch.zeros(_GRAPH_COUNTERS, dtype=torch.int32, device=device)
-            if device.type == "cuda":  # they are ready then, whatever stream a graph runs on
-                torch.cuda.current_stream(device).synchronize()
+        with _graph_counters_lock:
+            if device not in _graph_counters:  # now: in a capture, it would be done at every replay
+                _graph_counters[device] = torch.zeros(_GRAPH_COUNTERS, dtype=torch.int32, device=device)
+                if device.type == "cuda":  # they are ready then, whatever stream a graph runs on
+                    torch.cuda.current_stream(device).synchronize()
     return found
 
 
@@ -423,10 +425,11 @@ def _graph_workspace(size: int, counters: int, device: torch.device) -> _Workspa
     Graphs are replayed on any stream, several at a time: each of their launches has its own, the bytes in the graph's
     memory. The counters are there before, as long as there are any, so that no replay needs to set them to zero.
     """
-    left, taken = _graph_counters.get(device), -(-counters // 4) * 4  # in whole 16 bytes, which kernels count on
-    if left is None or left.numel() < taken:
-        return _new_workspace(size, counters, device)
-    _graph_counters[device] = left[taken:]
+    with _graph_counters_lock:
+        left, taken = _graph_counters.get(device), -(-counters // 4) * 4  # in whole 16 bytes, which kernels count on
+        if left is None or left.numel() < taken:
+            return _new_workspace(size, counters, device)
+        _graph_counters[device] = left[taken:]
     return _Workspace(torch.empty(size, dtype=torch.uint8, device=device), left[:taken])
 
 
