@@ -29,6 +29,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +97,11 @@ class Compiler(NamedTuple):
     command: list[str]
     target: str
     version: str
+
+    @property
+    def program(self) -> str:
+        """The compiler itself: the first word, or what that starts (CXX="ccache g++"); behind it come options."""
+        return list(takewhile(lambda word: not word.startswith("-"), self.command))[-1]
 
 
 class Cuda(NamedTuple):
@@ -237,7 +243,7 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
         harmless(name, shlex.split(os.environ.get(name, "")), compiler.target) for name in ("CXXFLAGS", "LDFLAGS")
     )
     dependencies = {"depfile": "$out.d", "deps": "gcc"}  # rebuild just what an edited header reaches
-    compile_ = [*compiler.command, *CXX_FLAGS, f"-I{CSRC}", "$flags", *extra, "-MMD", "-MF", "$out.d"]
+    compile_ = [*compiler.command, *CXX_FLAGS, f"-I{CSRC}", "$flags", *extra, "-MD", "-MF", "$out.d"]
     ninja.rule("cxx", [*compile_, "-c", "$in", "-o", "$out"], description="compile $out", **dependencies)
 
     # Headers that are not ours get -isystem: their warnings are not ours either.
@@ -245,8 +251,7 @@ def write_ninja_file(folder: Path, library: Path, compiler: Compiler, cuda: Cuda
     macros = ["-DFUSEDVAE_WITH_CUDA"] if cuda else []
     objects = []
     if cuda:
-        # The host compiler is given to nvcc by name alone: it may be a launcher's argument (CXX="ccache g++").
-        nvcc = [cuda.nvcc, "-ccbin", [word for word in compiler.command if not word.startswith("-")][-1]]
+        nvcc = [cuda.nvcc, "-ccbin", compiler.program]
         kinds = {arch: ["sm", "compute"] if arch in cuda.ptx_archs else ["sm"] for arch in cuda.archs}
         targets = [
             f"-gencode=arch=compute_{arch},code=[{','.join(f'{kind}_{arch}' for kind in kinds[arch])}]"

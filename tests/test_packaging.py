@@ -135,6 +135,12 @@ runpy.run_path("setup.py", run_name="__main__")
     assert run(sys.executable, "-W", "ignore", "-c", without_torch).split()[-1] == fusedvae.__version__
 
 
+@pytest.mark.parametrize("command", ["g++", "ccache g++ -pthread", "g++ -pthread -B /opt/conda/compiler_compat"])
+def test_nvcc_is_told_the_compiler_by_its_name_alone(command: str):
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    assert build["Compiler"](command.split(), "", "").program == "g++"
+
+
 def test_constraints_cover_the_requirements():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

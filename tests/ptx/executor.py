@@ -78,9 +78,9 @@ def _ninja(write: Any) -> None:
             raise RuntimeError(done.stdout[-6000:] + done.stderr[-2000:])
 
 
-def _compiler(setup: dict[str, Any], file: Any) -> list[str]:
-    compiler = setup["find_compiler"]().command
-    compile_ = [*compiler, *FLAGS, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
+def _compiler(setup: dict[str, Any], file: Any) -> Any:
+    compiler = setup["find_compiler"]()
+    compile_ = [*compiler.command, *FLAGS, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
     file.rule("cxx", compile_, depfile="$out.d", deps="gcc")
     return compiler
 
@@ -92,7 +92,7 @@ def build_library() -> Path:
 
     def write(setup: dict[str, Any], file: Any) -> str:
         compiler = _compiler(setup, file)
-        file.rule("link", [*compiler, "-shared", "$in", "-o", "$out"])
+        file.rule("link", [*compiler.command, "-shared", "$in", "-o", "$out"])
         sources = sorted(path for path in SOURCES.glob("*.cpp") if path.name != "cuda_runtime.cpp")
         # The longest first.
         sources.sort(key=lambda path: path.stem not in ("floats", "integers", "comparisons"))
@@ -115,10 +115,10 @@ def build_extension() -> Path:
         cuda = setup["find_cuda"]()
         if isinstance(cuda, str):
             raise UnavailableError(cuda)
-        nvcc = [cuda.nvcc, "-ccbin", compiler[-1], "-std=c++17", "-O1", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        nvcc = [cuda.nvcc, "-ccbin", compiler.program, "-std=c++17", "-O1", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         file.rule("nvcc", [*nvcc, "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], depfile="$out.d", deps="gcc")
         libraries = [f"-L{FOLDER}", "-lptx", "-Wl,-rpath,$ORIGIN"]
-        file.rule("link", [*compiler, "-shared", "$in", "-o", "$out", *libraries])
+        file.rule("link", [*compiler.command, "-shared", "$in", "-o", "$out", *libraries])
         runtime = file.build(FOLDER / "cuda_runtime.o", "nvcc", [SOURCES / "cuda_runtime.cpp"])
         file.build(extension, "link", [*objects, runtime])
         return "extension"
