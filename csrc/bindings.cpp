@@ -3,10 +3,10 @@
 //
 // A task says how a kernel goes over its operands: everything about a call but where they lie. It is made once for
 // tensors of some sizes, strides and dtypes, and runs on any that have these. Making one takes a description
-// of each operand: (tensor, byte offset, dtype code, batch stride, outer stride, inner stride) for one that lies in a
-// tensor of the run, (number,) for one that is a number, None for one that is not there; tensor and number are
-// positions in the tuple that a run takes. The caller answers for the memory, and has imported torch, whose OpenMP
-// runtime the kernels then share.
+// of each operand: (tensor, byte offset, whether it has elements, dtype code, batch stride, outer stride, inner stride)
+// for one that lies in a tensor of the run, (number,) for one that is a number, None for one that is not there; tensor
+// and number are positions in the tuple that a run takes. The caller answers for the memory, and has imported torch,
+// whose OpenMP runtime the kernels then share.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

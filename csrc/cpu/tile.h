@@ -266,7 +266,7 @@ inline const float* noise_span(int64_t start, int64_t count, uint64_t seed, floa
   const int64_t skip = start & 3, all = skip + count;
   uint64_t counter = static_cast<uint64_t>(start) >> 2;
   for (int64_t first = 0; first < all; first += kSome) {
-    const int64_t end = std::min(first + kSome, all);
+    const int64_t end = min_of(first + kSome, all);
     int64_t i = first;
     for (; i + kQuad < end; i += 2 * kQuad, counter += 2 * kLanes) uniforms<2>(counter, seed, buffer + i);
     for (; i < end; i += kQuad, counter += kLanes) uniforms<1>(counter, seed, buffer + i);

@@ -19,7 +19,6 @@ struct L1 {
   static constexpr const char* kName = "l1";
   static constexpr int kInputs = 2, kUniform = -1;
   static constexpr int kScales = 0;
-  static constexpr double kConstant = 0.69314718055994531;  // log 2: of a Laplace distribution of scale 1
 
   template <class T>
   static FUSEDVAE_INLINE Nothing plain(const T* /*inputs*/) {

@@ -15,7 +15,6 @@ struct BernoulliNll {
   static constexpr const char* kName = "bernoulli_nll";
   static constexpr int kInputs = 3, kUniform = 2;
   static constexpr int kScales = 0;
-  static constexpr double kConstant = 0;
 
   template <class T>
   static FUSEDVAE_INLINE Nothing plain(const T* /*inputs*/) {
@@ -42,7 +41,6 @@ struct BernoulliNllOfProbabilities {
   static constexpr const char* kName = "bernoulli_nll_of_probabilities";
   static constexpr int kInputs = 2, kUniform = -1;
   static constexpr int kScales = 0;
-  static constexpr double kConstant = 0;
 
   template <class T>
   static FUSEDVAE_INLINE Nothing plain(const T* /*inputs*/) {

@@ -19,7 +19,6 @@ struct DiscretizedLogisticNll {
   static constexpr const char* kName = "discretized_logistic_nll";
   static constexpr int kInputs = 3, kUniform = 2;
   static constexpr int kScales = 1, kScaleOf[] = {2}, kPowers[] = {-1};
-  static constexpr double kConstant = 0;
   static constexpr double kHalf = 1.0 / 255, kLast = 0.999;  // of a bin's width; where the last begins
 
   template <class T>

@@ -4,7 +4,6 @@
 //   kInputs      how many inputs it has, at most kMostInputs
 //   kScales      how many of them are scales: kScaleOf says which, kPowers what is wanted of each (see scale_of)
 //   kUniform     the input that is most often one number for all elements; -1 for none
-//   kConstant    what `full` adds to each value
 //   plain        of the inputs, where each scale is the logarithm of what the formula is written in: exponentials and
 //                divisions, as far as they depend on scales alone
 //   derive       the same, of scales in any form

@@ -12,7 +12,6 @@ struct GaussianNll {
   static constexpr const char* kName = "gaussian_nll";
   static constexpr int kInputs = 3, kUniform = 2;
   static constexpr int kScales = 1, kScaleOf[] = {2}, kPowers[] = {-1};
-  static constexpr double kConstant = 0.91893853320467274;  // log(2 pi) / 2
 
   template <class T>
   struct Spread {

@@ -15,7 +15,6 @@ struct KlNormal {
   static constexpr const char* kName = "kl_normal";
   static constexpr int kInputs = 4, kUniform = 3;
   static constexpr int kScales = 2, kScaleOf[] = {1, 3}, kPowers[] = {1, kDivisor};
-  static constexpr double kConstant = 0;
   static constexpr bool kIsAtSample = false;
 
   template <class T>
@@ -56,7 +55,6 @@ struct KlNormalAtSample {
   static constexpr const char* kName = "kl_normal_at_sample";
   static constexpr int kInputs = 4, kUniform = 3;
   static constexpr int kScales = 2, kScaleOf[] = {1, 3}, kPowers[] = {1, -1};
-  static constexpr double kConstant = 0;
   static constexpr bool kIsAtSample = true;
 
   template <class T>

@@ -14,7 +14,6 @@ struct KlStandardNormal {
   static constexpr const char* kName = "kl_standard_normal";
   static constexpr int kInputs = 2, kUniform = -1;
   static constexpr int kScales = 1, kScaleOf[] = {1}, kPowers[] = {0};
-  static constexpr double kConstant = 0;
   static constexpr bool kIsAtSample = false;
 
   template <class T>
@@ -43,7 +42,6 @@ struct KlStandardNormalAtSample {
   static constexpr const char* kName = "kl_standard_normal_at_sample";
   static constexpr int kInputs = 2, kUniform = -1;
   static constexpr int kScales = 1, kScaleOf[] = {1}, kPowers[] = {1};
-  static constexpr double kConstant = 0;
   static constexpr bool kIsAtSample = true;
 
   template <class T>

@@ -15,7 +15,6 @@ struct LaplaceNll {
   static constexpr const char* kName = "laplace_nll";
   static constexpr int kInputs = 4, kUniform = 2;
   static constexpr int kScales = 1, kScaleOf[] = {2}, kPowers[] = {-1};
-  static constexpr double kConstant = 0.69314718055994531;  // log 2
 
   template <class T>
   struct Spread {

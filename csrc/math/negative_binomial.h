@@ -73,7 +73,6 @@ struct NegativeBinomialNll {
   static constexpr const char* kName = "negative_binomial_nll";
   static constexpr int kInputs = 3, kUniform = -1;
   static constexpr int kScales = 1, kScaleOf[] = {2}, kPowers[] = {1};
-  static constexpr double kConstant = 0;
 
   template <class T>
   struct Dispersion {
@@ -100,7 +99,6 @@ struct ZeroInflatedNegativeBinomialNll {
   static constexpr const char* kName = "zero_inflated_negative_binomial_nll";
   static constexpr int kInputs = 4, kUniform = -1;
   static constexpr int kScales = 1, kScaleOf[] = {2}, kPowers[] = {1};
-  static constexpr double kConstant = 0;
 
   template <class T>
   using Dispersion = NegativeBinomialNll::Dispersion<T>;

@@ -19,7 +19,6 @@ struct PoissonNll {
   static constexpr const char* kName = "poisson_nll";
   static constexpr int kInputs = 2, kUniform = -1;
   static constexpr int kScales = 1, kScaleOf[] = {0}, kPowers[] = {1};
-  static constexpr double kConstant = 0;  // it is none: PoissonNllInFull has it
 
   template <class T>
   static FUSEDVAE_INLINE Rate<T> plain(const T* inputs) {
@@ -44,7 +43,6 @@ struct PoissonNllInFull {
   static constexpr const char* kName = "poisson_nll_in_full";
   static constexpr int kInputs = PoissonNll::kInputs, kUniform = PoissonNll::kUniform;
   static constexpr int kScales = 1, kScaleOf[] = {0}, kPowers[] = {1};
-  static constexpr double kConstant = 0;
 
   template <class T>
   static FUSEDVAE_INLINE Rate<T> plain(const T* inputs) {

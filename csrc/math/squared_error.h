@@ -11,7 +11,6 @@ struct Mse {
   static constexpr const char* kName = "mse";
   static constexpr int kInputs = 2, kUniform = -1;
   static constexpr int kScales = 0;
-  static constexpr double kConstant = 0.57236494292470009;  // log(pi) / 2: of a Gaussian of variance 1/2
 
   template <class T>
   static FUSEDVAE_INLINE Nothing plain(const T* /*inputs*/) {
