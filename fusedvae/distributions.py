@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from . import functional
+from .backend.reference import FORMULAS
 from .backend.specs import half_of
 from .functional.checks import check_broadcast, check_latents, check_packed, check_tensor
+from .functional.forms import as_written, checked_form
 from .typing import Bounds, Dim, Generator
 
 __all__ = ["DiagonalGaussianDistribution", "Normal"]
@@ -65,6 +68,7 @@ class DiagonalGaussianDistribution:
             check_packed("parameters", self._mu, chunk_dim, dim_name="chunk_dim")
         else:
             check_latents(self._mu, self._logvar, chunk_dim)
+        checked_form(("scale", "clamp", "eps"), as_written("logvar", clamp, 0.0), FORMULAS["kl_standard_normal"])
         self.parameters = parameters
         self.deterministic = deterministic
         self._chunk_dim, self._clamp = chunk_dim, clamp
@@ -200,7 +204,7 @@ class DiagonalGaussianDistribution:
     def _dims(self, dims: Dim) -> Dim:
         """Dimensions to sum over, as `functional` takes them; those of `diffusers` unless told."""
         if dims is not None:
-            return dims if isinstance(dims, int) else tuple(dims)
+            return operator.index(dims) if hasattr(dims, "__index__") else tuple(dims)
         return (1, 2, 3) if len(self._shape) > 4 else None
 
     def _prior(self, other: Any) -> tuple[Tensor | None, Tensor | None, Bounds]:

@@ -20,6 +20,7 @@ from .functional.checks import (
     check_integer,
     check_number,
     checked_reductions,
+    is_number,
 )
 from .functional.forms import as_written, checked_forms, checked_recon_form
 from .functional.likelihoods import checked_likelihood
@@ -347,7 +348,7 @@ class LinearLikelihood(nn.Linear):
                 raise ValueError(f"recon_logvar: expected None, as the {likelihood} likelihood has no scale")
             if isinstance(recon_logvar, Tensor):
                 check_broadcast("recon_logvar", recon_logvar, torch.Size((1, out_features)))
-            elif not isinstance(recon_logvar, (int, float)) or isinstance(recon_logvar, bool):
+            elif not is_number(recon_logvar) or isinstance(recon_logvar, bool):
                 raise TypeError(f"recon_logvar: expected None, a number or a tensor, got {type(recon_logvar).__name__}")
         rows = 2 * out_features if has_scale and recon_logvar is None else out_features
         super().__init__(in_features, rows, bias, device, dtype)

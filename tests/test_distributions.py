@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Target
@@ -83,6 +84,7 @@ def test_diagonal_gaussian(target: Target, shape: tuple[int, ...], dtype: torch.
     _agree(p.kl(dims=-1, reduction="mean"), expected.kl().mean(-1), kept)
     _agree(p.kl(no_sum=True), (2 * expected.kl()).to(dtype), dtype)  # float16 ends at 65504
     _agree(q.nll(sample), other.nll(sample).sum(dims), kept)
+    _agree(p.kl(dims=np.int64(-1)), expected.kl().sum(-1), kept)
     _agree(q.nll(sample, dims=[1, 2]), other.nll(sample).sum((1, 2)), kept)
     _agree(q.nll(sample[:1]), other.nll(sample[:1]).sum(dims), kept)
 
@@ -230,6 +232,16 @@ def test_nothing_is_kept_of_what_is_read(target: Target) -> None:
             ValueError,
             "generator: expected one for each of 2 samples, got 3",
         ),
+        (
+            lambda: DiagonalGaussianDistribution(torch.zeros(2, 4), clamp=(5.0, -5.0)),
+            ValueError,
+            "clamp: expected low <= high",
+        ),
+        (
+            lambda: DiagonalGaussianDistribution(torch.zeros(2, 4), clamp=5.0),
+            TypeError,
+            "clamp: expected a pair",
+        ),
     ],
     ids=[
         "odd",
@@ -245,6 +257,8 @@ def test_nothing_is_kept_of_what_is_read(target: Target) -> None:
         "sample",
         "other",
         "generators",
+        "clamp",
+        "one bound",
     ],
 )
 def test_wrong_arguments(make: Callable[[], object], error: type[Exception], message: str) -> None:

@@ -700,3 +700,9 @@ def test_the_environment_sets_the_first_choice() -> None:
 def test_the_package_can_be_imported_in_inference_mode() -> None:
     script = "import torch\nwith torch.inference_mode():\n    import fusedvae"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), REDUCTION)
+def test_reductions_beside_a_weight(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        functional.elbo_loss(**ELBO, weight=X, **arguments)

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import KERNEL_TARGETS, TARGETS, Target
@@ -364,6 +365,8 @@ def test_the_modules_scales() -> None:
     torch.testing.assert_close(learned.recon_logvar.grad, torch.autograd.grad(expected, learned.recon_logvar)[0])
     fixed = fusedvae.LinearLikelihood(FEATURES, COLUMNS, bias=False, likelihood="laplace", recon_logvar=0.5)
     torch.testing.assert_close(fixed(hidden, x), functional.laplace_nll(fixed(hidden), x, 0.5))
+    numpys = fusedvae.LinearLikelihood(FEATURES, COLUMNS, recon_logvar=np.float32(0.5))
+    torch.testing.assert_close(numpys(hidden, x), functional.gaussian_nll(numpys(hidden), x, 0.5))
     counted = fusedvae.LinearLikelihood(FEATURES, COLUMNS, likelihood="poisson", recon_scale="lograte", full=True)
     expected = functional.poisson_nll(counted(hidden), x, scale="lograte", full=True)
     torch.testing.assert_close(counted(hidden, x), expected)

@@ -1284,6 +1284,21 @@ def test_an_even_number_of_channels_is_told_from_a_packed_output_by_the_data() -
         ),
         (lambda vae: vae.log_likelihood(torch.rand(2, *SHAPE), samples=0), ValueError, r"samples: .* got 0"),
         (lambda vae: vae.log_likelihood(torch.rand(2, *SHAPE), chunk=2.5), TypeError, r"chunk: .* got float"),
+        (
+            lambda vae: vae.log_likelihood(torch.rand(2, *SHAPE), generator=[torch.Generator()] * 2),
+            TypeError,
+            r"generator: expected a torch.Generator or None, got list",
+        ),
+        (
+            lambda vae: vae.loss(torch.rand(2, *SHAPE), samples=2, weight=torch.rand(2)),
+            ValueError,
+            r"weight: expected a shape that broadcasts to \(2, .*\), got \(2,\); one a sample is weight\.view\(-1",
+        ),
+        (
+            lambda vae: vae.loss(torch.rand(3, *SHAPE), samples=2, weight=torch.rand(2, 1, *[1] * len(SHAPE))),
+            ValueError,
+            r"weight: expected a shape that broadcasts to \(3, ",
+        ),
     ],
 )
 def test_wrong_calls_are_named(call: Callable, error: type[Exception], message: str) -> None:
@@ -1375,7 +1390,7 @@ def test_an_exported_vae_can_be_saved_and_moved(x: Tensor, options: dict) -> Non
     torch.testing.assert_close(loaded(x).loss(x, full=True), expected)
     moved = move_to_device_pass(program, "meta")
     drawn = [node for node in moved.graph.nodes if "draw_seed" in str(node.target)]
-    assert [str(node.kwargs["device"]) for node in drawn] == ["meta"]
+    assert [str(node.args[0].kwargs["device"]) for node in drawn] == ["meta"]
 
 
 @pytest.mark.slow

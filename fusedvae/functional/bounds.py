@@ -164,7 +164,7 @@ def elbo_loss(
         logvar = None
     weightings = 0, 0
     if weight is not None or latent_weight is not None:
-        first, second = reduction if isinstance(reduction, (tuple, list)) else (reduction, reduction)
+        first, second = checked_reductions(reduction)
         mine = () if weight is None else weighting_of("weight", weight, first, "x", x, 0.0, packed_dim)
         theirs: tuple[Operand, ...] = ()
         if latent_weight is not None:

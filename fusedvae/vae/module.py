@@ -412,6 +412,8 @@ class VAE(nn.Module):
         """
         samples = checked_count("samples", samples)
         chunk = None if chunk is None else checked_count("chunk", chunk)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
         posterior = self._posterior(x, condition)
         prior = self._prior(condition, shape_of(posterior))
         if chunk is None:

@@ -10,7 +10,7 @@ from .. import functional
 from ..backend.evaluation import with_gradient_times
 from ..backend.reference import LIKELIHOODS, PLAIN, Form, Formula
 from ..functional import ELBOTerms, Latent
-from ..functional.checks import check_number, check_tensor, checked_reductions, shown
+from ..functional.checks import check_number, check_tensor, check_weight, checked_reductions, shown
 from ..functional.forms import as_written
 from ..functional.likelihoods import inputs_of, run_likelihood
 from ..functional.objective import summed_kl
@@ -185,6 +185,8 @@ class Decoded(NamedTuple):
         The kernels read each element of ``x``, expanded to the samples, where it lies.
         """
         check_tensor("x", x, integers=True)
+        if weight is not None:  # of x, not of the samples in front of it
+            check_weight("weight", weight, x.shape, "x", x)
         targets = x.expand(self.mean.shape[0], *x.shape)
         return run_likelihood(
             self.kind.likelihood,
