@@ -706,3 +706,13 @@ def test_the_package_can_be_imported_in_inference_mode() -> None:
 def test_reductions_beside_a_weight(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         functional.elbo_loss(**ELBO, weight=X, **arguments)
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("wrong", [{"prior_mu": torch.zeros(7), "prior_logvar": 0.0}, {"dim": 5}], ids=str)
+def test_what_is_refused_draws_from_no_generator(samples: int | None, wrong: dict) -> None:
+    generator = torch.Generator()
+    before = generator.get_state()
+    with pytest.raises(ValueError, match=r"^(prior_mu|dim): "):
+        functional.latent(LATENT, LATENT, samples=samples, generator=generator, **wrong)
+    assert torch.equal(generator.get_state(), before)

@@ -125,11 +125,10 @@ def latent(
     if prior_scale != "logvar" or prior_clamp is not None or prior_eps is not None:
         prior = as_written(prior_scale, prior_clamp, prior_eps)  # type: ignore[arg-type]
     if estimator == "analytic" and samples is not None:  # the samples have one divergence
+        # It comes first: what is wrong with a prior is said before a generator is drawn from.
+        kl = run_divergence(inputs, formula, posterior, prior, None, None, "none", dim, packed_dim, backend)
         options = (generator, noise, packed_dim, backend)
-        z = _sampled(inputs[:2], None, False, posterior, None, samples, None, offset, *options)[0]
-        return Latent(
-            z, run_divergence(inputs, formula, posterior, prior, None, None, "none", dim, packed_dim, backend)
-        )
+        return Latent(_sampled(inputs[:2], None, False, posterior, None, samples, None, offset, *options)[0], kl)
     z, kl = _sampled(
         inputs,
         formula,
