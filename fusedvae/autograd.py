@@ -593,7 +593,7 @@ class _DispatchedObjective(torch.autograd.Function):
         saved = ctx.saved_tensors
         operands, rest = _restored(ctx, ctx.deferred, saved)
         divergence = rest[0] if spec.returns_terms else None
-        are_enough = all(need <= is_made for need, is_made in zip(spec.needed, ctx.made.needed, strict=True))
+        are_enough = all(is_made or not need for need, is_made in zip(spec.needed, ctx.made.needed, strict=True))
         if is_loss_alone and made and are_enough and not torch.is_grad_enabled():
             for k, gradient in zip(made, saved[-len(made) :], strict=True):
                 grads[k + 1] = gradient * values[0]

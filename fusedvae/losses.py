@@ -24,7 +24,7 @@ from .functional.checks import (
 )
 from .functional.forms import as_written, checked_forms, checked_recon_form
 from .functional.likelihoods import checked_likelihood
-from .functional.linear import run_linear_likelihood
+from .functional.linear import check_linear, run_linear_likelihood
 from .typing import Backend, Bounds, LikelihoodName, LikelihoodScale, NormalScale, Reduction
 
 if TYPE_CHECKING:
@@ -395,6 +395,7 @@ class LinearLikelihood(nn.Linear):
                     )
             written = as_written(self.recon_scale, self.recon_clamp, self.recon_eps)
             options["reduction"] = checked_reductions(options.get("reduction", self.reduction))[0]
+            check_linear(*layer, scale, self.likelihood)
             return run_linear_likelihood(*layer, scale, likelihood=self.likelihood, written=written, **options)
         return functional.linear_elbo(
             *layer,
@@ -421,7 +422,9 @@ class LinearLikelihood(nn.Linear):
         return ", ".join(shown)
 
 
-_OPTIONS = frozenset(inspect.signature(functional.linear_elbo).parameters)
+_OPTIONS = frozenset(inspect.signature(functional.linear_elbo).parameters) - {
+    *("likelihood", "recon_logvar", "recon_scale", "recon_clamp", "recon_eps")  # which are the module's own
+}
 _OF_THE_LIKELIHOOD_ALONE = frozenset(
     ("full", "reduction", "weight", "extra", "pos_weight", "zi_logits", "grad_scale", "block", "backend")
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -388,10 +389,28 @@ def test_the_module_names_what_the_likelihood_alone_does_not_take() -> None:
             module(hidden, x, **alone)
     with pytest.raises(TypeError, match=r"^LinearLikelihood got an unexpected keyword argument 'wieght'"):
         module(hidden, x, wieght=x)
+    with pytest.raises(TypeError, match=r"^LinearLikelihood got an unexpected keyword argument 'likelihood'"):
+        module(hidden, x, likelihood="mse")
     each = module(hidden, x, reduction="none", block=3, full=True, weight=torch.ones(12), backend="reference")
     torch.testing.assert_close(each, functional.gaussian_nll(module(hidden), x, None, full=True, reduction="none"))
     summed = functional.gaussian_nll(module(hidden), x, None, reduction="sum")
     torch.testing.assert_close(module(hidden, x, reduction=("sum", "mean")), summed)
+
+
+def test_all_is_checked_before_the_layer_is_multiplied_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["fusedvae.functional.linear"]
+    monkeypatch.setattr(module, "run_linear_likelihood", lambda *arguments, **options: pytest.fail("it runs"))
+    layer = torch.rand(8, 4), torch.rand(12, 4), None, torch.rand(8, 12)
+    wrong_kl = {"mu": None, "logvar": None, "kl": torch.rand(3)}
+    wrong: Any
+    for wrong, message in (
+        ((torch.rand(3, 2), torch.rand(3, 2)), "^mu: expected the batch size of x, 8, got 3"),
+        ((torch.rand(8, 2), torch.rand(8, 3)), "^logvar: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            functional.linear_elbo(*layer, *wrong)
+    with pytest.raises(ValueError, match=r"^kl: "):
+        functional.linear_elbo(*layer, **wrong_kl)
 
 
 def test_the_module_names_its_own_sizes() -> None:

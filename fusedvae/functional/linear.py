@@ -156,24 +156,7 @@ def linear_elbo(
     of_nll, of_kl = checked_reductions(reduction)
     check_number("beta", beta)
     written = as_written(recon_scale, recon_clamp, recon_eps)
-    nll = run_linear_likelihood(
-        hidden,
-        linear_weight,
-        linear_bias,
-        x,
-        recon_logvar,
-        likelihood=likelihood,
-        written=written,
-        full=full,
-        extra=extra,
-        pos_weight=pos_weight,
-        zi_logits=zi_logits,
-        weight=weight,
-        reduction=of_nll,
-        grad_scale=grad_scale,
-        block=block,
-        backend=backend,
-    )
+    check_linear(hidden, linear_weight, linear_bias, x, recon_logvar, likelihood)
     if kl is None:
         formula, inputs = divergence_of(mu, logvar, prior_mu, prior_logvar)
         posterior = as_written(scale, clamp, eps)
@@ -197,6 +180,25 @@ def linear_elbo(
         divergence = kl if of_kl == "none" else summed_kl(kl, of_kl)
     if batch != x.shape[0]:
         raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {batch}")
+    # By far the most of the work: all else has been checked.
+    nll = run_linear_likelihood(
+        hidden,
+        linear_weight,
+        linear_bias,
+        x,
+        recon_logvar,
+        likelihood=likelihood,
+        written=written,
+        full=full,
+        extra=extra,
+        pos_weight=pos_weight,
+        zi_logits=zi_logits,
+        weight=weight,
+        reduction=of_nll,
+        grad_scale=grad_scale,
+        block=block,
+        backend=backend,
+    )
     weighted = (divergence * beta).to(divergence.dtype)
     if grad_scale is not None:  # of beta, too
         weighted, divergence = [with_gradient_times(value, grad_scale) for value in (weighted, divergence)]
@@ -223,9 +225,7 @@ def run_linear_likelihood(
     block: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """The likelihood of what a linear layer gives."""
-    is_packed = recon_logvar is None and bool(checked_likelihood(likelihood).pairs)
-    _check_linear(hidden, linear_weight, linear_bias, x, is_packed)
+    """The likelihood of what a linear layer gives, which has been checked."""
     check_count("block", block)
     if grad_scale is not None:
         check_number("grad_scale", grad_scale)
@@ -308,8 +308,11 @@ def _rows(operand: Operand, lead: torch.Size, columns: int) -> Operand:
     return operand.reshape(-1, operand.shape[-1]) if operand.dim() != 2 else operand
 
 
-def _check_linear(hidden: object, weight: object, bias: object, x: object, is_packed: bool) -> None:
-    """Check a linear layer, and x against what it gives."""
+def check_linear(
+    hidden: object, weight: object, bias: object, x: object, recon_logvar: object, likelihood: LikelihoodName
+) -> None:
+    """Check a linear layer, and x against what it gives: a scale too, if the likelihood has one and none is given."""
+    is_packed = recon_logvar is None and bool(checked_likelihood(likelihood).pairs)
     check_tensor("hidden", hidden)
     check_tensor("linear_weight", weight)
     check_tensor("x", x, integers=True)

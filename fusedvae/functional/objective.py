@@ -44,7 +44,7 @@ def objective_call(
     if full:
         terms = [(FORMULAS[f.in_full] if f.in_full else f, forms, weighting) for f, forms, weighting in terms]
     needed: list[bool] = []
-    name, is_weight_learned = backend_for(operands, backend), False
+    is_weight_learned = False
     for formula, _, weighting in terms:
         start = len(needed)
         inputs = operands[start : start + len(formula.inputs)]
@@ -76,7 +76,8 @@ def objective_call(
         returns_terms=bool(returns_terms) or (isinstance(beta, Tensor) and beta.requires_grad),
         needed=(*needed, *[False] * (len(operands) - len(needed))),
         is_grad_scaled=is_grad_scaled,
-        backend="reference" if is_weight_learned else name,  # kernels know no gradients of weights
+        # Kernels know no gradients of weights.
+        backend="reference" if is_weight_learned else backend_for(operands, backend),
     )
     call = autograd.RecordedObjective(operands, spec, in_place=inplace and needed[0])
     if call.in_place:
