@@ -566,10 +566,8 @@ class _DispatchedObjective(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: Objective, *operands: Any) -> Any:
         # A program may be run on operands that need other gradients than those that it was traced with.
-        ctx.spec, ctx.made = (
-            replaced(spec, needed=_needed(spec, operands)),
-            made_in_forward(spec, operands, is_dispatched=True),
-        )
+        ctx.spec = replaced(spec, needed=_needed(spec, operands))
+        ctx.made = made_in_forward(spec, operands, is_dispatched=True)
         ctx.deferred = _deferred(ctx.made.needed, operands)
         outputs = ops.objective.below_autograd(operands, ctx.made)
         values = 3 if spec.returns_terms else 1

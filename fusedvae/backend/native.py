@@ -175,9 +175,8 @@ def _counter(device: torch.device, stream: int, *, is_capturing: bool) -> int | 
     if found is None:
         if device not in _free_counters:
             first, count = _C.cuda_counters()
-            _free_counters.setdefault(
-                device, iter(range(first, first + 4 * count, 4))
-            )  # another thread may have been here
+            # Unless another thread has been here meanwhile.
+            _free_counters.setdefault(device, iter(range(first, first + 4 * count, 4)))
         found = next(_free_counters[device], None)
         if found is not None:
             _counters[device, stream] = found
