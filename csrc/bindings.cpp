@@ -279,7 +279,8 @@ cuda::Launch launch_on(int device, uintptr_t stream, uintptr_t workspace, uintpt
           reinterpret_cast<unsigned*>(counter)};
 }
 
-// Launches on a stream share what its blocks do. Some are of two kernels, between which no other thread's may come.
+// Launches on a stream share a workspace and a counter. Some are of two kernels, between which no other thread's may
+// come.
 std::mutex launching;
 
 // A launch of a kernel on a GPU.

@@ -422,9 +422,8 @@ class LinearLikelihood(nn.Linear):
         return ", ".join(shown)
 
 
-_OPTIONS = frozenset(inspect.signature(functional.linear_elbo).parameters) - {
-    *("likelihood", "recon_logvar", "recon_scale", "recon_clamp", "recon_eps")  # which are the module's own
-}
+_OF_THE_MODULE = frozenset(("likelihood", "recon_logvar", "recon_scale", "recon_clamp", "recon_eps"))
+_OPTIONS = frozenset(inspect.signature(functional.linear_elbo).parameters) - _OF_THE_MODULE
 _OF_THE_LIKELIHOOD_ALONE = frozenset(
     ("full", "reduction", "weight", "extra", "pos_weight", "zi_logits", "grad_scale", "block", "backend")
 )

@@ -180,7 +180,7 @@ def linear_elbo(
         divergence = kl if of_kl == "none" else summed_kl(kl, of_kl)
     if batch != x.shape[0]:
         raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {batch}")
-    # By far the most of the work: all else has been checked.
+    # By far the most of the work, and so the last.
     nll = run_linear_likelihood(
         hidden,
         linear_weight,

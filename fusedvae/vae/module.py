@@ -36,6 +36,7 @@ from .output import Decoded, Kind, VAEOutput, negative_bound
 from .parts import (
     broadcasts_to,
     called,
+    check_generator,
     check_prior,
     checked_count,
     checked_latent_shape,
@@ -412,8 +413,7 @@ class VAE(nn.Module):
         """
         samples = checked_count("samples", samples)
         chunk = None if chunk is None else checked_count("chunk", chunk)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        check_generator(generator)
         posterior = self._posterior(x, condition)
         prior = self._prior(condition, shape_of(posterior))
         if chunk is None:
@@ -455,8 +455,7 @@ class VAE(nn.Module):
         for a seed on every device. A generator must be on the model's device with ``sample``, where the likelihood is
         no Gaussian.
         """
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        check_generator(generator)
         shape: tuple[int | None, ...] = (checked_count("n", n), *self.latent_shape)
         parameter = next(self.decoder.parameters(), torch.empty(()))
         like = torch.empty((), dtype=parameter.dtype, device=parameter.device)  # the parameter may be sharded

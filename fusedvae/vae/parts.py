@@ -134,3 +134,9 @@ def shown_shape(sizes: Sequence[int | None]) -> str:
     """A shape as an error shows it: sizes that may be anything are ``*``."""
     inside = ", ".join("*" if size is None else str(size) for size in sizes)
     return f"({inside},)" if len(sizes) == 1 else f"({inside})"
+
+
+def check_generator(generator: object) -> None:
+    """Check what may be one generator, and no list of them."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
