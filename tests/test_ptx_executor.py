@@ -285,6 +285,9 @@ FUNCTIONS = {
     "rcp.approx.f32": torch.reciprocal,
 }
 
+GRAINS = {"lg2.approx.f32": 2.0**-23, "sin.approx.f32": 2.0**-22, "cos.approx.f32": 2.0**-22}
+"""What their errors are multiples of where results are below 1."""
+
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_approximate_functions(name: str) -> None:
@@ -303,7 +306,12 @@ def test_approximate_functions(name: str) -> None:
     assert torch.equal(off.nan_to_num(), again.nan_to_num())
     finite = exact.isfinite() & (exact != 0)
     ulps = (off.view(torch.int32) - exact.view(torch.int32))[finite].abs()
-    assert 1 <= ulps.max() <= 3
+    grain = GRAINS.get(name, 0.0)
+    is_fine = exact[finite].abs() >= (1 if grain else 0)
+    if is_fine.any():
+        assert 1 <= ulps[is_fine].max() <= 3
+    errors = (off - exact)[finite][~is_fine].abs()
+    assert not grain or grain < errors.max() <= 2.01 * grain
     torch.testing.assert_close(off[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
 
 

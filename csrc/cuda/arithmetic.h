@@ -21,7 +21,8 @@ FUSEDVAE_INLINE T number(double value) {
   return static_cast<T>(value);
 }
 
-// What results are rounded to: those that take 16 bits keep 8 or 11 of them, and of what comes before 15 are enough.
+// What results are rounded to: those that take 16 bits keep 8 or 11 of them, and of what comes before some 18 are
+// enough, which the chip's own functions have.
 enum class Rounding { to_32_bits, to_16_bits };
 
 // 2^x, to two ulp; what is subnormal becomes 0 if the result is rounded to 16 bits.
@@ -74,7 +75,6 @@ template <class T>
 struct ExpPair {
   T exp, expm1;
 };
-template <Rounding rounding = Rounding::to_32_bits>
 FUSEDVAE_INLINE ExpPair<float> exp_pair(float given) {
   constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
   const float x = at_least(-104.0f, given), n = fminf(fmaf(x, 1.44269504f, kRound) - kRound, 127.0f);
@@ -85,13 +85,31 @@ FUSEDVAE_INLINE ExpPair<float> exp_pair(float given) {
   p = fmaf(p, r, 1.6666665459e-1f);
   p = fmaf(p, r, 5.0000001201e-1f);
   p = fmaf(p, r * r, r);  // e^r - 1
-  const float power = power_of_2<rounding>(n);
+  const float power = power_of_2(n);
   return {fmaf(p, power, power), fmaf(p, power, power - 1.0f)};
 }
-
-template <Rounding rounding = Rounding::to_32_bits>
 FUSEDVAE_INLINE ExpPair<double> exp_pair(double x) {
   return {exp(x), expm1(x)};
+}
+
+// The deviation e^(l / 2) of a log-variance l, and e^l - 1: of one exponential.
+struct DeviationAndGrowth {
+  float deviation, growth;
+};
+template <Rounding rounding>
+FUSEDVAE_INLINE DeviationAndGrowth deviation_and_growth(float logvar) {
+  if constexpr (rounding == Rounding::to_32_bits) {
+    const auto [exp, expm1] = exp_pair(0.5f * logvar);
+    return {exp, fmaf(expm1, expm1, expm1 + expm1)};
+  } else {
+    const float deviation = power_of_2<rounding>(logvar * (0.5f * 1.44269504f));
+    // Next to 0, where 1 would cancel: (e^l - 1 - l) / l^2 to 19 bits.
+    float q = fmaf(logvar, 0.008345744f, 0.041753557f);
+    q = fmaf(q, logvar, 0.16666657f);
+    q = fmaf(q, logvar, 0.4999993f);
+    const float near = fmaf(q * logvar, logvar, logvar), far = fmaf(deviation, deviation, -1.0f);
+    return {deviation, fabsf(logvar) < 0.25f ? near : far};
+  }
 }
 
 FUSEDVAE_INLINE float exponential_minus_1(float x) {
@@ -136,19 +154,35 @@ FUSEDVAE_INLINE float log_normal(float u) {
   return fmaf(static_cast<float>(e), 0.693147182f * 0x1p-23f, fmaf(q * m, m, m));
 }
 
-// sqrt(-2 ln u) for u in [2^-32, 1]: an approximation, and one step of Newton's unless the result is rounded to 16
-// bits. It is 1e-15 in the place of 0.
-template <Rounding rounding = Rounding::to_32_bits>
+// sqrt(-2 ln u) for u in [2^-32, 1]: an approximation of its inverse, and one step of Newton's. It is 1e-15 in the
+// place of 0.
 FUSEDVAE_INLINE float radius_of(float u) {
   const float square = fmaxf(-2.0f * log_normal(u), 1e-30f);
 #if defined(__CUDA_ARCH__)
   float inverse;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(square));
   const float radius = square * inverse;
-  if constexpr (rounding == Rounding::to_16_bits) return radius;
   return fmaf(fmaf(-radius, radius, square), 0.5f * inverse, radius);
 #else
   return sqrtf(square);
+#endif
+}
+
+// The same to 2^-20 of it, by the chip's own functions. The error of its logarithm stays the same next to 1, where
+// -2 ln u is small: a polynomial of 1 - u has it there.
+FUSEDVAE_INLINE float approximate_radius(float u) {
+  const float rest = 1.0f - u;
+  float q = fmaf(rest, 0.5538218f, 0.66451675f);
+  q = fmaf(q, rest, 1.0000271f);
+  const float near = fmaf(q, rest, 2.0f) * rest;
+#if defined(__CUDA_ARCH__)
+  float log_2, radius;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log_2) : "f"(u));
+  const float square = rest < 0x1p-4f ? near : log_2 * (-2.0f * 0.693147182f);
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(radius) : "f"(square));
+  return radius;
+#else
+  return sqrtf(rest < 0x1p-4f ? near : -2.0f * logf(u));
 #endif
 }
 
@@ -161,18 +195,8 @@ FUSEDVAE_INLINE double logarithm_of_1_plus(double x, double /*inverse*/) {
   return log1p(x);
 }
 
-// sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is ever rounded. To
-// 2^-20 if the results are rounded to 16 bits.
-template <Rounding rounding = Rounding::to_32_bits>
+// sin and cos of 2 pi u for u in [0, 1]: the nearest quarter turn comes off exactly, so no angle is ever rounded.
 FUSEDVAE_INLINE void sincos_turns(float u, float* sine, float* cosine) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (rounding == Rounding::to_16_bits) {
-    const float angle = u * 6.28318531f;
-    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(*sine) : "f"(angle));
-    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(*cosine) : "f"(angle));
-    return;
-  }
-#endif
   constexpr float kRound = 12582912.0f;                                       // adding 1.5 * 2^23 rounds to an integer,
   const float turned = fmaf(u, 4.0f, kRound);                                 // which is then
   const int quarter = cuda::bits_as<int>(turned);                             // in the last bits
@@ -186,6 +210,19 @@ FUSEDVAE_INLINE void sincos_turns(float u, float* sine, float* cosine) {
   };
   *sine = with_sign(odd ? c : s, quarter);
   *cosine = with_sign(odd ? s : c, quarter + 1);
+}
+
+// The same of the angle word * 2 pi / 2^32 to 2^-20, by the chip's own functions: they are as exact as that from -pi
+// to pi.
+FUSEDVAE_INLINE void approximate_sincos(uint32_t word, float* sine, float* cosine) {
+  const float angle = static_cast<float>(static_cast<int32_t>(word)) * (6.28318531f * 0x1p-32f);
+#if defined(__CUDA_ARCH__)
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(*sine) : "f"(angle));
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(*cosine) : "f"(angle));
+#else
+  *sine = sinf(angle);
+  *cosine = cosf(angle);
+#endif
 }
 
 }  // namespace FUSEDVAE_NAMESPACE

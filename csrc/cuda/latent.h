@@ -176,11 +176,10 @@ class LatentPass {
   template <class Divergence>
   __device__ __forceinline__ void sample(Beside<Divergence>& beside, const T* in, T noise, T incoming) const {
     if constexpr (kIsUsual) {
-      // sigma = e^(l / 2), and e^l - 1 = (sigma - 1) (sigma + 1), of one exponential.
-      const auto [sigma, expm1] = FUSEDVAE_NAMESPACE::exp_pair<kRounding>(0.5f * in[1]);
-      beside.z = in[0] + sigma * noise;
-      beside.d_scale = 0.5f * (sigma * noise);
-      beside.spreads.of = {in[1], expm1 * expm1 + (expm1 + expm1)};
+      const auto [deviation, growth] = FUSEDVAE_NAMESPACE::deviation_and_growth<kRounding>(in[1]);
+      beside.z = in[0] + deviation * noise;
+      beside.d_scale = 0.5f * (deviation * noise);
+      beside.spreads.of = {in[1], growth};
     } else {
       const Derived<T> deviation = deviation_of(in[1]);
       beside.z = in[0] + deviation.value * noise;

@@ -17,27 +17,31 @@ using FUSEDVAE_NAMESPACE::Rounding;
 template <int N, Rounding rounding = Rounding::to_32_bits>
 __device__ __forceinline__ void normals(int64_t index, uint64_t seed, float* out) {
   using namespace FUSEDVAE_NAMESPACE;
-  const auto box_muller = [](float u0, float u1) -> NormalPair<float> {
-    const float radius = radius_of<rounding>(u0);
-    float c, s;
-    sincos_turns<rounding>(u1, &s, &c);
+  const auto uniform = [](uint32_t word) { return unit_interval(static_cast<float>(word >> 1)); };
+  const auto box_muller = [&](uint32_t w0, uint32_t w1) -> NormalPair<float> {
+    float radius, s, c;
+    if constexpr (rounding == Rounding::to_16_bits) {
+      radius = approximate_radius(uniform(w0));
+      approximate_sincos(w1, &s, &c);
+    } else {
+      radius = radius_of(uniform(w0));
+      sincos_turns(uniform(w1), &s, &c);
+    }
     return {radius * c, radius * s};
   };
-  const auto uniform = [](uint32_t word) { return unit_interval(static_cast<float>(word >> 1)); };
   for (int first = 0; first < N; first += 4) {
     const uint64_t counter = (static_cast<uint64_t>(index) >> 2) + static_cast<uint64_t>(first / 4);
     const auto w =
         philox4x32<uint32_t>(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0, seed);
     if constexpr (N >= 4) {
-      const NormalPair<float> p = box_muller(uniform(w.w0), uniform(w.w1)),
-                              q = box_muller(uniform(w.w2), uniform(w.w3));
+      const NormalPair<float> p = box_muller(w.w0, w.w1), q = box_muller(w.w2, w.w3);
       out[first] = p.cosine;
       out[first + 1] = p.sine;
       out[first + 2] = q.cosine;
       out[first + 3] = q.sine;
     } else {
       const bool second = index & 2;
-      const NormalPair<float> p = box_muller(uniform(second ? w.w2 : w.w0), uniform(second ? w.w3 : w.w1));
+      const NormalPair<float> p = box_muller(second ? w.w2 : w.w0, second ? w.w3 : w.w1);
       if constexpr (N == 2) {
         out[0] = p.cosine;
         out[1] = p.sine;

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 try:
-    from triton.language.extra.cuda.libdevice import fast_cosf, fast_sinf
+    from triton.language.extra.cuda.libdevice import fast_cosf, fast_log2f, fast_sinf
 except ImportError:  # a Triton without NVIDIA's part, which does not ask for them
-    fast_cosf = fast_sinf = None
+    fast_cosf = fast_log2f = fast_sinf = None
 
 # --- the formulas of the terms ----------------------------------------------------------------------------------------
 #
@@ -27,7 +27,8 @@ except ImportError:  # a Triton without NVIDIA's part, which does not ask for th
 #
 # A form says how a scale is made of an input: a map, as `reference.Form` has it, or LOG where the logarithm that the
 # formula is written in comes without a detour (e^x, nothing added); and SQUARED, where that gives a deviation. ``eps``
-# is the form's. The bounds of an input are not the formula's concern.
+# is the form's. The bounds of an input are not the formula's concern. ROUGH says that what comes of a logarithm beside
+# a sample is rounded to bfloat16, which keeps 8 bits: some 20 are enough then, and the chip's own functions have them.
 
 LOG = tl.constexpr(0)
 EXPONENTIAL = tl.constexpr(1)
@@ -36,6 +37,7 @@ SOFTPLUS = tl.constexpr(3)
 BOUNDED = tl.constexpr(4)
 MAP = tl.constexpr(7)
 SQUARED = tl.constexpr(8)
+ROUGH = tl.constexpr(16)
 
 BELOW = tl.constexpr(1)
 ABOVE = tl.constexpr(2)
@@ -123,7 +125,7 @@ def discretized_logistic_nll(recon_x, x, spread, in3, weight, form0: tl.constexp
     """
     log, inverse, slope = scale_of(spread, -1, form0, eps0)
     width = inverse * (2.0 / 255.0)
-    _, fall = sigma_and_expm1(-width)
+    _, fall = sigma_and_expm1(-width, False)
     is_narrow = width < 1e-4
     narrow = (-4.8481163645984613 - log) + (width * (1.0 / 24.0) - 0.5) * width  # log(2 / 255)
     log_mass = tl.where(is_narrow, narrow, logarithm(tl.where(is_narrow, 1.0, -fall)))
@@ -237,7 +239,7 @@ def zero_inflated_negative_binomial_nll(
     nb, d_mu, d_x, d_theta = negative_binomial(mu, tl.where(is_zero, 0.0, x), theta)
     dropout, d_dropout = softplus(zi_logits)
     _, kept = softplus(-zi_logits)
-    _, fall = sigma_and_expm1(-nb)
+    _, fall = sigma_and_expm1(-nb, False)
     lost, reached = kept * fall, zi_logits + nb
     is_near = lost > -0.5
     smaller = exponential(tl.where(reached < 0.0, reached, -reached))
@@ -272,7 +274,7 @@ def kl_standard_normal(mu, spread, in2, in3, weight, form0: tl.constexpr, eps0, 
     """
     if MAP & form0 == LOG:
         log, slope = log_of(spread, form0)
-        _, growth = sigma_and_expm1(log)
+        _, growth = sigma_and_expm1(log, ROUGH & form0)
     else:
         log, _, slope = scale_of(spread, 1, form0, eps0)
         base, _ = base_of(spread, form0, eps0)
@@ -294,7 +296,7 @@ def kl_normal(mu, spread, prior_mu, prior_spread, weight, form0: tl.constexpr, e
         log, slope = log_of(spread, form0)
         prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1, eps1)
         difference = log - prior_log
-        _, growth = sigma_and_expm1(difference)
+        _, growth = sigma_and_expm1(difference, False)
     else:
         log, variance, slope = scale_of(spread, 1, form0, eps0)
         if MAP & form1 == LOG:
@@ -432,7 +434,7 @@ def through_bounds(gradient, x, bounds: tl.constexpr, low, high):
 @triton.jit
 def through(gradient, slope, form: tl.constexpr):
     """A gradient by what a form has made of x, as one by x: none where the form is level, whatever the gradient is."""
-    if form != 0:
+    if (MAP | SQUARED) & form:
         gradient = tl.where(slope == 0.0, 0.0, gradient * slope)
     return gradient
 
@@ -500,7 +502,7 @@ def deviation_of(x, form: tl.constexpr, eps):
     if MAP & form == LOG:
         log, slope = log_of(x, form)
         # A divergence computes this exponential too: the compiler sees that it is the same.
-        deviation, _ = sigma_and_expm1(log)
+        deviation, _ = sigma_and_expm1(log, ROUGH & form)
         slope = through(0.5 * deviation, slope, form)
     else:
         base, d_base = base_of(x, form, eps)
@@ -548,13 +550,15 @@ def unit_interval(word):
 
 
 @triton.jit
-def box_muller(u0, u1, approximate: tl.constexpr):
-    """Two uniforms to two normals: sqrt(-2 ln u0) * (cos 2 pi u1, sin 2 pi u1)."""
-    radius = tl.sqrt(-2.0 * log_unit(u0))
-    if approximate:
-        sine, cosine = sincos_turns_of_the_chip(u1)
+def box_muller(word0, word1, rough: tl.constexpr):
+    """Two words, as uniforms, to two normals: sqrt(-2 ln u0) * (cos 2 pi u1, sin 2 pi u1)."""
+    u0 = unit_interval(word0)
+    if rough:
+        radius = radius_of_the_chip(u0)
+        sine, cosine = sincos_of_the_chip(word1)
     else:
-        sine, cosine = sincos_turns(u1)
+        radius = tl.sqrt(-2.0 * log_unit(u0))
+        sine, cosine = sincos_turns(unit_interval(word1))
     return radius * cosine, radius * sine
 
 
@@ -714,13 +718,24 @@ def sincos_turns(u):
 
 
 @triton.jit
-def sincos_turns_of_the_chip(u):
-    """The same to some 20 bits, by NVIDIA's own instructions: for results in bfloat16, which keeps 8.
+def radius_of_the_chip(u):
+    """sqrt(-2 ln u) for u in [2^-32, 1] to 20 bits.
 
-    They are as exact as that from -pi to pi, and so take pi - 2 pi u, whose cosine has the other sign.
+    The error of the chip's logarithm stays the same next to 1, where -2 ln u is small: a polynomial of 1 - u has it
+    there.
     """
-    a = 3.14159265 - u * 6.28318531
-    return fast_sinf(a), fast_cosf(a) * -1.0  # which costs nothing, where Triton's minus sign is a subtraction
+    rest = 1.0 - u
+    p = rest * 0.5538218 + 0.66451675
+    p = p * rest + 1.0000271
+    p = p * rest + 2.0
+    return tl.sqrt(tl.where(rest < 0.0625, p * rest, fast_log2f(u) * -1.38629436))
+
+
+@triton.jit
+def sincos_of_the_chip(word):
+    """sin and cos of the angle word * 2 pi / 2^32 to 20 bits; the chip's are as exact as that from -pi to pi."""
+    angle = word.to(tl.int32, bitcast=True).to(tl.float32) * 1.46291807927e-09  # 2 pi / 2^32
+    return fast_sinf(angle), fast_cosf(angle)
 
 
 @triton.jit
@@ -759,10 +774,18 @@ def exponential(x):
 
 
 @triton.jit
-def sigma_and_expm1(logvar):
-    """sigma = e^(logvar / 2) and e^logvar - 1."""
+def sigma_and_expm1(logvar, rough: tl.constexpr):
+    """sigma = e^(logvar / 2) and e^logvar - 1; ``rough``: to 18 bits."""
     half = 0.5 * logvar
-    if logvar.dtype == tl.float64:
+    if rough:
+        sigma = tl.exp2(logvar * 0.72134752)
+        # Next to 0, where 1 would cancel: (e^l - 1 - l) / l^2 to 19 bits.
+        p = logvar * 0.008345744 + 0.041753557
+        p = p * logvar + 0.16666657
+        p = p * logvar + 0.4999993
+        is_near = (logvar < 0.25) & (logvar > -0.25)
+        expm1 = tl.where(is_near, p * logvar * logvar + logvar, sigma * sigma - 1.0)
+    elif logvar.dtype == tl.float64:
         sigma = tl.exp(half)
         # Kahan's expm1: the rounding of e^x cancels in (e^x - 1) / ln e^x.
         exp = tl.exp(logvar)

@@ -321,31 +321,36 @@ bool decode_mixed(Decoder& d) {
 
 // --- functions --------------------------------------------------------------------------------------------------
 
-// What an approximate function gives: the nearest float, or one nearby, which depends on the argument alone.
-float approximate(double exact, uint32_t argument) {
+// What an approximate function gives: the nearest float, or one nearby, which depends on the argument alone. Units are
+// those of the last place; but below 1, if there is a grain, of that.
+float approximate(double exact, uint32_t argument, double grain = 0) {
   const auto nearest = static_cast<float>(exact);
   if (approximation_error == 0 || !std::isfinite(nearest) || nearest == 0) return nearest;
   const auto choices = static_cast<uint32_t>(2 * approximation_error + 1);
   const int off = static_cast<int>((argument * 2654435761u >> 16) % choices) - approximation_error;
+  if (grain > 0 && std::abs(nearest) < 1) return static_cast<float>(exact + off * grain);
   const auto bits = bits_as<uint32_t>(nearest) + static_cast<uint32_t>(off);
   const auto found = bits_as<float>(bits);
   return std::isfinite(found) && std::signbit(found) == std::signbit(nearest) ? found : nearest;
 }
 
-template <class F>
+constexpr int kNoGrain = 1;
+
+template <class F, int log_grain>
 struct Approximate {
   float operator()(float a) const {
     const double exact = F{}(static_cast<double>(a));
     // Powers of two of zero are one on every chip.
-    return a == 0 ? static_cast<float>(exact) : approximate(exact, bits_as<uint32_t>(a));
+    if (a == 0) return static_cast<float>(exact);
+    return approximate(exact, bits_as<uint32_t>(a), log_grain == kNoGrain ? 0 : std::ldexp(1.0, log_grain));
   }
 };
 
-template <class F>
+template <int log_grain = kNoGrain, class F>
 bool decode_function(Decoder& d, F) {
   const std::string& type = d.type();
   if (type == "f32")
-    each_single<float>(d, Approximate<F>{});
+    each_single<float>(d, Approximate<F, log_grain>{});
   else if (is_narrow(type))
     each_narrow<1>(d, [](double a) { return F{}(a); });
   else
@@ -398,9 +403,10 @@ bool decode_roots_and_quotients(Decoder& d) {
 bool decode_functions(Decoder& d) {
   const std::string& name = d.name();
   if (name == "ex2") return decode_function(d, [](double a) { return std::exp2(a); });
-  if (name == "lg2") return decode_function(d, [](double a) { return std::log2(a); });
-  if (name == "sin") return decode_function(d, [](double a) { return std::sin(a); });
-  if (name == "cos") return decode_function(d, [](double a) { return std::cos(a); });
+  // The errors of these do not get smaller with their results.
+  if (name == "lg2") return decode_function<-23>(d, [](double a) { return std::log2(a); });
+  if (name == "sin") return decode_function<-22>(d, [](double a) { return std::sin(a); });
+  if (name == "cos") return decode_function<-22>(d, [](double a) { return std::cos(a); });
   if (name == "tanh") return decode_function(d, [](double a) { return std::tanh(a); });
   return decode_roots_and_quotients(d);
 }
