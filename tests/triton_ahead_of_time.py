@@ -142,7 +142,7 @@ def variants_of_terms() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
             inputs = [*t[:2], *t[3:], *([t[2]] if formula.pairs else [])]
             options: dict[str, Any] = {"likelihood": likelihood}
             # A thread has 4 elements of what is heavy, which is half of 128 bits in bfloat16.
-            heavy = formula.name in backend._WEIGHTS and dtype == torch.bfloat16
+            heavy = formula.name in backend._HEAVY and dtype == torch.bfloat16
             layout = "dense" if heavy else "contiguous"
             if "zi_logits" in formula.inputs:
                 options["zi_logits"] = t[4]

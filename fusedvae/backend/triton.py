@@ -37,7 +37,7 @@ except ImportError as error:
 # As in triton_kernels and triton_math.
 _BATCH, _OUTER, _INNER, _ALL, _ABSENT = 1, 2, 4, 7, 8
 _WIDE, _FLAT, _WHOLE = 1, 2, 4
-_LOG, _SQUARED, _BELOW, _ABOVE = 0, 8, 1, 2
+_LOG, _SQUARED, _ROUGH, _BELOW, _ABOVE = 0, 8, 16, 1, 2
 _MAPS = {"exponential": 1, "linear": 2, "softplus": 3, "bounded": 4}
 
 # --- tiles: what a program takes --------------------------------------------------------------------------------------
@@ -45,12 +45,18 @@ _MAPS = {"exponential": 1, "linear": 2, "softplus": 3, "bounded": 4}
 _SMALL = 1 << 18
 """Elements below which tiles are small: a GPU has over a hundred processors, each of which should get one."""
 
-_SMALL_TILE, _TILE = 512, 2048
-"""Elements of a tile. Sums are made a tile at a time: these are part of a result's rounding, and the same on all chips.
+_SMALL_TILE = 512
+_TILES = 4096, 4096, 2048, 2048, 1024, 512
+"""Elements of a tile, by their weight. Sums are made a tile at a time: these are part of a result's rounding, and the
+same on all chips."""
 
-A large one has 256 threads with 32 bytes of each float32 operand in flight: at half an H100's occupancy 96 KiB a
-processor for the three operands of the likelihood, where some 40 KiB keep its memory busy. Larger ones would not be
-faster; smaller ones would make more partial sums."""
+_PLAIN = 2
+"""The weight of what is neither light nor heavy."""
+
+_LIGHT_BYTES = 8192
+"""Of each operand in a tile of what is light, at most: 32 a thread. At half a GPU's occupancy 96 KiB a processor are on
+their way for the three operands of the likelihood, where some 40 KiB keep its memory busy; and how long a program waits
+in its end, to know whether it is the last, counts for little. Smaller ones would make more partial sums, too."""
 
 _COLUMN = 128
 """Elements of a row in a tile that is summed over its columns: 512 bytes in float32, whole sectors; the fewer there
@@ -81,13 +87,13 @@ def _power(size: int, limit: int) -> int:
     return min(1 << max(size - 1, 0).bit_length(), limit)
 
 
-def _tiles(extent: Extent, summed: Sequence[int] = (), weight: int = 0) -> _Tiles:
+def _tiles(extent: Extent, summed: Sequence[int] = (), limit: int = _TILES[_PLAIN]) -> _Tiles:
     """Tiles as long along inner as they can be; of columns, where a gradient is ``summed`` over other axes alone.
 
-    ``summed`` has the axes that each gradient is summed over. What is heavy has smaller ones.
+    ``summed`` has the axes that each gradient is summed over; ``limit`` is of a tile's elements.
     """
     batch, outer, inner = extent
-    size = _SMALL_TILE if prod(extent) < _SMALL else _TILE >> max(weight - 1, 0)
+    size = _SMALL_TILE if prod(extent) < _SMALL else limit
     over = 0  # the axes that columns are summed over
     for axes in summed:
         over |= 0 if axes & _INNER else axes
@@ -103,38 +109,55 @@ _LANES = 64 if torch.version.hip else 32
 """Threads of a warp: those of a wavefront on AMD's CDNA chips, so that a thread takes as much there."""
 
 
-_A_THREAD = 8, 4, 4, 2
-"""Elements that a thread takes, by their weight."""
+_A_THREAD = 8, 8, 8, 4, 4, 2
+"""Elements that a thread takes at least, by their weight."""
 
-_REGISTERS = 128
-"""Enough for all kernels that do not say so. Without a bound, NVIDIA's assembler spills to fit in one more program at a
-time."""
+_LIGHT_WARPS = 8
+"""Of a program of what is light, at most: the larger its tile, the more a thread takes."""
+
+_REGISTERS = 64, 80, 128, 128, 255, 255
+"""Of a thread, by the weight of its elements. Without a bound, NVIDIA's assembler spills to fit in one more program at
+a time. What is light is to fit in four times or three."""
 
 
-def _options(elements: int, weight: int = 0) -> dict[str, Any]:
+def _options(elements: int, weight: int = _PLAIN) -> dict[str, Any]:
     """How the kernels are compiled for tiles of so many elements of some weight.
 
     A thread takes 8 elements, which is 128 bits of a 16-bit dtype and twice that of float32. More would take registers
-    (with 16, a few kernels spill) that the threads to hide memory's latency behind need; and what is heavy takes more
+    that the threads to hide memory's latency behind need, where an element is not light; and what is heavy takes more
     of them for each element, and 4 elements; what is heavy twice gets all that a processor has, and if that is not
     enough, 2 elements.
     """
     warps = max(1, elements // (_A_THREAD[weight] * _LANES))
+    registers = _REGISTERS[weight]
+    if weight < _PLAIN:
+        warps = min(warps, _LIGHT_WARPS)
+        if warps < _LIGHT_WARPS:  # of small programs there are too few to fill a processor
+            registers = _REGISTERS[_PLAIN]
     # The formulas count on products and sums that are rounded once.
     options = {"num_warps": warps, "enable_fp_fusion": True}
-    if _LANES == 64:
-        return options
-    return {**options, "maxnreg": _REGISTERS if weight < 2 else min((1 << 16) // (warps * _LANES), 255)}
+    return options if _LANES == 64 else {**options, "maxnreg": registers}
 
 
-_WEIGHTS = {"negative_binomial_nll": 2, "zero_inflated_negative_binomial_nll": 2, "discretized_logistic_nll": 1}
-"""Of formulas that have more than a few values to keep."""
+_LIGHT = {"given": 0, "gaussian_nll": 0, "kl_standard_normal": 0, "l1": 0, "laplace_nll": 1, "mse": 0}
+_HEAVY = {"discretized_logistic_nll": 1, "negative_binomial_nll": 2, "zero_inflated_negative_binomial_nll": 2}
+"""The weights of formulas that have few values to keep, by themselves; and how much more those weigh that have many."""
 
 
 def _weight(term: TermWork) -> int:
     """How heavy an element is in registers: its formula is, it is float64, has two scales that are not logarithms."""
-    has_forms = sum(form != Form() for form in term.forms) == 2
-    return min(term.in_double + has_forms + _WEIGHTS.get(term.formula.name, 0), 3)
+    forms = sum(form != Form() for form in term.forms)
+    if term.formula.name in _LIGHT and not (forms or term.in_double or term.weight is not None):
+        return _LIGHT[term.formula.name]
+    return _PLAIN + min(term.in_double + (forms == 2) + _HEAVY.get(term.formula.name, 0), 3)
+
+
+def _limit(term: TermWork, weight: int) -> int:
+    """How many elements a tile has at most, in a kernel of some weight."""
+    if weight >= _PLAIN:
+        return _TILES[weight]
+    widest = max((part.dtype.itemsize for part in term.inputs if part.dtype is not None), default=2)
+    return min(_LIGHT_BYTES // widest, _TILES[weight])
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -531,12 +554,12 @@ def _sums(axes: dict[str, int], tiles: _Tiles) -> _Sums:
     return _Sums(tuple(slots), partials, counters, split)
 
 
-def _tiles_for(extent: Extent, axes: dict[str, int], weight: int) -> _Tiles:
-    """Tiles for operands with these axes."""
-    return _tiles(extent, [_ALL & ~axes[name] for name in _SUMMED if name in axes], weight)
+def _tiles_for(extent: Extent, axes: dict[str, int], limit: int) -> _Tiles:
+    """Tiles of so many elements at most for operands with these axes."""
+    return _tiles(extent, [_ALL & ~axes[name] for name in _SUMMED if name in axes], limit)
 
 
-def _quads(dtype: torch.dtype | None, row: int = 8, weight: int = 0) -> int:
+def _quads(dtype: torch.dtype | None, row: int = 8, weight: int = _PLAIN) -> int:
     """How many counters make four neighbours each for a thread that takes rows of a dtype and weight.
 
     They are as many as it moves at once, 128 bits: others it would have to get from other threads.
@@ -545,8 +568,8 @@ def _quads(dtype: torch.dtype | None, row: int = 8, weight: int = 0) -> int:
     return 2 if dtype.itemsize == 2 and min(row, _A_THREAD[weight]) >= 8 else 1
 
 
-def _may_approximate(work: LatentWork) -> bool:
-    """Whether the noise may be made with NVIDIA's own sine and cosine, which are exact to some 20 bits.
+def _may_be_rough(work: LatentWork) -> bool:
+    """Whether the sample may be made with NVIDIA's own functions, which are exact to some 20 bits.
 
     It may where it is rounded to the 8 of bfloat16. With float16's 11 one would see it in what is near zero.
     """
@@ -555,7 +578,7 @@ def _may_approximate(work: LatentWork) -> bool:
     return all(part.is_number or part.dtype == torch.bfloat16 for part in work.divergence.inputs[:2])
 
 
-def _forms(term: TermWork) -> dict[str, Any]:
+def _forms(term: TermWork, *, is_rough: bool = False) -> dict[str, Any]:
     """The forms of a term's scales."""
     arguments = dict(_NO_FORMS)
     for k, (scale, form) in enumerate(zip(term.formula.scales, term.forms, strict=True)):
@@ -566,6 +589,8 @@ def _forms(term: TermWork) -> dict[str, Any]:
             if bound not in (-inf, inf):
                 arguments["bounds"] |= flag << 2 * scale
                 arguments[f"{name}{k}"] = float(bound)
+    if is_rough:
+        arguments["form0"] |= _ROUGH
     return arguments
 
 
@@ -655,7 +680,7 @@ def _term(term: TermWork, sources: int, weight: int, *, keep_batch: bool) -> _Te
     extent, inputs = walked.extent, len(term.inputs)
     names = (*_INPUTS[:inputs], "weight", "incoming", "value", *_GRADS[:inputs])
     axes = _axes(names, walked)
-    tiles = _tiles_for(extent, axes, weight)
+    tiles = _tiles_for(extent, axes, _limit(term, weight))
     sums = _sums(axes, tiles)
     found.fixed.update(
         {
@@ -688,7 +713,7 @@ def _room(prefix: str, sums: _Sums, in_double: bool) -> dict[str, tuple[int, tor
 
 def _flat(count: int) -> dict[str, Any]:
     """Arguments for kernels that go through dense tensors of ``count`` elements."""
-    tile = _SMALL_TILE if count < _SMALL else _TILE
+    tile = _SMALL_TILE if count < _SMALL else _TILES[_PLAIN]
     return {"tile": tile, "walk": _walk((1, 1, count), _Tiles((1, 1, tile), (1, 1, 1)), ()), **_options(tile)}
 
 
@@ -739,28 +764,33 @@ class _Triton:
         extent = walked.extent
         names = (*_INPUTS[:inputs], "noise", "grad_z", "incoming", "z", "value", *_GRADS[:inputs])
         axes = _axes(names, walked)
-        tiles = _tiles_for(extent, axes, _weight(term))
+        l0, l1, l2 = walked.logical
+        has_quads = l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0
+        is_rough = _may_be_rough(work)
+        # Exact noise of 16 elements would be too much for a thread.
+        is_light = (
+            has_quads and work.offset is None and not work.at_sample and (is_rough or _limit(term, 0) <= _TILES[_PLAIN])
+        )
+        weight = _weight(term) if is_light else max(_weight(term), _PLAIN)
+        tiles = _tiles_for(extent, axes, _limit(term, weight))
         if not tiles.total:
             return with_copies(_nothing, walked.copies)
         sums = _sums(axes, tiles)
-        l0, l1, l2 = walked.logical
         row = tiles.shape[2]
-        in_quads = l2 == 1 and l0 % 4 == 0 and l1 % 4 == 0 and row >= 4
         fixed = {
             **{f"{name}_value": 0.0 for name in (*_INPUTS[1:], "incoming")},
             **_shape(extent, tiles, term.in_double),
             **_strides(names, walked.strides),
-            **_forms(term),
+            **_forms(term, is_rough=is_rough),
             **sums.fixed,
-            **_options(tiles.elements, _weight(term)),
+            **_options(tiles.elements, weight),
             "formula": term.formula.name,
             "at_sample": work.at_sample,
             "axes": _packed([axes.get(name) for name in _LATENT_AXES]),
             "l0": l0,
             "l1": l1,
             "l2": l2,
-            "quads": _quads(term.inputs[0].dtype, row, _weight(term)) if in_quads else 0,
-            "approximate": _may_approximate(work),
+            "quads": _quads(term.inputs[0].dtype, row, weight) if has_quads and row >= 4 else 0,
             "walk": _walk(extent, tiles, [*walked.strides, walked.logical]),
         }
         parts = {**dict(zip(names, walked.parts, strict=True)), "seed": work.seed}

@@ -29,6 +29,9 @@ import triton
 import triton.language as tl
 
 from .triton_math import (
+    MAP,
+    ROUGH,
+    SQUARED,
     box_muller,
     deviation_of,
     element_at_sample,
@@ -36,7 +39,6 @@ from .triton_math import (
     philox4x32,
     through,
     through_bounds,
-    unit_interval,
     within_bounds,
 )
 
@@ -312,44 +314,43 @@ def words_of(quad, seed, wide: tl.constexpr):
 
 
 @triton.jit
-def noise_of_quad(seed, quad, wide: tl.constexpr, approximate: tl.constexpr):
+def noise_of_quad(seed, quad, wide: tl.constexpr, rough: tl.constexpr):
     """The noise of elements 4 * quad to 4 * quad + 3 of the stream."""
     w0, w1, w2, w3 = words_of(quad, seed, wide)
-    n0, n1 = box_muller(unit_interval(w0), unit_interval(w1), approximate)
-    n2, n3 = box_muller(unit_interval(w2), unit_interval(w3), approximate)
+    n0, n1 = box_muller(w0, w1, rough)
+    n2, n3 = box_muller(w2, w3, rough)
     return n0, n1, n2, n3
 
 
 @triton.jit
-def noise_in_quads(seed, quad, quads: tl.constexpr, wide: tl.constexpr, approximate: tl.constexpr):
+def noise_in_quads(seed, quad, quads: tl.constexpr, wide: tl.constexpr, rough: tl.constexpr):
     """The noise of as many ``quads`` from each ``quad`` on, one element after the other along inner."""
-    n0, n1, n2, n3 = noise_of_quad(seed, quad, wide, approximate)
+    n0, n1, n2, n3 = noise_of_quad(seed, quad, wide, rough)
     if quads == 2:
-        n4, n5, n6, n7 = noise_of_quad(seed, quad + 1, wide, approximate)
+        n4, n5, n6, n7 = noise_of_quad(seed, quad + 1, wide, rough)
         n0, n1, n2, n3 = tl.interleave(n0, n4), tl.interleave(n1, n5), tl.interleave(n2, n6), tl.interleave(n3, n7)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
 @triton.jit
-def noise_one_by_one(seed, index, wide: tl.constexpr, approximate: tl.constexpr):
+def noise_one_by_one(seed, index, wide: tl.constexpr, rough: tl.constexpr):
     """The noise of the elements ``index`` of the stream: each makes its own four, and picks its lane."""
     w0, w1, w2, w3 = words_of(index >> 2, seed, wide)
     second_pair = (index & 2) != 0
-    u0, u1 = unit_interval(tl.where(second_pair, w2, w0)), unit_interval(tl.where(second_pair, w3, w1))
-    n0, n1 = box_muller(u0, u1, approximate)
+    n0, n1 = box_muller(tl.where(second_pair, w2, w0), tl.where(second_pair, w3, w1), rough)
     return tl.where((index & 1) != 0, n1, n0)
 
 
 @triton.jit
 def noise_tile(
-    seed, offset, l0, l1, l2, b, o, i, tile, inner, quads: tl.constexpr, approximate: tl.constexpr,
+    seed, offset, l0, l1, l2, b, o, i, tile, inner, quads: tl.constexpr, rough: tl.constexpr,
     tile_i: tl.constexpr, walk: tl.constexpr,
 ):  # fmt: skip
     """The noise of a tile, in float32; l0, l1, l2 are the strides of the logical index, which begins at ``offset``.
 
     ``quads``: how many counters make four neighbours each for a thread, one or two; then inner is logically contiguous,
     and its rows begin at multiples of 4, as does ``offset``, if it came as a number. 0: each element has a counter.
-    ``approximate``: with the chip's own sine and cosine.
+    ``rough``: for results in bfloat16.
     """
     wide: tl.constexpr = WIDE & walk
     if quads:
@@ -362,22 +363,22 @@ def noise_tile(
         if not FLAT & walk:
             quad = (b * l0 + o * l1) // 4 + quad
         if offset is None:
-            noise = noise_in_quads(seed, quad, quads, wide, approximate)
+            noise = noise_in_quads(seed, quad, quads, wide, rough)
         elif offset.dtype.is_ptr():
             start = tl.load(offset).to(tl.int64)
             if start % 4 == 0:
-                noise = noise_in_quads(seed, quad + start // 4, quads, True, approximate)
+                noise = noise_in_quads(seed, quad + start // 4, quads, True, rough)
             else:
-                noise = noise_one_by_one(seed, b * l0 + o * l1 + i + start, True, approximate)
+                noise = noise_one_by_one(seed, b * l0 + o * l1 + i + start, True, rough)
         else:
-            noise = noise_in_quads(seed, quad + offset.to(tl.int64) // 4, quads, True, approximate)
+            noise = noise_in_quads(seed, quad + offset.to(tl.int64) // 4, quads, True, rough)
     else:
         index = b * l0 + o * l1 + i * l2
         if offset is None:
-            noise = noise_one_by_one(seed, index, wide, approximate)
+            noise = noise_one_by_one(seed, index, wide, rough)
         else:
             start = tl.load(offset).to(tl.int64) if offset.dtype.is_ptr() else offset.to(tl.int64)
-            noise = noise_one_by_one(seed, index + start, True, approximate)
+            noise = noise_one_by_one(seed, index + start, True, rough)
     return noise
 
 
@@ -412,7 +413,7 @@ def latent_kernel(
     g3, g3_0, g3_1,
     partials, counters, partials_step, counters_step, split, slots: tl.constexpr,
     formula: tl.constexpr, at_sample: tl.constexpr, form0: tl.constexpr, form1: tl.constexpr, bounds: tl.constexpr,
-    axes: tl.constexpr, quads: tl.constexpr, approximate: tl.constexpr, dtype: tl.constexpr, walk: tl.constexpr,
+    axes: tl.constexpr, quads: tl.constexpr, dtype: tl.constexpr, walk: tl.constexpr,
     tile_b: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
 ):  # fmt: skip
     """The sample z = mean + deviation * noise of the first two inputs, beside a divergence, perhaps at the sample.
@@ -436,16 +437,18 @@ def latent_kernel(
     low0, high0, eps0 = number(low0, dtype), number(high0, dtype), number(eps0, dtype)
     low1, high1, eps1 = number(low1, dtype), number(high1, dtype), number(eps1, dtype)
     s1, s3 = within_bounds(v1, bounds >> 2, low0, high0), within_bounds(v3, bounds >> 6, low1, high1)
-    if not at_sample:  # before the noise, so that what it takes is free again
-        divergence, d0, d1, d2, d3 = formula_element(formula, v0, s1, v2, s3, w, form0, eps0, form1, eps1)
-    deviation, d_deviation = deviation_of(s1, form0, eps0)
+    # The noise first: it takes the most registers, and what is loaded is not there yet.
     if seed is not None:
         key = tl.load(seed)
-        eps = noise_tile(key, offset, l0, l1, l2, b, o, i, tile, inner, quads, approximate, tile_i, walk).to(dtype)
+        rough: tl.constexpr = ROUGH & form0
+        eps = noise_tile(key, offset, l0, l1, l2, b, o, i, tile, inner, quads, rough, tile_i, walk).to(dtype)
     elif noise is not None:
         eps = load(noise, noise_0, noise_1, b, o, i, batch, outer, inner, axes // NOISE & 15, walk, dtype)
     else:
         eps = number(0.0, dtype)  # of no consequence: nothing that depends on it is wanted
+    if not at_sample:
+        divergence, d0, d1, d2, d3 = formula_element(formula, v0, s1, v2, s3, w, form0, eps0, form1, eps1)
+    deviation, d_deviation = deviation_of(s1, form0, eps0)
     sampled = v0 + deviation * eps
     store(z, z_0, z_1, sampled, b, o, i, batch, outer, inner, ALL, walk)
     if at_sample:
@@ -464,7 +467,7 @@ def latent_kernel(
                 pull += d_z
         else:
             pull = d_z
-        d_spread = through(pull * eps, d_deviation, form0) if form0 != 0 else pull * (eps * d_deviation)
+        d_spread = through(pull * eps, d_deviation, form0) if (MAP | SQUARED) & form0 else pull * (eps * d_deviation)
         if comes_in:
             d0, d1 = d0 + pull, d1 + d_spread
         else:
