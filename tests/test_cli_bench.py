@@ -270,7 +270,11 @@ def test_operands_are_what_the_operation_takes(operation: str) -> None:
             assert logarithm.std().item() == pytest.approx(0.5, abs=0.05)
     assert (made.recon_logvar is not None) == (case.formula is not None and bool(case.formula.pairs))
     if made.x is not None and made.recon_x is not None:
-        assert 0 <= made.x.min() < made.x.max() <= (6 if case.likelihood in cases.COUNTS else 1)
+        is_binned = case.likelihood == "discretized_logistic"
+        low, high = (-1, 1) if is_binned else (0, 6 if case.likelihood in cases.COUNTS else 1)
+        assert low <= made.x.min() < made.x.max() <= high
+        if is_binned:
+            assert set(made.x.unique().tolist()) == set((torch.arange(256) / 127.5 - 1).tolist())
         if case.likelihood in cases.COUNTS:
             assert 0.2 < (made.x == 0).double().mean() < 0.8
             assert torch.equal(made.x, made.x.round())
@@ -278,7 +282,7 @@ def test_operands_are_what_the_operation_takes(operation: str) -> None:
         elif case.likelihood == "bernoulli":
             assert made.recon_x.min() < -1 < 1 < made.recon_x.max()
         else:
-            assert 0 < made.recon_x.min() < made.recon_x.max() < 1
+            assert (-1 if is_binned else 0) < made.recon_x.min() < made.recon_x.max() < 1
     assert (made.prior_mu is not None) == case.spec.prior
     assert (made.weight is not None) == case.spec.weighted
     if made.weight is not None:
@@ -1182,7 +1186,7 @@ def test_the_page_has_the_figures_of_its_recorded_runs(monkeypatch: pytest.Monke
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     again, made = figures["generated"](text)
     assert again == text
-    assert len(figures["BLOCK"].findall(text)) == 4
+    assert len(figures["BLOCK"].findall(text)) == 5
     assert made
     for name in made:
         assert f"](figures/{name}.svg)" in text

@@ -502,7 +502,8 @@ def in_form(logarithm: Tensor, form: Form) -> Tensor:
 
 
 def operands(case: Case, generator: torch.Generator) -> Operands:
-    """Fresh random inputs of the sizes that trained models have: data in [0, 1], variances below 1."""
+    """Fresh random inputs of the sizes that trained models have: data in [0, 1] or their likelihood's range, variances
+    below 1."""
     device, shapes, formula = generator.device, case.shapes, case.formula
     dtype: torch.dtype = getattr(torch, case.dtype)
 
@@ -538,6 +539,8 @@ def operands(case: Case, generator: torch.Generator) -> Operands:
         made.x = uniform(shapes.x)
         if case.likelihood in COUNTS:  # half of them zeros
             made.x = arranged(torch.relu(made.x.float() * 12 - 6).round().to(dtype))
+        if case.likelihood == "discretized_logistic":  # pixels: between bins, rounding decides which is open
+            made.x = arranged((made.x.float().mul_(255).round_() / 127.5 - 1).to(dtype))
         if case.likelihood == "bernoulli":
             made.recon_x = normal(shapes.x, 0.0, 2.0)
         elif case.likelihood == "bernoulli_probs":  # in no dtype rounded to 0 or 1
@@ -546,6 +549,8 @@ def operands(case: Case, generator: torch.Generator) -> Operands:
             made.recon_x = normal(shapes.x, 0.0, 1.0, case.spec.forms[0])
         elif case.likelihood in COUNTS:
             made.recon_x = uniform(shapes.x, 0.1, 4.0)
+        elif case.likelihood == "discretized_logistic":
+            made.recon_x = uniform(shapes.x, -1.0, 1.0)
         else:
             made.recon_x = uniform(shapes.x)
         made.recon_x.requires_grad_()
