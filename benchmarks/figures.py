@@ -9,7 +9,7 @@ may be narrowed: the page shows the command that it was):
     python benchmarks/cpu_goals.py --json benchmarks/results/cpu-goals-avx512-2-threads.json
     FUSEDVAE_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/cpu_goals.py --processes 3 \
         --json benchmarks/results/cpu-goals-avx2-2-threads.json
-    OUT=results python benchmarks/gpu_check.py    # its gpu_check.json is gpu-h100.json
+    OUT=results python benchmarks/gpu_check.py    # its gpu_check.json is gpu-h200.json
 
 A file by another name is shown once a mark on the page names it.
 """

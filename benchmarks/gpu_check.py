@@ -28,6 +28,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
@@ -122,7 +123,10 @@ def require_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def recorded(step: Callable[[], list[Tensor]], device: str, *, warm_ups: int = 3) -> Callable[[], list[Tensor]]:
-    """What does a step again, as a captured CUDA graph if on a GPU, and gives its results: there, the same tensors."""
+    """What does a step again, as a captured CUDA graph if on a GPU, and gives its results: there, the same tensors.
+
+    It keeps the step, and so the tensors that the graph reads and writes.
+    """
     if device == "cpu":
         return step
     side = torch.cuda.Stream()
@@ -135,7 +139,7 @@ def recorded(step: Callable[[], list[Tensor]], device: str, *, warm_ups: int = 3
     with torch.cuda.graph(graph):
         results = step()
 
-    def replay() -> list[Tensor]:
+    def replay(kept: object = step) -> list[Tensor]:
         graph.replay()
         return results
 
@@ -778,16 +782,17 @@ WORKERS = 8
 def tests(check: Check, which: str, log: str) -> dict:
     """The tests marked `gpu` whose names fit. In case time runs out, outcomes are in the log one by one, and what was
     raised in a file of its own."""
+    # There may be more than time suffices for: they come in another order every time, so that none is always the last.
     # What another version of PyTorch warns of is no failure here.
     options = ["-m", "gpu", "-k", which, "-v", "--tb=short", "-p", "no:cacheprovider", "-W", "default"]
-    options += ["-p", Path(__file__).stem]  # see pytest_runtest_logreport
+    options += ["-p", Path(__file__).stem]  # see the functions below
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(max(1, min(WORKERS, (os.cpu_count() or 1) // 2)))]
     failures = check.out / f"{log}.failures"
     failures.unlink(missing_ok=True)  # of an earlier call
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     command = [sys.executable, "-m", "pytest", *options, "tests"]
-    result = check.run(log, command, 110, PYTHONPATH=path, **{FAILURES: str(failures)})
+    result = check.run(log, command, 110, PYTHONPATH=path, **{FAILURES: str(failures), ORDER: str(time.time_ns())})
     text = (check.out / f"{log}.log").read_text() if "log" in result else ""
     # "tests/test_name.py::test_name PASSED" or, of workers, "[gw0] [ 12%] PASSED tests/test_name.py::test_name".
     outcomes = re.findall(r"(?:^\S+\.py::.* |^\[gw\d+\].*\] )(PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
@@ -798,7 +803,13 @@ def tests(check: Check, which: str, log: str) -> dict:
     return {**result, "found": found}
 
 
-FAILURES = "GPU_CHECK_FAILURES"
+FAILURES, ORDER = "GPU_CHECK_FAILURES", "GPU_CHECK_ORDER"
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """As a plugin of the tests, shuffles them, in the same way in each of their processes."""
+    if ORDER in os.environ:
+        random.Random(os.environ[ORDER]).shuffle(items)
 
 
 def pytest_runtest_logreport(report: Any) -> None:

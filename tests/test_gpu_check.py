@@ -240,3 +240,21 @@ def test_outcomes_of_tests_are_read_and_failures_noted(
     found = script["tests"](Check(), "test", "some")["found"]
     assert sorted(found["summary"].split(", ")) == ["1 failed", "1 skipped", "2 passed"]
     assert found["failures"] == ["test_some.py::test_a[2]: AssertionError: k is 2"]
+
+
+def test_tests_come_in_an_order_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for all processes, and last: the tests' own order is no help where time does not suffice for all."""
+    script = runpy.run_path(str(SCRIPT))
+
+    def shuffled(order: str) -> list[int]:
+        monkeypatch.setenv("GPU_CHECK_ORDER", order)
+        items = list(range(100))
+        script["pytest_collection_modifyitems"](items)
+        return items
+
+    assert sorted(shuffled("1")) == list(range(100))
+    assert shuffled("1") == shuffled("1") != shuffled("2")
+    monkeypatch.delenv("GPU_CHECK_ORDER")
+    items = [3, 1, 2]
+    script["pytest_collection_modifyitems"](items)
+    assert items == [3, 1, 2]
