@@ -92,7 +92,7 @@ FUSEDVAE_INLINE ExpPair<double> exp_pair(double x) {
   return {exp(x), expm1(x)};
 }
 
-// The deviation e^(l / 2) of a log-variance l, and e^l - 1: of one exponential.
+// The deviation e^(l / 2) of a log-variance l, and e^l - 1, of one exponential: with t = e^(l / 2) - 1 it is t^2 + 2 t.
 struct DeviationAndGrowth {
   float deviation, growth;
 };

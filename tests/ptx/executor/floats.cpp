@@ -334,7 +334,7 @@ float approximate(double exact, uint32_t argument, double grain = 0) {
   return std::isfinite(found) && std::signbit(found) == std::signbit(nearest) ? found : nearest;
 }
 
-constexpr int kNoGrain = 1;
+constexpr int kNoGrain = 1;  // among logarithms to base 2 of grains, which are negative
 
 template <class F, int log_grain>
 struct Approximate {
