@@ -94,17 +94,17 @@ class Operator:
         if not hasattr(torch.library, "wrap_triton"):
             return
 
-        def traced(mode: Any, overload: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        def run(mode: Any, overload: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
             operands, *fields = args
             spec = self.spec_of(fields)
             if spec.backend != "triton" or not _is_readable([t for t in operands if t is not None]):
                 return mode.__torch_dispatch__(overload, types, args, kwargs)
-            from .backend import triton  # not before somebody uses it: it is slow to import
+            from .backend.triton.launch import traced  # not before somebody uses it: it is slow to import
 
-            with mode, triton.traced():
+            with mode, traced():
                 return self._make(operands, spec).outputs(operands)
 
-        torch.library.register_torch_dispatch(f"fusedvae::{self.name}", FunctionalTensorMode, traced, lib=_library)
+        torch.library.register_torch_dispatch(f"fusedvae::{self.name}", FunctionalTensorMode, run, lib=_library)
 
 
 def _is_readable(operands: list[Tensor]) -> bool:

@@ -26,7 +26,7 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 
 from fusedvae.backend import triton as backend  # noqa: E402
-from fusedvae.backend.triton_kernels import words_of  # noqa: E402
+from fusedvae.backend.triton.noise import words_of  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SHAPES = {
@@ -82,43 +82,43 @@ def latents(prior: tuple[int, ...] | None = None, name: str = "triton", **option
 
 def no_counts_are_left() -> bool:
     """Whether all counters are zero again: a later launch would never see its last program otherwise."""
-    return all(bool((workspace.counters == 0).all()) for workspace in backend._workspaces.values())
+    return all(bool((workspace.counters == 0).all()) for workspace in backend.launch._workspaces.values())
 
 
 def test_nothing_is_kept_behind_the_dispatcher(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
     """A compiler that records launches in a CUDA graph owns all memory that is made meanwhile."""
-    monkeypatch.setattr(backend, "_SMALL_TILE", 256)
-    monkeypatch.setattr(backend, "_workspaces", {})
+    monkeypatch.setattr(backend.tiling, "_SMALL_TILE", 256)
+    monkeypatch.setattr(backend.launch, "_workspaces", {})
     expected = objectives((3, 1, 1), "reference") + latents((6, 50), "reference")
     monkeypatch.setattr(ops, "needs_dispatcher", lambda operands: True)
     check(objectives((3, 1, 1)) + latents((6, 50)), expected, 4e-6)
-    assert backend._workspaces == {}
+    assert backend.launch._workspaces == {}
 
 
 def test_what_is_large_is_not_kept(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
-    monkeypatch.setattr(backend, "_SMALL_TILE", 256)
-    monkeypatch.setattr(backend, "MOST_KEPT", -1)
-    monkeypatch.setattr(backend, "_workspaces", {})
+    monkeypatch.setattr(backend.tiling, "_SMALL_TILE", 256)
+    monkeypatch.setattr(backend.launch, "MOST_KEPT", -1)
+    monkeypatch.setattr(backend.launch, "_workspaces", {})
     check(
         objectives((3, 1, 1)) + latents((6, 50)),
         objectives((3, 1, 1), "reference") + latents((6, 50), "reference"),
         4e-6,
     )
-    assert backend._workspaces == {}
+    assert backend.launch._workspaces == {}
 
 
 @pytest.mark.parametrize("scale", SHAPES)
 def test_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None, scale: str) -> None:
-    monkeypatch.setattr(backend, "_SMALL_TILE", 256)
-    monkeypatch.setattr(backend, "_COLUMN", 16)
+    monkeypatch.setattr(backend.tiling, "_SMALL_TILE", 256)
+    monkeypatch.setattr(backend.tiling, "_COLUMN", 16)
     check(objectives(SHAPES[scale]), objectives(SHAPES[scale], "reference"), 4e-6)
     assert no_counts_are_left()
 
 
 @pytest.mark.parametrize("kind", LATENTS)
 def test_divergences_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None, kind: str) -> None:
-    monkeypatch.setattr(backend, "_SMALL_TILE", 64)
-    monkeypatch.setattr(backend, "_COLUMN", 16)
+    monkeypatch.setattr(backend.tiling, "_SMALL_TILE", 64)
+    monkeypatch.setattr(backend.tiling, "_COLUMN", 16)
     prior, options = LATENTS[kind]
     check(latents(prior, **options), latents(prior, "reference", **options), 4e-6)
     assert no_counts_are_left()
@@ -127,9 +127,9 @@ def test_divergences_over_many_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew
 @pytest.mark.parametrize("scale", ["scalar", "column"])
 def test_sums_of_parts_of_the_tiles(monkeypatch: pytest.MonkeyPatch, calls_anew: None, scale: str) -> None:
     """Many partial sums are added up by many programs, and then what these have found."""
-    monkeypatch.setattr(backend, "_SMALL_TILE", 128)
-    monkeypatch.setattr(backend, "_COLUMN", 4)
-    monkeypatch.setattr(backend, "_MANY", 3)
+    monkeypatch.setattr(backend.tiling, "_SMALL_TILE", 128)
+    monkeypatch.setattr(backend.tiling, "_COLUMN", 4)
+    monkeypatch.setattr(backend.arguments, "_MANY", 3)
     check(objectives(SHAPES[scale]), objectives(SHAPES[scale], "reference"), 4e-6)
     check(latents((50,)), latents((50,), "reference"), 4e-6)
     assert no_counts_are_left()
@@ -142,7 +142,7 @@ def told_of_a_likelihood(monkeypatch: pytest.MonkeyPatch, reduction: str, *shape
     def see(self: Any, sources: Any) -> None:
         found.update({**self.fixed, **{f"room for {name}": count for name, _, count, _ in self._sums}})
 
-    monkeypatch.setattr(backend._KernelLauncher, "__call__", see)
+    monkeypatch.setattr(backend.launch.KernelLauncher, "__call__", see)
     t = [torch.empty(1, device=DEVICE).expand(shape).requires_grad_() for shape in shapes]
     functional.gaussian_nll(*t, reduction=reduction, backend="triton")
     return found
@@ -174,7 +174,7 @@ def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch, calls_an
 
     narrow = results()
     calls._calls.clear()
-    monkeypatch.setattr(backend, "_NARROW", 0)
+    monkeypatch.setattr(backend.arguments, "_NARROW", 0)
     for f, e in zip(results(), narrow, strict=True):
         assert torch.equal(f, e)
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fusedvae.backend import triton as backend  # noqa: E402
+from fusedvae.backend.reference import Form  # noqa: E402
 
 
 class Driver:
@@ -48,7 +49,7 @@ class Driver:
     def load_binary(self, name: str, *binary: Any) -> tuple[Any, ...]:
         self.loaded.append(name)
         found = object(), len(self.loaded), 0, 0, 1024  # the module, the function, registers, spills, threads at most
-        return found if backend._VERSION >= (3, 4) else found[:4]
+        return found if backend.launch.VERSION >= (3, 4) else found[:4]
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         return self.launch
@@ -168,14 +169,14 @@ def test_what_cannot_be_launched_directly_is_launched_as_triton_has_it(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a Triton whose compiled kernels are something else."""
-    original, seen = backend._launch, []
+    original, seen = backend.launch._launch, []
 
     def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> object:
         seen.append(kernel.fn.__name__)
         original(kernel, programs, arguments)
         return object()
 
-    monkeypatch.setattr(backend, "_launch", launch)
+    monkeypatch.setattr(backend.launch, "_launch", launch)
     data, factor = torch.ones(100), torch.tensor(2.0)
     scale = calls.ScaleCall([data, factor, None], "triton")
     for _ in range(3):
@@ -187,7 +188,7 @@ def test_what_cannot_be_launched_directly_is_launched_as_triton_has_it(
 
 def test_float64_asks_for_a_triton_that_passes_its_numbers(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     t = [torch.zeros(4, 3, dtype=torch.float64) for _ in range(3)]
-    monkeypatch.setattr(backend, "_VERSION", (3, 3))
+    monkeypatch.setattr(backend.arguments, "VERSION", (3, 3))
     with pytest.raises(RuntimeError, match=r"float64 operands: .*Triton 3\.4 or later"):
         functional.gaussian_nll(*t, backend="triton")
     assert driver.launches == []
@@ -200,7 +201,7 @@ def latent_work(sources: tuple[Any, ...]) -> Any:
         False,
         (mu, logvar),
         (None, None),
-        (backend.Form(),),
+        (Form(),),
         value=kl.with_ones([1]),
     )
     return calls.LatentWork(divergence, z.shape, False, seed=seed, offset=offset, z=z)
@@ -250,17 +251,17 @@ def test_a_launch_takes_a_few_microseconds(driver: Driver) -> None:
     """Of Python, before the driver: the best of many, since others run here too."""
     driver.launch = lambda *arguments: None  # type: ignore[method-assign]
     launchers: dict[str, tuple[Any, Any]] = {}
-    original = backend._KernelLauncher.__call__
+    original = backend.launch.KernelLauncher.__call__
 
     def seen(self: Any, sources: Any) -> None:
         launchers[self._kernel.fn.__name__] = self, sources
         original(self, sources)
 
-    backend._KernelLauncher.__call__ = seen  # type: ignore[method-assign]
+    backend.launch.KernelLauncher.__call__ = seen  # type: ignore[method-assign]
     try:
         step(operands())
     finally:
-        backend._KernelLauncher.__call__ = original  # type: ignore[method-assign]
+        backend.launch.KernelLauncher.__call__ = original  # type: ignore[method-assign]
     for name, (launch, sources) in launchers.items():
         best = min(timed(launch, sources) for _ in range(200))
         assert best < 15e-6, f"{name}: {best * 1e6:.1f} µs"

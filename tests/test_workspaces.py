@@ -97,16 +97,16 @@ class TestTriton:
     @pytest.fixture(autouse=True)
     def _backend(self, monkeypatch: pytest.MonkeyPatch, capture: Capture) -> None:
         pytest.importorskip("triton")
-        from fusedvae.backend import triton
+        from fusedvae.backend.triton import launch
 
-        self.backend = triton
-        monkeypatch.setattr(triton, "_GRAPH_COUNTERS", 12)
-        monkeypatch.setattr(triton, "_is_capturing", lambda device: torch.cuda.is_current_stream_capturing())
+        self.launch = launch
+        monkeypatch.setattr(launch, "_GRAPH_COUNTERS", 12)
+        monkeypatch.setattr(launch, "_is_capturing", lambda device: torch.cuda.is_current_stream_capturing())
         for name in ("_workspaces", "_graph_counters"):
-            monkeypatch.setattr(triton, name, {})
+            monkeypatch.setattr(launch, name, {})
 
     def workspace(self, counters: int, *, stream: int = 1, is_kept: bool = True) -> Any:
-        found = self.backend._workspace(100, counters, CPU, stream, is_kept=is_kept)
+        found = self.launch._workspace(100, counters, CPU, stream, is_kept=is_kept)
         assert found.counters.numel() >= counters
         assert found.sums.numel() >= 100
         assert found.sums.data_ptr() % 16 == found.counters.data_ptr() % 16 == 0
@@ -114,7 +114,7 @@ class TestTriton:
         return found
 
     def memory(self) -> Tensor:
-        (found,) = self.backend._graph_counters.values()
+        (found,) = self.launch._graph_counters.values()
         return found
 
     def test_a_stream_keeps_its_own(self, capture: Capture):
@@ -126,7 +126,7 @@ class TestTriton:
     def test_what_is_not_to_be_kept_is_not(self, capture: Capture):
         first, again = (self.workspace(5, is_kept=False) for _ in range(2))
         assert first.counters.data_ptr() != again.counters.data_ptr()
-        assert self.backend._workspaces == self.backend._graph_counters == {}
+        assert self.launch._workspaces == self.launch._graph_counters == {}
 
     def test_every_captured_launch_has_its_own(self, capture: Capture):
         self.workspace(5)
@@ -141,4 +141,4 @@ class TestTriton:
     def test_a_first_call_that_is_captured_makes_nothing_to_stay(self, capture: Capture):
         capture.is_on = True
         self.workspace(5)
-        assert self.backend._workspaces == self.backend._graph_counters == {}
+        assert self.launch._workspaces == self.launch._graph_counters == {}

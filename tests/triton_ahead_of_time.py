@@ -46,14 +46,14 @@ OUTPUTS = ("value", "g0", "g1", "g2", "g3", "z", "out")
 PREFIXES = ("", "a_", "b_")
 SHAPE = (64, 4, 64, 64)
 OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")
-DOUBLES = (torch.float64,) if backend._VERSION >= (3, 4) else ()
+DOUBLES = (torch.float64,) if backend.launch.VERSION >= (3, 4) else ()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, *DOUBLES)
 
 
 def launches(call: Any, *, wide: bool = False) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels that a call launches, with their arguments."""
     found: list[tuple[Any, dict[str, Any]]] = []
-    backend._launch = lambda kernel, programs, arguments: found.append((kernel, dict(arguments)))
+    backend.launch._launch = lambda kernel, programs, arguments: found.append((kernel, dict(arguments)))
     call()
     for kernel, arguments in found:
         assert set(arguments) - set(OPTIONS) == set(kernel.arg_names)
@@ -142,7 +142,7 @@ def variants_of_terms() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
             inputs = [*t[:2], *t[3:], *([t[2]] if formula.pairs else [])]
             options: dict[str, Any] = {"likelihood": likelihood}
             # A thread has 4 elements of what is heavy, which is half of 128 bits in bfloat16.
-            heavy = formula.name in backend._HEAVY and dtype == torch.bfloat16
+            heavy = formula.name in backend.tiling.HEAVY and dtype == torch.bfloat16
             layout = "dense" if heavy else "contiguous"
             if "zi_logits" in formula.inputs:
                 options["zi_logits"] = t[4]
@@ -200,7 +200,7 @@ def variants_of_the_latent() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
 
 def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """What a launch would compile: alignment and ones are part of a kernel's signature."""
-    if backend._VERSION < (3, 3):
+    if backend.launch.VERSION < (3, 3):
         return source_of_old(kernel, arguments)
     signature, constants, attributes = {}, {}, {}
     for k, parameter in enumerate(kernel.params):
@@ -322,7 +322,7 @@ def main(chip: str, chosen: str = "", part: str = "0/1") -> None:
     first, parts = map(int, part.split("/"))
     is_amd = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if is_amd else GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
-    backend._LANES = target.warp_size
+    backend.tiling.LANES = target.warp_size
     type(backend.BACKEND).unavailable = lambda self, device_type, index=None: None
     compiled: dict[tuple[str, str], dict[str, Any]] = {}  # many launches are of the same
     results = []

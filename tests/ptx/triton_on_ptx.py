@@ -91,8 +91,8 @@ def install() -> None:
     assert "conftest" not in sys.modules, "too late: targets have been found"
     triton.knobs.runtime.add_stages_inspection_hook = _stages
     kind = type(backend.BACKEND)
-    backend._launch = launch
-    backend._LANES = TARGET.warp_size
+    backend.launch._launch = launch
+    backend.tiling.LANES = TARGET.warp_size
     kind.unavailable = lambda self, device_type, index=None: None  # type: ignore[method-assign]
     kind.describe = lambda self, device_type: "PTX"  # type: ignore[method-assign]
 
