@@ -85,6 +85,14 @@ struct ObjectiveTask {
   Values values = Values::total;
   Operand grad_scale;  // one value; 1 if not given
   Operand loss;
+
+  // How many values there are, where they are not those of elements.
+  FUSEDVAE_INLINE int64_t values_count() const {
+    if (values != Values::sample) return 1;
+    for (int k = 0; k < count; ++k)
+      if (terms[k].elements.formula >= 0) return terms[k].elements.extent.batch;
+    return terms[0].given_count;
+  }
 };
 
 // Gradients times the incoming factor, in place; nothing is touched when it is 1.

@@ -75,14 +75,6 @@ void run_terms(const ObjectiveTask& task, int k, Doubles* totals, const Loop** l
                        });
 }
 
-// How many values an objective has.
-int64_t values_of(const ObjectiveTask& task) {
-  if (task.values != Values::sample) return 1;
-  for (int k = 0; k < task.count; ++k)
-    if (task.terms[k].elements.formula >= 0) return task.terms[k].elements.extent.batch;
-  return task.terms[0].given_count;
-}
-
 // Some of the values that are given for a term, or what they are all summed to.
 void sum_given(const Term& term, bool by_sample, double* totals, int64_t first, int64_t last) {
   for (int64_t b = first; b < last; ++b) totals[b] = by_sample ? get(term.given, b * term.given.stride[0]) : 0;
@@ -133,7 +125,7 @@ void objective(const ObjectiveTask& task, int threads) {
   }
   const Loop* loops[ObjectiveTask::kMostTerms];
   if (task.values == Values::element) return run_terms(task, 0, nullptr, loops, 0, 0, threads);
-  const int64_t values = values_of(task);
+  const int64_t values = task.values_count();
   Doubles totals[ObjectiveTask::kMostTerms] = {Doubles(values), Doubles(task.count > 1 ? values : 0)};
   run_terms(task, 0, totals, loops, 0, 0, threads);
   const auto body = [&](int64_t first, int64_t last) {

@@ -12,9 +12,6 @@
 namespace fusedvae {
 namespace cuda {
 
-// The usual divergence; with its scale as it is written in, it has kernels of its own.
-using UsualDivergence = FUSEDVAE_NAMESPACE::KlStandardNormal;
-
 struct LatentPlan : PassPlan {
   Finish finish;
   bool last_block_finishes = false;

@@ -7,14 +7,6 @@ namespace fusedvae {
 namespace cuda {
 namespace {
 
-// How many values an objective has.
-int64_t values_of(const ObjectiveTask& task) {
-  if (task.values != Values::sample) return 1;
-  for (int k = 0; k < task.count; ++k)
-    if (task.terms[k].elements.formula >= 0) return task.terms[k].elements.extent.batch;
-  return task.terms[0].given_count;
-}
-
 // What the kernel makes of a term: of values that the objective has, sums.
 Outputs outputs_of_term(const Term& term, Values values) {
   if (term.elements.formula < 0) return {};
@@ -89,7 +81,7 @@ Plan plan_of(const ObjectiveTask& task, Order order) {
   Plan plan;
   plan.order = order;
   plan.has_values = task.values != Values::element;
-  plan.values = plan.has_values ? values_of(task) : 0;
+  plan.values = plan.has_values ? task.values_count() : 0;
   for (int k = 0; k < task.count; ++k) {
     const Term& term = task.terms[k];
     TermPlan& own = plan.terms[k];

@@ -171,8 +171,6 @@ __device__ __forceinline__ void finish(const ObjectiveTask& task, const Plan& pl
 
 template <class Formula>
 constexpr int kFlatBlocks = Formula::kInputs > 3 || std::is_same_v<Formula, FUSEDVAE_NAMESPACE::BernoulliNll> ? 3 : 4;
-// What comes second in an objective of flat operands.
-using UsualDivergence = FUSEDVAE_NAMESPACE::KlStandardNormal;
 // Passes over flat operands that are adapted: two, or one of eight elements at a time and four inputs.
 template <class A, class Formula>
 constexpr int kAdaptedBlocks = Formula::kInputs > 3 && A::V > 4 ? 1 : 2;

@@ -211,6 +211,11 @@ constexpr bool is_one_of(List<Flat...>) {
 }
 template <class Formula>
 constexpr bool kIsLight = is_one_of<Formula>(LightFormulas{});
+
+// The divergence that there are kernels for where operands are flat: beside the sample of the latent, and after an
+// objective's first term.
+using UsualDivergence = FUSEDVAE_NAMESPACE::KlStandardNormal;
+
 // What a pass of a plain task makes, as far as its kernel is compiled for it: values; their sum and gradients; or
 // gradients alone, that have an incoming factor each.
 enum class Makes { anything, values, gradients, weighted_gradients };
