@@ -13,7 +13,7 @@ namespace fusedvae {
 enum class Output : int { none, element, column, row, sample, total };
 
 // By its strides over the extent: 0 along what it is summed over.
-inline Output output_of(const Extent& e, const Operand& operand) {
+FUSEDVAE_INLINE Output output_of(const Extent& e, const Operand& operand) {
   const int64_t* const stride = operand.stride;
   if (!operand.given) return Output::none;
   const bool keeps_batch = stride[0] != 0 || e.batch == 1, keeps_outer = stride[1] != 0 || e.outer == 1;
@@ -30,14 +30,14 @@ struct Outputs {
   Output value = Output::none;
   Output grads[kMostInputs] = {};
 
-  bool any(Output kind) const {
+  FUSEDVAE_INLINE bool any(Output kind) const {
     bool found = value == kind;
     for (const Output grad : grads) found = found || grad == kind;
     return found;
   }
 };
 
-inline Outputs outputs_of(const ElementwiseTask& task) {
+FUSEDVAE_INLINE Outputs outputs_of(const ElementwiseTask& task) {
   Outputs found;
   found.value = output_of(task.extent, task.value);
   for (int k = 0; k < kMostInputs; ++k) found.grads[k] = output_of(task.extent, task.grads[k]);
@@ -46,7 +46,7 @@ inline Outputs outputs_of(const ElementwiseTask& task) {
 
 // Whether the kernels can make all these sums on one way through the elements. A sum for each column is over batch and
 // outer both; and where columns have sums, rows and samples have none.
-inline bool can_sum(const ElementwiseTask& task) {
+FUSEDVAE_INLINE bool can_sum(const ElementwiseTask& task) {
   const Outputs outputs = outputs_of(task);
   const auto keeps_more = [](Output kind, const Operand& operand) {
     return kind == Output::column && (operand.stride[0] != 0 || operand.stride[1] != 0);

@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 
 from . import ops
 from .backend import evaluation
-from .backend.reference import GIVEN, form_fields, replaced, working_dtype
+from .backend.reference import GIVEN, replaced, working_dtype
 from .backend.specs import (
     Objective,
     Placed,
@@ -63,7 +63,7 @@ def wants_derivative(operands: Operands) -> bool:
     return wanted or any(map(has_tangent, operands))
 
 
-def _second_order(formula: Callable[..., Any], inputs: Operands, grads: Sequence[Tensor | None]) -> _Grads:
+def second_order(formula: Callable[..., Any], inputs: Operands, grads: Sequence[Tensor | None]) -> _Grads:
     """Gradients of a reference formula, None for the inputs that need none; differentiable if that is wanted here.
 
     ``formula`` takes the inputs and returns as many tensors as there are incoming ``grads``.
@@ -107,7 +107,7 @@ def _number_conversions(operands: Operands) -> list[Conversion]:
     ]
 
 
-def _conversions(operands: Operands, dtype: torch.dtype, device: torch.device) -> list[Conversion]:
+def conversions_of(operands: Operands, dtype: torch.dtype, device: torch.device) -> list[Conversion]:
     """Those of some operands, for kernels' arithmetic in ``dtype`` on ``device``."""
     found = _number_conversions(operands)
     for k, operand in enumerate(operands):
@@ -134,7 +134,7 @@ def _read(number: Tensor) -> float:
     return number.item()
 
 
-def _converted(conversions: Sequence[Conversion], operands: Operands) -> Operands:
+def converted(conversions: Sequence[Conversion], operands: Operands) -> Operands:
     found = list(operands)
     for k, convert in conversions:
         found[k] = convert(found[k])
@@ -152,7 +152,7 @@ def _resolved(saved: Tensor) -> Tensor:
 # --- the latent -------------------------------------------------------------------------------------------------------
 
 
-class RecordedLatent:
+class DifferentiableLatent:
     """A pass over the latent with its derivative: the call of its forward pass, and what its backward pass is."""
 
     def __init__(self, operands: Operands, spec: Sampling) -> None:
@@ -160,18 +160,18 @@ class RecordedLatent:
         first = inputs[0]
         assert isinstance(first, Tensor)
         self.spec = spec
-        self.conversions = _conversions((*inputs, None, None, noise), torch.float32, first.device)
+        self.conversions = conversions_of((*inputs, None, None, noise), torch.float32, first.device)
         self.is_dispatched = ops.needs_dispatcher(operands)
         self.is_recorded = wants_derivative(operands)
         self.is_sharded = spec.backend != "reference" and is_sharded(operands)
-        operands = _converted(self.conversions, operands)
+        operands = converted(self.conversions, operands)
         self.gradient = _gradient_of(spec, operands)
         self.numbers = _numbers(operands)
         self.tensors = positions([isinstance(t, Tensor) and k != len(inputs) for k, t in enumerate(operands)])
         """The operands that are tensors, but the seed, which nobody else has."""
-        self.forward: LatentCall | None = None
+        self.kernel_call: LatentCall | None = None
         if not self.is_dispatched and spec.backend != "reference":
-            self.forward = LatentCall(operands, spec)
+            self.kernel_call = LatentCall(operands, spec)
             self.are_alike = likeness([operands[k] for k in self.tensors])  # type: ignore[misc]
             """Tells whether others are like them."""
 
@@ -185,14 +185,14 @@ def _numbers(operands: Operands) -> list[int]:
     return positions([t is not None and not isinstance(t, Tensor) for t in operands])
 
 
-def latent(call: RecordedLatent, operands: Operands) -> Sequence[Tensor]:
+def latent(call: DifferentiableLatent, operands: Operands) -> Sequence[Tensor]:
     """The sample and, if the call has one, its divergence."""
     if call.conversions:
-        operands = _converted(call.conversions, operands)
-    if call.forward is None:
+        operands = converted(call.conversions, operands)
+    if call.kernel_call is None:
         compute = _sharded_latent if call.is_sharded else _latent_without_call
         return compute(call.spec, operands)
-    return _record_latent(call, *operands) if call.is_recorded else call.forward.outputs(operands)
+    return _record_latent(call, *operands) if call.is_recorded else call.kernel_call.outputs(operands)
 
 
 def _latent_without_call(spec: Sampling, operands: Operands) -> Sequence[Tensor]:
@@ -203,7 +203,7 @@ def _sharded_latent(spec: Sampling, operands: Operands) -> Sequence[Tensor]:
     from . import sharded  # which imports torch.distributed
 
     def run(spec: Sampling, operands: Operands) -> Sequence[Tensor]:
-        return latent(find(RecordedLatent, operands, spec), operands)
+        return latent(find(DifferentiableLatent, operands, spec), operands)
 
     values = sharded.latent(spec, operands, run)
     return _latent_without_call(replaced(spec, backend="reference"), operands) if values is None else values
@@ -214,7 +214,11 @@ class _LatentFunction(torch.autograd.Function):
 
     @staticmethod
     def keep(
-        ctx: Any, gradient: SamplingGradient, operands: Operands, numbers: list[int], call: RecordedLatent | None = None
+        ctx: Any,
+        gradient: SamplingGradient,
+        operands: Operands,
+        numbers: list[int],
+        call: DifferentiableLatent | None = None,
     ) -> None:
         ctx.gradient, ctx.call = gradient, call
         ctx.numbers = [(k, operands[k]) for k in numbers] if numbers else ()
@@ -239,10 +243,10 @@ class _LatentFunction(torch.autograd.Function):
 
 class _Latent(_LatentFunction):
     @staticmethod
-    def forward(ctx: Any, call: RecordedLatent, *operands: Any) -> Any:
-        assert call.forward is not None
+    def forward(ctx: Any, call: DifferentiableLatent, *operands: Any) -> Any:
+        assert call.kernel_call is not None
         _LatentFunction.keep(ctx, call.gradient, operands, call.numbers, call)
-        return tuple(call.forward.outputs(operands))
+        return tuple(call.kernel_call.outputs(operands))
 
 
 _record_latent = record(_Latent)
@@ -261,7 +265,7 @@ def _latent_gradients(
     grad_z: Tensor | None,
     grad_kl: Tensor | None = None,
     *,
-    call: RecordedLatent | None,
+    call: DifferentiableLatent | None,
 ) -> _Grads:
     """Gradients of a pass's operands. A call says what these are like."""
     if grad_z is None and grad_kl is None:
@@ -278,16 +282,16 @@ def _latent_gradients(
         def formula(*inputs: Any) -> list[Tensor]:
             return evaluation.latent(whole, inputs)
 
-        return _second_order(formula, [*inputs, seed, offset, noise], [grad_z, grad_kl][: 1 if kl_dtype is None else 2])
+        return second_order(formula, [*inputs, seed, offset, noise], [grad_z, grad_kl][: 1 if kl_dtype is None else 2])
     needed = _needed_with(spec, grad_kl).needed
     if not any(needed):
         return (None,) * len(operands)
-    given = (*operands, grad_z, grad_kl)
-    told = given if call is None else (grad_z, grad_kl)
+    sources = (*operands, grad_z, grad_kl)
+    compared = sources if call is None else (grad_z, grad_kl)
     # A call is quicker to compare than all that it is.
-    found = find(_latent_gradient, told, spec if call is None else call, whole=given).outputs(given)
-    made = iter(found)
-    return (*[next(made) if is_needed else None for is_needed in needed], None, None, None)
+    found = find(_latent_gradient, compared, spec if call is None else call, whole=sources).outputs(sources)
+    gradients = iter(found)
+    return (*[next(gradients) if is_needed else None for is_needed in needed], None, None, None)
 
 
 def _needed_with(spec: SamplingGradient, grad_kl: Operand) -> SamplingGradient:
@@ -307,9 +311,9 @@ class _Dispatched:
         return self._operator(operands, self._spec)
 
 
-def _latent_gradient(operands: Operands, what: SamplingGradient | RecordedLatent) -> Any:
+def _latent_gradient(operands: Operands, what: SamplingGradient | DifferentiableLatent) -> Any:
     """The call of a latent's backward pass, which records no derivative; its forward pass says what it is."""
-    spec = _needed_with(what.gradient if isinstance(what, RecordedLatent) else what, operands[-1])
+    spec = _needed_with(what.gradient if isinstance(what, DifferentiableLatent) else what, operands[-1])
     if ops.needs_dispatcher(operands):
         return _Dispatched(ops.latent_gradient, spec)
     return LatentGradientCall(operands, spec)
@@ -339,11 +343,11 @@ class GivenDivergence(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
 
-    def coefficient(self, kept: Sequence[Any]) -> float:
+    def coefficient(self, numbers: Sequence[Any]) -> float:
         """That number, of those that are kept."""
         found = self.factor
         for k in self.coefficients:
-            found *= kept[k]
+            found *= numbers[k]
         return found
 
     def gradient(self, product: Tensor) -> Tensor:
@@ -353,19 +357,19 @@ class GivenDivergence(NamedTuple):
 
 def _given_divergence(spec: Objective, terms: Sequence[Placed], operands: Operands) -> GivenDivergence | None:
     """Of a total whose coefficients are numbers: the divergence, if it is given and its gradient wanted."""
-    kept = _numbers(operands)
+    numbers = _numbers(operands)
     coefficients = [spec.beta] if spec.grad_scale is None else [spec.beta, spec.grad_scale]
     term = terms[-1]
     kl = operands[term.inputs.start]
     if not (isinstance(kl, Tensor) and kl.requires_grad and term.formula is GIVEN and spec.values == "total"):
         return None
-    if any(k not in kept for k in coefficients):
+    if any(k not in numbers for k in coefficients):
         return None
-    factor, places = factor_of(term.reduction, kl.shape), [kept.index(k) for k in coefficients]
+    factor, places = factor_of(term.reduction, kl.shape), [numbers.index(k) for k in coefficients]
     return GivenDivergence(term.inputs.start, factor, places, kl.shape, kl.dtype)
 
 
-def made_in_forward(
+def forward_spec_of(
     spec: Objective, operands: Operands, *, is_dispatched: bool = False, in_place: bool = False
 ) -> Objective:
     """The objective with those gradients made with the values that are worth it: all of those needed, or none.
@@ -392,16 +396,16 @@ def made_in_forward(
     return replaced(spec, needed=(False,) * len(spec.needed)) if deferred else spec
 
 
-def _deferred(made: Sequence[bool], operands: Operands, *, in_place: bool = False) -> Deferred:
+def _deferred(is_made: Sequence[bool], operands: Operands, *, in_place: bool = False) -> Deferred:
     """Of an objective some of whose gradients are made in the forward pass, perhaps the first in place."""
     return Deferred(
         len(operands),
-        positions([isinstance(t, Tensor) and not (in_place and made[k] and k == 0) for k, t in enumerate(operands)]),
+        positions([isinstance(t, Tensor) and not (in_place and is_made[k] and k == 0) for k, t in enumerate(operands)]),
         _numbers(operands),
     )
 
 
-class RecordedObjective:
+class DifferentiableObjective:
     """An objective with its derivative: the call of its forward pass, and what is left to the backward pass."""
 
     def __init__(self, operands: Operands, spec: Objective, *, in_place: bool = False) -> None:
@@ -413,43 +417,45 @@ class RecordedObjective:
             self.conversions = _number_conversions(operands)
         else:
             dtype = working_dtype(*operands[terms[0].inputs], weight)
-            self.conversions = _conversions(operands, dtype, first.device)
-        operands = _converted(self.conversions, operands)
+            self.conversions = conversions_of(operands, dtype, first.device)
+        operands = converted(self.conversions, operands)
         self.spec, self.terms = spec, terms
         self.is_dispatched = ops.needs_dispatcher(operands)
         self.is_recorded = wants_derivative(operands)
         self.is_sharded = spec.backend != "reference" and is_sharded(operands)
         self.in_place = in_place
         """Whether the gradient of the first operand is written into its memory."""
-        made = made_in_forward(spec, operands, in_place=in_place)
-        self.overwrites = in_place and made.needed[0]
+        forward_spec = forward_spec_of(spec, operands, in_place=in_place)
+        self.overwrites = in_place and forward_spec.needed[0]
         """Whether that is done in the forward pass."""
-        self.deferred = _deferred(made.needed, operands, in_place=in_place)
-        self.given = _given_divergence(spec, terms, operands)
-        quickly = positions(spec.needed) if self.given is None else [*positions(spec.needed), self.given.operand]
+        self.deferred = _deferred(forward_spec.needed, operands, in_place=in_place)
+        self.given_divergence = _given_divergence(spec, terms, operands)
+        quickly = positions(spec.needed)
+        if self.given_divergence is not None:
+            quickly.append(self.given_divergence.operand)
         self.needs_more = any(
             isinstance(t, Tensor) and t.requires_grad and k not in quickly for k, t in enumerate(operands)
         )
         """Whether there are gradients to make besides those that objectives make."""
-        self.forward: ObjectiveCall | None = None
+        self.kernel_call: ObjectiveCall | None = None
         if not self.is_dispatched and spec.backend != "reference":
-            self.forward = ObjectiveCall(operands, made, in_place=in_place)
-        self.scale: ScaleCall | None = None
+            self.kernel_call = ObjectiveCall(operands, forward_spec, in_place=in_place)
+        self.rescaling: ScaleCall | None = None
         """Of the gradients made in the forward pass, which it takes to plan it."""
-        self.scaled: Objective | None = None
+        self.backward_spec: Objective | None = None
         """What makes a total's gradients in the backward pass, if they are left to that: times the incoming factor."""
-        if spec.values == "total" and not spec.is_grad_scaled and made.needed != spec.needed:
-            self.scaled = replaced(spec, returns_terms=False, needed=(*spec.needed, False), is_grad_scaled=True)
+        if spec.values == "total" and not spec.is_grad_scaled and forward_spec.needed != spec.needed:
+            self.backward_spec = replaced(spec, returns_terms=False, needed=(*spec.needed, False), is_grad_scaled=True)
 
 
-def objective(call: RecordedObjective, operands: Operands) -> Sequence[Tensor]:
+def objective(call: DifferentiableObjective, operands: Operands) -> Sequence[Tensor]:
     """The values of an objective: the loss, or loss, likelihood and divergence."""
     if call.conversions:
-        operands = _converted(call.conversions, operands)
-    if call.forward is None:
+        operands = converted(call.conversions, operands)
+    if call.kernel_call is None:
         compute = _sharded_objective if call.is_sharded else _objective_without_call
         return compute(call.spec, operands)
-    return _record_objective(call, *operands) if call.is_recorded else call.forward.forward(operands)[0]
+    return _record_objective(call, *operands) if call.is_recorded else call.kernel_call.run(operands)[0]
 
 
 def _objective_without_call(spec: Objective, operands: Operands) -> Sequence[Tensor]:
@@ -464,7 +470,7 @@ def _sharded_objective(spec: Objective, operands: Operands) -> Sequence[Tensor]:
     from . import sharded  # which imports torch.distributed
 
     def run(spec: Objective, operands: Operands) -> Sequence[Tensor]:
-        return objective(find(RecordedObjective, operands, spec), operands)
+        return objective(find(DifferentiableObjective, operands, spec), operands)
 
     values = sharded.objective(spec, operands, run)
     return _objective_without_call(replaced(spec, backend="reference"), operands) if values is None else values
@@ -472,9 +478,9 @@ def _sharded_objective(spec: Objective, operands: Operands) -> Sequence[Tensor]:
 
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: RecordedObjective, *operands: Any) -> Any:
-        assert call.forward is not None
-        values, gradients = call.forward.forward(operands)
+    def forward(ctx: Any, call: DifferentiableObjective, *operands: Any) -> Any:
+        assert call.kernel_call is not None
+        values, gradients = call.kernel_call.run(operands)
         ctx.call, ctx.gradients = call, gradients
         deferred = call.deferred
         if call.overwrites:
@@ -489,21 +495,21 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
-        call: RecordedObjective = ctx.call
+        call: DifferentiableObjective = ctx.call
         g_loss = incoming[0]
         grads: list[Tensor | None] = [None] * (1 + len(call.spec.needed))
         is_loss_alone = len(incoming) == 1 or all(g is None for g in incoming[1:])
         if is_loss_alone and g_loss is None:
             return tuple(grads)
-        assert call.forward is not None
-        made = call.forward.made
+        assert call.kernel_call is not None
+        with_gradient = call.kernel_call.with_gradient
         is_factor = is_loss_alone and not torch.is_grad_enabled() and not is_transformed(incoming)
         made_already: Sequence[bool] = (False,) * len(call.spec.needed)
-        given = call.given
-        if is_factor and made:
+        given = call.given_divergence
+        if is_factor and with_gradient:
             assert g_loss is not None
-            found = _scaled(ctx, g_loss, None if given is None else given.coefficient(ctx.numbers))
-            for k, gradient in zip(made, found):  # noqa: B905 - a hot path
+            found = scaled(ctx, g_loss, None if given is None else given.coefficient(ctx.numbers))
+            for k, gradient in zip(with_gradient, found):  # noqa: B905 - a hot path
                 grads[k + 1] = gradient
             if not call.needs_more:  # the usual step
                 if given is not None:
@@ -519,10 +525,10 @@ class _Objective(torch.autograd.Function):
         divergence = rest[0] if rest else None
         in_place = ctx.overwrites and not keeps_graph()
         sources = [*operands, None if g_loss is None else g_loss.resolve_neg()]
-        if is_factor and call.scaled is not None and not ops.needs_dispatcher(sources):
+        if is_factor and call.backward_spec is not None and not ops.needs_dispatcher(sources):
             assert g_loss is not None
-            scaled = find(ObjectiveCall, sources, call.scaled, True, in_place)
-            for k, gradient in zip(scaled.made, scaled.forward(sources)[1], strict=True):
+            backward_call = find(ObjectiveCall, sources, call.backward_spec, True, in_place)
+            for k, gradient in zip(backward_call.with_gradient, backward_call.run(sources)[1], strict=True):
                 grads[k + 1] = gradient
             if in_place:
                 increment_version(operands[0])  # type: ignore[arg-type]
@@ -531,21 +537,23 @@ class _Objective(torch.autograd.Function):
                     grads[given.operand + 1] = given.gradient(g_loss * given.coefficient(ctx.numbers))
                 return tuple(grads)
             made_already = call.spec.needed
-        more = _gradients(call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place)
+        more = _gradients_by_terms(
+            call.spec, call.terms, made_already, operands, divergence, incoming, in_place=in_place
+        )
         return None, *[g if m is None else m for g, m in zip(grads[1:], more, strict=True)]
 
 
 _record_objective = record(_Objective)
 
 
-def _scaled(ctx: Any, factor: Tensor, coefficient: float | None = None) -> Sequence[Tensor]:
+def scaled(ctx: Any, factor: Tensor, coefficient: float | None = None) -> Sequence[Tensor]:
     """The gradients made in the forward pass, times the incoming factor; after them a coefficient's product with it.
 
     Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
     the graph is kept: then a later backward pass needs the gradients as they are. They are not among the saved tensors:
     hooks could give back something else there, and what does not look at the operands may outlive a change of them.
     """
-    call: RecordedObjective = ctx.call
+    call: DifferentiableObjective = ctx.call
     gradients = ctx.gradients
     if gradients is None:
         raise RuntimeError(
@@ -557,9 +565,9 @@ def _scaled(ctx: Any, factor: Tensor, coefficient: float | None = None) -> Seque
     ctx.gradients = None
     if factor.is_neg():
         factor = factor.resolve_neg()
-    if call.scale is None:
-        call.scale = find(ScaleCall, [*gradients, factor, coefficient], call.spec.backend)
-    return call.scale.run(gradients, factor, coefficient)
+    if call.rescaling is None:
+        call.rescaling = find(ScaleCall, [*gradients, factor, coefficient], call.spec.backend)
+    return call.rescaling.run(gradients, factor, coefficient)
 
 
 class _DispatchedObjective(torch.autograd.Function):
@@ -567,9 +575,9 @@ class _DispatchedObjective(torch.autograd.Function):
     def forward(ctx: Any, spec: Objective, *operands: Any) -> Any:
         # A program may be run on operands that need other gradients than those that it was traced with.
         ctx.spec = replaced(spec, needed=_needed(spec, operands))
-        ctx.made = made_in_forward(spec, operands, is_dispatched=True)
-        ctx.deferred = _deferred(ctx.made.needed, operands)
-        outputs = ops.objective.below_autograd(operands, ctx.made)
+        ctx.forward_spec = forward_spec_of(spec, operands, is_dispatched=True)
+        ctx.deferred = _deferred(ctx.forward_spec.needed, operands)
+        outputs = ops.objective.below_autograd(operands, ctx.forward_spec)
         values = 3 if spec.returns_terms else 1
         ctx.save_for_backward(
             *[operands[k] for k in ctx.deferred.tensors], *outputs[2:3][: values - 1], *outputs[values:]
@@ -587,18 +595,20 @@ class _DispatchedObjective(torch.autograd.Function):
         is_loss_alone = all(g is None for g in values[1:])
         if is_loss_alone and values[0] is None:
             return tuple(grads)
-        made = positions(ctx.made.needed)
+        with_gradient = positions(ctx.forward_spec.needed)
         saved = ctx.saved_tensors
         operands, rest = _restored(ctx, ctx.deferred, saved)
         divergence = rest[0] if spec.returns_terms else None
-        are_enough = all(is_made or not need for need, is_made in zip(spec.needed, ctx.made.needed, strict=True))
-        if is_loss_alone and made and are_enough and not torch.is_grad_enabled():
-            for k, gradient in zip(made, saved[-len(made) :], strict=True):
+        are_enough = all(
+            is_made or not need for need, is_made in zip(spec.needed, ctx.forward_spec.needed, strict=True)
+        )
+        if is_loss_alone and with_gradient and are_enough and not torch.is_grad_enabled():
+            for k, gradient in zip(with_gradient, saved[-len(with_gradient) :], strict=True):
                 grads[k + 1] = gradient * values[0]
-            made_already = ctx.made.needed
+            made_already = ctx.forward_spec.needed
         else:
             made_already = (False,) * len(spec.needed)
-        more = _gradients(spec, spec.terms(), made_already, operands, divergence, values)
+        more = _gradients_by_terms(spec, spec.terms(), made_already, operands, divergence, values)
         return None, *[g if m is None else m for g, m in zip(grads[1:], more, strict=True)]
 
 
@@ -621,7 +631,7 @@ def _restored(ctx: Any, deferred: Deferred, saved: Any) -> tuple[list[Operand], 
     return operands, saved[len(deferred.tensors) :]
 
 
-def _gradients(
+def _gradients_by_terms(
     spec: Objective,
     terms: Sequence[Placed],
     made_already: Sequence[bool],
@@ -636,7 +646,7 @@ def _gradients(
     ``in_place`` has that of the first operand written into its memory.
     """
     grads: list[Tensor | None] = [None] * len(operands)
-    g_loss, g_likelihood, g_divergence = [*map(_as_weight, incoming), None, None][:3]
+    g_loss, g_likelihood, g_divergence = [*map(as_weight, incoming), None, None][:3]
     # Kernels know no gradients of weights, which a traced program may be run with all the same.
     weights = [operands[k] for term in terms for k in (term.weight, term.normalizer) if k is not None]
     is_weight_learned = any(isinstance(t, Tensor) and t.requires_grad for t in weights)
@@ -645,21 +655,21 @@ def _gradients(
         def values(*operands: Operand) -> list[Tensor]:
             return evaluation.objective(spec, operands)
 
-        return _second_order(values, operands, [g_loss, g_likelihood, g_divergence])
+        return second_order(values, operands, [g_loss, g_likelihood, g_divergence])
     beta = operands[spec.beta]
-    scale = 1.0 if spec.grad_scale is None else _as_weight(operands[spec.grad_scale])
+    scale = 1.0 if spec.grad_scale is None else as_weight(operands[spec.grad_scale])
     for term in terms:
         formula, span = term.formula, term.inputs
         if any(made_already[span]):
             continue
-        coefficients = [scale] if term.normalizer is None else [scale, _as_weight(operands[term.normalizer])]
+        coefficients = [scale] if term.normalizer is None else [scale, as_weight(operands[term.normalizer])]
         if not formula.is_divergence:
             factor = _sum(g_loss, g_likelihood)
         elif g_divergence is None:
             factor = g_loss
-            coefficients.append(_as_weight(beta))
+            coefficients.append(as_weight(beta))
         else:
-            factor = _sum(None if g_loss is None else g_loss * _as_weight(beta), g_divergence)
+            factor = _sum(None if g_loss is None else g_loss * as_weight(beta), g_divergence)
         if factor is None:
             continue
         inputs = operands[span]
@@ -671,24 +681,13 @@ def _gradients(
         elif any(spec.needed[span]):
             mean = unpacked(formula, inputs, spec.packed_dim)[0]
             assert isinstance(mean, Tensor)
-            maps, squared, limits = form_fields(term.forms)
-            gradient = TermGradient(
-                formula=formula.name,
-                maps=maps,
-                squared=squared,
-                limits=limits,
-                gains=term.gains or (),
-                dim=spec.dim,
-                packed_dim=spec.packed_dim,
-                needed=spec.needed[span],
-                backend=spec.backend,
-            )
+            gradient = spec.gradient(term, spec.needed[span])
             weight = None if term.weight is None else operands[term.weight]
-            given = [*inputs, weight, _times(factor, *coefficients, factor_of(term.reduction, mean.shape))]
+            sources = [*inputs, weight, _times(factor, *coefficients, factor_of(term.reduction, mean.shape))]
             overwrites = in_place and span.start == 0
-            found = find(_term_gradient, given, gradient, overwrites).outputs(given)
+            found = find(_term_gradient, sources, gradient, overwrites).outputs(sources)
             if overwrites:
-                increment_version(given[0])  # type: ignore[arg-type]
+                increment_version(sources[0])  # type: ignore[arg-type]
             for k, g in zip(positions(spec.needed[span]), found, strict=True):
                 grads[span.start + k] = g
     if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
@@ -708,7 +707,7 @@ def _term_gradient(operands: Operands, spec: TermGradient, in_place: bool) -> An
     return TermGradientCall(operands, spec, in_place=in_place)
 
 
-def _as_weight(value: Any) -> Any:
+def as_weight(value: Any) -> Any:
     """An incoming gradient or a coefficient as gradients can be multiplied by.
 
     Numbers, and values per sample, which are few, go on in float32: divided by the batch, 16 bits would lose them.

@@ -31,7 +31,7 @@ Operands = Sequence[Operand]
 _Found = TypeVar("_Found")
 
 
-class _Kept(NamedTuple):
+class _Entry(NamedTuple):
     """A call, and which of its operands are tensors, with a test of whether others are like them."""
 
     call: Any
@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
     are_alike: Callable[..., bool]
 
 
-_calls: dict[tuple[Any, ...], _Kept] = {}
+_calls: dict[tuple[Any, ...], _Entry] = {}
 """Each by its kind (what makes it, its operands' types, options and settings) and what its tensors are like; and by its
 kind alone the one that was found last. Mostly the next call is like it, and to test that is several times as quick as
 to ask what each tensor is like."""
@@ -84,7 +84,7 @@ def find(make: Callable[..., _Found], operands: Operands, *options: Any, whole: 
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
         where = positions([isinstance(t, Tensor) for t in operands])
-        kept = _calls[key] = _Kept(call, where, likeness([operands[k] for k in where]))  # type: ignore[misc]
+        kept = _calls[key] = _Entry(call, where, likeness([operands[k] for k in where]))  # type: ignore[misc]
     _calls[kind] = kept
     return kept.call
 
@@ -153,7 +153,7 @@ def positions(flags: Sequence[object]) -> list[int]:
     return [k for k, flag in enumerate(flags) if flag]
 
 
-class _Like(NamedTuple):
+class _Description(NamedTuple):
     """An output, but for its memory."""
 
     shape: torch.Size
@@ -161,17 +161,17 @@ class _Like(NamedTuple):
     dtype: torch.dtype
 
 
-def _made(likes: Sequence[_Like], device: torch.device) -> list[Tensor]:
+def _allocated(likes: Sequence[_Description], device: torch.device) -> list[Tensor]:
     """Such outputs, with memory."""
     return [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in likes]
 
 
-def _likes(tensors: Sequence[Tensor]) -> list[_Like]:
-    return [_Like(t.shape, t.stride(), t.dtype) for t in tensors]
+def _descriptions(tensors: Sequence[Tensor]) -> list[_Description]:
+    return [_Description(t.shape, t.stride(), t.dtype) for t in tensors]
 
 
-def _gradients(operands: Operands, needed: Sequence[bool], **options: Any) -> list[Tensor]:
-    """A tensor for the gradient of each operand that is needed."""
+def empty_gradients(operands: Operands, needed: Sequence[bool], **options: Any) -> list[Tensor]:
+    """A tensor for the gradient of each operand that is needed, uninitialised; ``options`` as torch's."""
     return [torch.empty_like(operands[k], **options) for k in positions(needed)]  # type: ignore[arg-type]
 
 
@@ -190,7 +190,7 @@ def _device_of(operands: Operands) -> torch.device:
 # --- objectives -------------------------------------------------------------------------------------------------------
 
 
-def _kept(shape: torch.Size, dim: Sequence[int]) -> torch.Size:
+def _shape_without(shape: torch.Size, dim: Sequence[int]) -> torch.Size:
     """What is left of a shape when it is summed over some dimensions."""
     return torch.Size([size for d, size in enumerate(shape) if d not in dim])
 
@@ -216,14 +216,14 @@ def objective_values(spec: Objective, operands: Operands, **options: Any) -> lis
         assert isinstance(mean, Tensor)
         if not spec.dim:
             return [torch.empty_like(mean, dtype=spec.dtype, **options)]
-        return [mean.new_empty(_kept(mean.shape, spec.dim), dtype=spec.dtype, **options)]
+        return [mean.new_empty(_shape_without(mean.shape, spec.dim), dtype=spec.dtype, **options)]
     loss = first.new_empty(first.shape[:1] if spec.values == "sample" else (), dtype=spec.dtype, **options)
     return [loss, torch.empty_like(loss), torch.empty_like(loss)] if spec.returns_terms else [loss]
 
 
 def objective_outputs(operands: Operands, spec: Objective, **options: Any) -> list[Tensor]:
     """The values, and the gradients that are made with them."""
-    return [*objective_values(spec, operands, **options), *_gradients(operands, spec.needed, **options)]
+    return [*objective_values(spec, operands, **options), *empty_gradients(operands, spec.needed, **options)]
 
 
 class ObjectiveCall:
@@ -237,12 +237,12 @@ class ObjectiveCall:
     ) -> None:
         self.spec = spec
         self._in_place = in_place
-        self.made = positions(spec.needed)
+        self.with_gradient = positions(spec.needed)
         """The operands whose gradients are made with the values."""
         self.device = _device_of(operands)
         outputs = objective_outputs(operands, spec, device="meta")
-        values = len(outputs) - len(self.made)
-        self._values = _likes(outputs[:values])
+        values = len(outputs) - len(self.with_gradient)
+        self._values = _descriptions(outputs[:values])
         # Not on a GPU, where a compiler may record the call in a graph and owns all memory that is made meanwhile.
         is_plain = self._values[0].shape == () and self.device.type == "cpu"
         self._total = torch.empty((), dtype=spec.dtype, device=self.device) if is_plain else None
@@ -253,21 +253,21 @@ class ObjectiveCall:
             work, len(sources), self.device, keeps_workspace=keeps_workspace
         )
 
-    def forward(self, operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
+    def run(self, operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
         """The values (the loss, or loss, likelihood and divergence), and the gradients."""
         # The large ones first: what lies above them keeps malloc from giving their pages back between two calls, and
         # each would be a fault at the next.
-        gradients = _memory_of_gradients(operands, self.made, self._in_place)
+        gradients = _memory_of_gradients(operands, self.with_gradient, self._in_place)
         if self._total is not None:  # nothing allocates a number quicker than this
             values = [torch.empty_like(self._total) for _ in self._values]
         else:
-            values = _made(self._values, self.device)
+            values = _allocated(self._values, self.device)
         self._launch((*operands, *values, *gradients))
         return values, gradients
 
     def outputs(self, operands: Operands) -> list[Tensor]:
         """Both in one list."""
-        values, gradients = self.forward(operands)
+        values, gradients = self.run(operands)
         return values + gradients
 
 
@@ -316,11 +316,6 @@ def _is_in_double(*inputs: Operand) -> bool:
     return working_dtype(*inputs) == torch.float64
 
 
-def term_gradients(operands: Operands, spec: TermGradient, **options: Any) -> list[Tensor]:
-    """The gradients, uninitialised."""
-    return _gradients(operands, spec.needed, **options)
-
-
 class TermGradientCall:
     """The gradients of sum(incoming * weight * value) of a formula; both factors broadcast to its mean's shape.
 
@@ -334,7 +329,7 @@ class TermGradientCall:
         self.needed = positions(spec.needed)
         formula = FORMULAS[spec.formula]
         count = len(operands)
-        sources = [*operands, *term_gradients(operands, spec, device="meta")]
+        sources = [*operands, *empty_gradients(operands, spec.needed, device="meta")]
         parts = parts_of(sources)
         grads: list[Part | None] = [None] * len(formula.inputs)
         for k, made in zip(self.needed, parts[count:], strict=True):
@@ -384,7 +379,7 @@ def latent_outputs(operands: Operands, spec: Sampling, **options: Any) -> list[T
         z = mean.new_empty(shape, dtype=dtype, **options)
     if spec.kl_dtype is None:
         return [z]
-    return [z, mean.new_empty(_kept(shape, spec.kl_dim), dtype=spec.kl_dtype, **options)]
+    return [z, mean.new_empty(_shape_without(shape, spec.kl_dim), dtype=spec.kl_dtype, **options)]
 
 
 def _latent_work(
@@ -434,7 +429,7 @@ class LatentCall:
         self.spec = spec
         self.device = _device_of(operands)
         outputs = latent_outputs(operands, spec, device="meta")
-        self._outputs = _likes(outputs)
+        self._outputs = _descriptions(outputs)
         sources = [*operands, *outputs]
         parts = parts_of(sources)
         z, *value = parts[len(operands) :]
@@ -445,14 +440,9 @@ class LatentCall:
 
     def outputs(self, operands: Operands) -> list[Tensor]:
         """The sample, and the divergence if the call has one."""
-        outputs = _made(self._outputs, self.device)
+        outputs = _allocated(self._outputs, self.device)
         self._launch((*operands, *outputs))
         return outputs
-
-
-def latent_gradients(operands: Operands, spec: SamplingGradient, **options: Any) -> list[Tensor]:
-    """The gradients of the divergence's inputs, uninitialised."""
-    return _gradients(operands, spec.needed, **options)
 
 
 class LatentGradientCall:
@@ -460,7 +450,7 @@ class LatentGradientCall:
 
     def __init__(self, operands: Operands, spec: SamplingGradient, keeps_workspace: bool = True) -> None:
         self.needed = positions(spec.needed)
-        sources = [*operands, *latent_gradients(operands, spec, device="meta")]
+        sources = [*operands, *empty_gradients(operands, spec.needed, device="meta")]
         parts = parts_of(sources)
         grads: list[Part | None] = [None] * len(spec.formula.inputs)
         for k, made in zip(self.needed, parts[len(operands) :], strict=True):

@@ -19,8 +19,8 @@ from torch.nn.functional import linear
 
 from . import autograd
 from .backend import evaluation
-from .backend.reference import Number, form_fields, replaced, working_dtype
-from .backend.specs import Objective, TermGradient
+from .backend.reference import Number, replaced, working_dtype
+from .backend.specs import Objective
 from .calls import ObjectiveCall, Operand, Operands, ScaleCall, TermGradientCall, find, positions
 from .torch_private import is_transformed
 
@@ -36,7 +36,7 @@ def usual_block(rows: int, device_type: str) -> int:
     return max(columns // _ALIGNED, 1) * _ALIGNED
 
 
-_HIDDEN, _WEIGHT, _BIAS, _X = range(4)
+_WEIGHT, _BIAS, _X = 1, 2, 3
 """Positions of operands."""
 
 
@@ -56,17 +56,20 @@ class LinearLikelihoodCall:
         """The operands whose gradients are wanted."""
         self.is_deferred = is_deferred
         """Whether these are left to the backward pass."""
-        self.scale: ScaleCall | None = None
+        self.rescaling: ScaleCall | None = None
         """Of the gradients made in the forward pass."""
 
 
-Factors = tuple[Number, Number]
-"""What a sum is multiplied by, and what its gradients are: the same, but for what these are scaled by."""
+class Factors(NamedTuple):
+    """What a sum is multiplied by, and what its gradients are: the same, but for what these are scaled by."""
+
+    of_value: Number
+    of_gradients: Number
 
 
 def linear_likelihood(call: LinearLikelihoodCall, factors: Factors, operands: Operands) -> Tensor:
     """-log p(x), summed over all elements or over those of a row, times the factors."""
-    fixed = tuple([f.detach() if isinstance(f, Tensor) else f for f in factors])
+    fixed = Factors(*[f.detach() if isinstance(f, Tensor) else f for f in factors])
     value: Tensor = _LinearLikelihood.apply(call, fixed, *operands)
     return value
 
@@ -107,7 +110,7 @@ def _blocks(call: LinearLikelihoodCall, operands: Operands) -> Iterator[_Block]:
                 torch.addmm(bias[span], hidden, weight[span].t(), out=part)
             parts.append((part, span))
         taken: Operands = [out, *[_columns_of(t, start, stop, columns) for t in (x, *others)]]
-        taken = autograd._converted(autograd._conversions(taken, dtype, out.device), taken)
+        taken = autograd.converted(autograd.conversions_of(taken, dtype, out.device), taken)
         yield _Block(slice(start, stop), out, parts, list(taken))
 
 
@@ -174,7 +177,7 @@ def _split(needed: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 
 
 def _forward(
-    call: LinearLikelihoodCall, factor: Number, operands: Operands
+    call: LinearLikelihoodCall, gradient_factor: Number, operands: Operands
 ) -> tuple[Tensor, list[Tensor | None] | None]:
     """The sum, or sums, in float64, and the gradients if they are made with it."""
     spec, x = call.spec, operands[_X]
@@ -185,67 +188,55 @@ def _forward(
     total = torch.zeros(x.shape[:1] if spec.values == "sample" else (), dtype=torch.float64, device=x.device)
     gradients = _Gradients(call.needed, operands) if makes else None
     for block in _blocks(call, operands):
-        given = (*block.operands, None, factor)
-        (value,), made = find(ObjectiveCall, given, spec, True, True).forward(given)
+        given = (*block.operands, None, gradient_factor)
+        (value,), found = find(ObjectiveCall, given, spec, True, True).run(given)
         total += value
         if gradients is not None:
-            gradients.add(block, _split(needed, made))
+            gradients.add(block, _split(needed, found))
     return total, None if gradients is None else gradients.finished()
 
 
-def _gradients(call: LinearLikelihoodCall, incoming: Tensor, operands: Operands) -> list[Tensor | None]:
+def _backward(call: LinearLikelihoodCall, incoming: Tensor, operands: Operands) -> list[Tensor | None]:
     """The gradients, for one of the sum, or of the sums."""
     spec = call.spec
     (term,) = spec.terms()
     needed = _needed_of_block(call)
-    maps, squared, limits = form_fields(term.forms)
-    gradient = TermGradient(
-        formula=term.formula.name,
-        maps=maps,
-        squared=squared,
-        limits=limits,
-        gains=(),
-        dim=None,
-        packed_dim=spec.packed_dim,
-        needed=needed,
-        backend=spec.backend,
-    )
+    gradient = spec.gradient(term, needed)
     gradients = _Gradients(call.needed, operands)
     for block in _blocks(call, operands):
         inputs = block.operands if term.weight is not None else [*block.operands, None]
         given = (*inputs, incoming)
-        made = find(TermGradientCall, given, gradient, True, True).outputs(given)
-        gradients.add(block, _split(needed, made))
+        found = find(TermGradientCall, given, gradient, True, True).outputs(given)
+        gradients.add(block, _split(needed, found))
     return gradients.finished()
 
 
 class _LinearLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: LinearLikelihoodCall, factors: Factors, *operands: Any) -> Any:
-        factor, grad_factor = factors
-        value, gradients = _forward(call, grad_factor, operands)
-        ctx.call, ctx.factor, ctx.is_made = call, grad_factor, gradients is not None
+        value, gradients = _forward(call, factors.of_gradients, operands)
+        ctx.call, ctx.gradient_factor, ctx.is_made = call, factors.of_gradients, gradients is not None
         ctx.gradients = None if gradients is None else [g for g in gradients if g is not None]
         ctx.tensors = positions([isinstance(t, Tensor) for t in operands])
         ctx.numbers = [None if isinstance(t, Tensor) else t for t in operands]
         ctx.save_for_backward(*[operands[k] for k in ctx.tensors])
-        return (value * factor).to(call.spec.dtype)
+        return (value * factors.of_value).to(call.spec.dtype)
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> Any:
         call: LinearLikelihoodCall = ctx.call
         is_differentiated = torch.is_grad_enabled() or is_transformed((incoming,))
         if ctx.is_made and not is_differentiated:
-            made = iter(autograd._scaled(ctx, incoming))
+            made = iter(autograd.scaled(ctx, incoming))
             return None, None, *[next(made) if needed else None for needed in call.needed]
         operands = list(ctx.numbers)
         for k, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
             operands[k] = tensor
         if not is_differentiated:
-            return None, None, *_gradients(call, autograd._as_weight(incoming) * ctx.factor, operands)
+            return None, None, *_backward(call, autograd.as_weight(incoming) * ctx.gradient_factor, operands)
 
         def formula(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Operand) -> list[Tensor]:
             out = linear(hidden, weight, bias)
-            return evaluation.objective(call.spec, (out, *others, None, ctx.factor))[:1]
+            return evaluation.objective(call.spec, (out, *others, None, ctx.gradient_factor))[:1]
 
-        return None, None, *autograd._second_order(formula, operands, [incoming])
+        return None, None, *autograd.second_order(formula, operands, [incoming])

@@ -25,11 +25,10 @@ from .calls import (
     ObjectiveCall,
     Operands,
     TermGradientCall,
+    empty_gradients,
     find,
-    latent_gradients,
     latent_outputs,
     objective_outputs,
-    term_gradients,
 )
 from .torch_private import FunctionalTensorMode, below_autograd, is_transformed, is_watched
 
@@ -138,6 +137,12 @@ _SPECS: dict[str, Callable[..., Any]] = {
 
 _FORMS = "str[] maps, bool[] squared, float[] limits"
 
+
+def gradient_outputs(operands: Operands, spec: TermGradient | SamplingGradient, **options: Any) -> list[Tensor]:
+    """The gradients, uninitialised."""
+    return empty_gradients(operands, spec.needed, **options)
+
+
 objective = Operator(
     "objective",
     ObjectiveCall,
@@ -149,7 +154,7 @@ objective = Operator(
 term_gradient = Operator(
     "term_gradient",
     TermGradientCall,
-    term_gradients,
+    gradient_outputs,
     f"str formula, {_FORMS}, float[] gains, int[]? dim, int packed_dim, bool[] needed, str backend",
 )
 latent = Operator(
@@ -162,7 +167,7 @@ latent = Operator(
 latent_gradient = Operator(
     "latent_gradient",
     LatentGradientCall,
-    latent_gradients,
+    gradient_outputs,
     f"str divergence, {_FORMS}, int? samples, bool at_sample, int[] kl_dim, int packed_dim, bool[] needed, str backend",
 )
 

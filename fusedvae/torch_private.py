@@ -219,3 +219,8 @@ current_stream_address: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", _address_of_current_stream
 )
 """The address of a GPU's current stream, without a Stream object being made for it."""
+
+is_capturing: Callable[[], bool] = getattr(
+    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
+)
+"""Whether the current stream of the current GPU is being captured in a graph: the public function but for a frame."""

@@ -318,3 +318,24 @@ def test_numbers_of_numpy_are_numbers(kind: type[np.floating]) -> None:
         found = functional.kl_standard_normal(packed, None, packed_dim=np.int64(dim))
         assert torch.equal(found, functional.kl_standard_normal(packed, None, packed_dim=dim))
     assert functional.reparameterize(packed, packed, offset=np.int64(5)).shape == packed.shape
+
+
+@pytest.mark.parametrize("scale", ["std", "var", "softplus"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_no_number_has_no_derivative_that_is_one(target: Target, scale: str, dtype: torch.dtype) -> None:
+    """Of an infinite scale: a gradient of 0 would hide from a loss scaler that something has overflowed."""
+    mu = torch.zeros(2, 5, dtype=dtype)
+    s = torch.full((2, 5), torch.inf, dtype=dtype).requires_grad_()
+    prior = torch.full((5,), 0.5, dtype=dtype)
+    values = [
+        functional.kl_standard_normal(mu, s, scale=scale),
+        functional.kl_normal(mu, s, 0.0, prior, scale=scale, prior_scale="std"),
+        functional.latent(mu, s, scale=scale, noise=torch.ones_like(mu), estimator="sample")[1],
+        functional.poisson_nll(s, mu + 1, scale="rate"),
+        functional.poisson_nll(s, mu + 1, scale="rate", full=True),
+        functional.negative_binomial_nll(mu + 1, mu + 1, s, scale="theta"),
+    ]
+    for value in values:
+        assert value.isnan().all()
+        (found,) = torch.autograd.grad(value.sum(), s)
+        assert not found.isfinite().any() or target.backend == "reference"

@@ -298,16 +298,16 @@ def test_a_loss_scaler_does_not_underflow_float16() -> None:
 
 def test_one_pass_makes_all_that_float16_leaves_to_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[bool, ...]] = []
-    forward = calls.ObjectiveCall.forward
+    run = calls.ObjectiveCall.run
 
     def recorded(call: calls.ObjectiveCall, operands: Operands) -> Any:
         made.append(call.spec.needed)
-        return forward(call, operands)
+        return run(call, operands)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a term of its own")
 
-    monkeypatch.setattr(calls.ObjectiveCall, "forward", recorded)
+    monkeypatch.setattr(calls.ObjectiveCall, "run", recorded)
     monkeypatch.setattr(calls, "TermGradientCall", refuse)
     monkeypatch.setattr(autograd, "TermGradientCall", refuse)
     t = operands(torch.float16)
@@ -468,14 +468,14 @@ def test_every_way_to_a_call_compiles_into_one_graph(options: dict[str, Any], dt
 def test_behind_the_dispatcher_a_gpu_makes_no_gradients_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     # What would be made there is not ours to scale in place: 9N elements would be moved, and so 8N are.
     specs: list[Objective] = []
-    made = autograd.made_in_forward
+    made = autograd.forward_spec_of
 
     def recorded(spec: Objective, operands: Operands, **options: bool) -> Objective:
         specs.append(spec)
         return made(spec, operands, **options)
 
     monkeypatch.setattr(calls, "_calls", {})  # or the call may have been made before
-    monkeypatch.setattr(autograd, "made_in_forward", recorded)
+    monkeypatch.setattr(autograd, "forward_spec_of", recorded)
     functional.gaussian_nll(*(torch.randn(2, 3, requires_grad=True) for _ in range(3)))
     for device, is_dispatched in itertools.product(("cpu", "cuda"), (False, True)):
         with FakeTensorMode():
@@ -487,7 +487,7 @@ def test_behind_the_dispatcher_a_gpu_makes_no_gradients_ahead(monkeypatch: pytes
 def test_a_number_on_the_cpu_is_read_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     beta = torch.tensor(0.75, device="cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    (conversion,) = autograd._conversions((beta,), torch.float32, torch.device("cuda", 0))
+    (conversion,) = autograd.conversions_of((beta,), torch.float32, torch.device("cuda", 0))
     assert conversion.convert(beta) == 0.75
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match="a 0-dim tensor on the CPU"):

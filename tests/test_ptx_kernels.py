@@ -159,7 +159,8 @@ for task in (native._C.ObjectiveTask, native._C.ScaleTask):
     task.launch = task.launch.__wrapped__
 executor.library().forget_all()
 executor.library().allow((1 << 12, 1 << 47))
-workspace = native._Workspace(torch.empty(1 << 20, dtype=torch.uint8), native._C.cuda_counters()[0])
+sums = torch.empty(1 << 20, dtype=torch.uint8)
+workspace = native._Workspace(sums, sums.data_ptr(), native._C.cuda_counters()[0])
 native._workspace = lambda *where, **options: workspace
 
 def step(mean, target, logvar):

@@ -25,7 +25,7 @@ class Capture:
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     found = Capture()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.is_on)
+    monkeypatch.setattr(native, "is_capturing", lambda: found.is_on)
     return found
 
 
@@ -36,13 +36,14 @@ class TestNative:
         self.memory = torch.zeros(3, dtype=torch.int32)
         counters = self.memory.data_ptr(), len(self.memory)
         monkeypatch.setattr(native, "_C", SimpleNamespace(cuda_counters=lambda: counters))
-        for name in ("_sums", "_counters", "_free_counters"):
+        for name in ("_workspaces", "_counters", "_free_counters"):
             monkeypatch.setattr(native, name, {})
 
     def number(self, workspace: Any) -> int | None:
         """Which counter a workspace has of the extension's; None for one with a zero of its own."""
-        sums, counter = workspace
-        assert sums.data_ptr() % 16 == 0
+        sums, counter = workspace.sums, workspace.counter
+        assert sums.data_ptr() == workspace.address
+        assert workspace.address % 16 == 0
         number, rest = divmod(counter - self.memory.data_ptr(), 4)
         if rest == 0 and 0 <= number < len(self.memory):
             return number
@@ -63,7 +64,7 @@ class TestNative:
         first, again = (native._workspace(CPU, 1, 100, is_kept=False) for _ in range(2))
         assert self.number(first) == self.number(again) == 0
         assert first.sums.data_ptr() != again.sums.data_ptr()
-        assert native._sums == {}
+        assert native._workspaces == {}
 
     @pytest.mark.parametrize("is_kept", [True, False])
     def test_every_captured_launch_has_its_own(self, capture: Capture, is_kept: bool):
@@ -101,7 +102,7 @@ class TestTriton:
 
         self.launch = launch
         monkeypatch.setattr(launch, "_GRAPH_COUNTERS", 12)
-        monkeypatch.setattr(launch, "_is_capturing", lambda device: torch.cuda.is_current_stream_capturing())
+        monkeypatch.setattr(launch, "_is_capturing", lambda device: capture.is_on)
         for name in ("_workspaces", "_graph_counters"):
             monkeypatch.setattr(launch, name, {})
 

@@ -156,7 +156,7 @@ __device__ __forceinline__ void with_type(DType dtype, const F& f) {
   }
 }
 
-// V elements that make more than 16 bytes do not occur: accesses are to fewer then.
+// Wider accesses are never chosen (see Layouts); this keeps them from being compiled.
 template <int V, class S>
 constexpr bool kFits = V * sizeof(S) <= 16;
 
@@ -477,13 +477,13 @@ class Layouts {
   int width() const { return width_; }
   bool are_samples_rows() const { return are_samples_rows_; }
   // Whether all are of the dtype; or those are that must be, and there is an OtherSource for the rest.
-  bool all(DType dtype) const { return suit(dtype) && (others_ & ~bit(dtype)) == 0; }
-  bool suit(DType dtype) const {
+  bool are_all(DType dtype) const { return suits(dtype) && (others_ & ~bit(dtype)) == 0; }
+  bool suits(DType dtype) const {
     const unsigned others = others_ & ~(bit(dtype) | bit(DType::u8) | bit(DType::f32));
     return !in_double_ && all_one_ && (!some_ || dtype_ == dtype) && others == 0;
   }
   // Whether all are of one dtype.
-  bool are_alike() const { return all(dtype_); }
+  bool are_alike() const { return are_all(dtype_); }
 
  private:
   static unsigned bit(DType dtype) { return 1u << static_cast<int>(dtype); }
@@ -513,16 +513,16 @@ void with_mixed_access(const Layouts& layouts, const F& f) {
 
 // Whether there is an access to flat operands: such of one dtype, but for those that may have another.
 inline bool has_flat_access(const Layouts& layouts) {
-  const bool is_half = layouts.suit(DType::bf16) || layouts.suit(DType::f16);
-  return is_half ? layouts.width() >= 8 : layouts.suit(DType::f32) && layouts.width() >= 4;
+  const bool is_half = layouts.suits(DType::bf16) || layouts.suits(DType::f16);
+  return is_half ? layouts.width() >= 8 : layouts.suits(DType::f32) && layouts.width() >= 4;
 }
 
 // Calls f with it.
 template <class F>
 void with_flat_access(const Layouts& layouts, const F& f) {
-  if (layouts.suit(DType::bf16))
+  if (layouts.suits(DType::bf16))
     f(FlatBfloat16{});
-  else if (layouts.suit(DType::f16))
+  else if (layouts.suits(DType::f16))
     f(FlatFloat16{});
   else
     f(FlatFloat32{});

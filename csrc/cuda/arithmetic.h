@@ -1,8 +1,8 @@
 // The elementary functions of the formula headers for one number. To be included before those headers.
 //
-// CUDA's own, at their full accuracy (nothing here is compiled with --use_fast_math), but for those on the way from a
-// counter to a normal and from a log-variance to a deviation, on which the latent spends most of its instructions:
-// these are to an ulp or two, and leave out what their arguments cannot be.
+// Our own where CUDA's cost more than they need to, to an ulp or two: exponentials, what a normal is made of (these
+// leave out what their arguments cannot be), and ln(1 + x) of a known inverse. Else CUDA's, at their full accuracy:
+// nothing here is compiled with --use_fast_math.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -108,8 +108,7 @@ void latent(const LatentTask& given, const Launch& on) {
   };
   is_flat ? with_flat_access(layouts, launch_flat) : launch_general(task, plan, layouts, on);
   if (plan.finish.is_large())
-    launch("finish", finish_kernel, static_cast<unsigned>(plan.finish.blocks), kThreads, 0,
-           static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on));
+    launch("finish", finish_kernel, static_cast<unsigned>(plan.finish.blocks), on, task, plan, Workspace(on));
 }
 
 }  // namespace cuda

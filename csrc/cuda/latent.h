@@ -176,13 +176,14 @@ class LatentPass {
       const auto [deviation, growth] = FUSEDVAE_NAMESPACE::deviation_and_growth<kRounding>(in[1]);
       beside.z = in[0] + deviation * noise;
       beside.d_scale = 0.5f * (deviation * noise);
-      beside.spreads.of = {in[1], growth};
+      beside.spreads.derived = {in[1], growth};
     } else {
       const Derived<T> deviation = deviation_of(in[1]);
       beside.z = in[0] + deviation.value * noise;
       beside.d_scale = noise * deviation.slope;
     }
-    const auto at = FUSEDVAE_NAMESPACE::divergence_at<Divergence>(in, beside.spreads.of, beside.z, noise, incoming);
+    const auto at =
+        FUSEDVAE_NAMESPACE::divergence_at<Divergence>(in, beside.spreads.derived, beside.z, noise, incoming);
     beside.element = at.element;
     beside.d_z = at.d_z;
   }
@@ -253,8 +254,7 @@ __global__ void __launch_bounds__(kThreads, kLatentBlocks<A, sums, makes>)
 
 template <class A, Sums sums, LatentMakes makes = LatentMakes::anything, bool is_bounded = false>
 void launch_latent(const LatentTask& task, const LatentPlan& plan, const Launch& on) {
-  launch("latent", latent_kernel<A, sums, makes, is_bounded>, grid_of(plan.blocks), kThreads, 0,
-         static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on));
+  launch("latent", latent_kernel<A, sums, makes, is_bounded>, grid_of(plan.blocks), on, task, plan, Workspace(on));
 }
 
 // Where the kernels for any task are: of operands of any dtypes.

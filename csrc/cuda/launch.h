@@ -25,8 +25,9 @@ constexpr int kBlocksPerMultiprocessor = 6;
 constexpr int kBlocksPerMultiprocessor = 8;
 #endif
 
-inline void check(cudaError_t error, const std::string& what) {
-  if (error != cudaSuccess) throw std::runtime_error("fusedvae: " + what + ": " + cudaGetErrorString(error));
+inline void check(cudaError_t error, const char* what, const char* of = "") {
+  if (error != cudaSuccess)
+    throw std::runtime_error("fusedvae: " + std::string(what) + of + ": " + cudaGetErrorString(error));
 }
 
 // Asked once a device.
@@ -53,11 +54,12 @@ inline unsigned grid_for(int64_t blocks, int blocks_per_multiprocessor, int devi
   return static_cast<unsigned>(grid > 1 ? grid : 1);
 }
 
+// In blocks of kThreads.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t stream, Arguments&&... arguments) {
-  kernel<<<grid, block, shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
-  check(cudaGetLastError(), std::string("launching the kernel ") + name + " failed");
+void launch(const char* name, void (*kernel)(Parameters...), unsigned grid, const Launch& on,
+            Arguments&&... arguments) {
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(on.stream)>>>(std::forward<Arguments>(arguments)...);
+  check(cudaGetLastError(), "launching the kernel ", name);
 }
 
 }  // namespace cuda

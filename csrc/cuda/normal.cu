@@ -39,8 +39,7 @@ template <class S, int V>
 void launch_normal(const NormalTask& task, const Launch& on) {
   const int64_t threads = (task.count + V - 1) / V;
   const unsigned grid = grid_for((threads + kThreads - 1) / kThreads, kBlocksPerMultiprocessor, on.device);
-  launch("normal", normal_kernel<S, V>, grid, kThreads, 0, static_cast<cudaStream_t>(on.stream),
-         static_cast<char*>(task.out.data), task.count, task.seed);
+  launch("normal", normal_kernel<S, V>, grid, on, static_cast<char*>(task.out.data), task.count, task.seed);
 }
 
 template <class S>

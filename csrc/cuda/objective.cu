@@ -57,10 +57,10 @@ bool plan_total(const ObjectiveTask& task, const Plan& plan, Total& total) {
     if (is_given && !term.given.data) return false;
     addends.factor = term.factor * number(term.normalizer);
     addends.coefficient = number(term.coefficient);
-    addends.normalizer = term.normalizer.data;
+    addends.normalizer_data = term.normalizer.data;
     addends.normalizer_dtype = term.normalizer.dtype;
-    addends.beta = term.coefficient.data;
-    addends.beta_dtype = term.coefficient.dtype;
+    addends.coefficient_data = term.coefficient.data;
+    addends.coefficient_dtype = term.coefficient.dtype;
     addends.constant = own.whole_constant;
     addends.first = static_cast<uint32_t>(own.first_value_partial);
     addends.count = static_cast<uint32_t>(own.addends);
@@ -218,8 +218,7 @@ void objective(const ObjectiveTask& given, const Launch& on) {
   else
     launch_mixed(task, plan, layouts, on);
   if (plan.finish.is_large())
-    launch("finish", finish_kernel, static_cast<unsigned>(plan.finish.blocks), kThreads, 0,
-           static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on));
+    launch("finish", finish_kernel, static_cast<unsigned>(plan.finish.blocks), on, task, plan, Workspace(on));
 }
 
 }  // namespace cuda

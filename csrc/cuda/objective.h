@@ -10,10 +10,8 @@
 namespace fusedvae {
 namespace cuda {
 
-// Blocks on a multiprocessor. Passes over flat operands leave room for four, or for three where a formula has four
-// inputs or a logistic function: with three inputs of 16 bytes for each thread, 48 KB or 36 KB are on their way. The
-// sums of columns, one for each input and element of an access, leave room for two, and so do vectors of any dtypes and
-// terms in general; those in float64 for one.
+// Blocks on a multiprocessor. The sums of columns, one for each input and element of an access, leave room for two, and
+// so do vectors of any dtypes and terms in general; those in float64 for one.
 template <class A>
 constexpr int kBlocks = std::is_same_v<A, MixedDoubleScalar> ? 1 : 2;
 
@@ -36,9 +34,10 @@ struct Total {
     DType given_dtype = DType::f32, dtype = DType::f32;
     void* given = nullptr;  // or values in memory
     int64_t given_stride = 0;
-    void* out = nullptr;                          // the term
-    void *normalizer = nullptr, *beta = nullptr;  // what factor and coefficient are times, if these are in memory
-    DType normalizer_dtype = DType::f32, beta_dtype = DType::f32;
+    void* out = nullptr;  // the term
+    // What factor and coefficient are times, if these are in memory.
+    void *normalizer_data = nullptr, *coefficient_data = nullptr;
+    DType normalizer_dtype = DType::f32, coefficient_dtype = DType::f32;
   };
   Addends terms[ObjectiveTask::kMostTerms];
   void* loss = nullptr;
@@ -96,8 +95,9 @@ __device__ __forceinline__ void finish_total(const Total& total, const double* p
     const Total::Addends& term = total.terms[k];
     factors[k] = term.factor;
     coefficients[k] = term.coefficient;
-    if (term.normalizer != nullptr) factors[k] *= load_apart(term.normalizer, term.normalizer_dtype, 0);
-    if (term.beta != nullptr) coefficients[k] *= load_apart(term.beta, term.beta_dtype, 0);
+    if (term.normalizer_data != nullptr) factors[k] *= load_apart(term.normalizer_data, term.normalizer_dtype, 0);
+    if (term.coefficient_data != nullptr)
+      coefficients[k] *= load_apart(term.coefficient_data, term.coefficient_dtype, 0);
     const int count = static_cast<int>(term.count);
     sums[k] = term.given == nullptr ? share_of_partials(partials + term.first, count)
                                     : share_of_given(term.given, term.given_dtype, term.given_stride, count);
@@ -167,8 +167,22 @@ __device__ __forceinline__ void finish(const ObjectiveTask& task, const Plan& pl
   for (int k = 0; k < task.count; ++k) finish_outputs(task.terms[k].elements, plan.terms[k], partials, crew);
 }
 
+// The end of a kernel: what is left to the block that is last to come here.
+__device__ __forceinline__ void finish_if_last(const ObjectiveTask& task, const Plan& plan,
+                                               const Workspace& workspace) {
+  if (plan.last_block_finishes && is_last_block(workspace.done)) finish(task, plan, workspace.partials, {0, 1});
+}
+
 // --- the kernels ------------------------------------------------------------------------------------------------
 
+using ObjectiveKernel = void (*)(ObjectiveTask, Plan, Workspace);
+
+inline void launch_kernel(ObjectiveKernel kernel, const ObjectiveTask& task, const Plan& plan, const Launch& on) {
+  launch("objective", kernel, grid_of(plan.blocks), on, task, plan, Workspace(on));
+}
+
+// Passes over flat operands leave room for four, or for three where a formula has four inputs or a logistic function:
+// with three inputs of 16 bytes for each thread, 48 KB or 36 KB are on their way.
 template <class Formula>
 constexpr int kFlatBlocks = Formula::kInputs > 3 || std::is_same_v<Formula, FUSEDVAE_NAMESPACE::BernoulliNll> ? 3 : 4;
 // Passes over flat operands that are adapted: two, or one of eight elements at a time and four inputs.
@@ -240,8 +254,7 @@ __global__ void __launch_bounds__(kThreads, kFlatBlocks<Formula>)
     run_flat_term<A, Formula>(task, task.terms[0], plan.terms[0], workspace.partials);
   else if (blockIdx.x < plan.blocks)
     run_flat_term<A, UsualDivergence>(task, task.terms[1], plan.terms[1], workspace.partials);
-  if (!plan.last_block_finishes || !is_last_block(workspace.done)) return;
-  finish(task, plan, workspace.partials, {0, 1});
+  finish_if_last(task, plan, workspace);
 }
 
 // A term, whatever it is, of a formula that is known when compiling, or void.
@@ -263,8 +276,7 @@ __global__ void __launch_bounds__(kThreads, kAdaptedBlocks<A, Formula>)
     run_general<A, Formula, Sums::of_all>(task, task.terms[0], plan.terms[0], workspace.partials);
   else if (blockIdx.x < plan.blocks)
     run_general<A, UsualDivergence, Sums::of_all>(task, task.terms[1], plan.terms[1], workspace.partials);
-  if (!plan.last_block_finishes || !is_last_block(workspace.done)) return;
-  finish(task, plan, workspace.partials, {0, 1});
+  finish_if_last(task, plan, workspace);
 }
 
 // A term, whatever it is.
@@ -294,8 +306,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
   for (int k = 0; k < ObjectiveTask::kMostTerms; ++k)
     if (block_of(plan.terms[k]) < plan.terms[k].blocks)
       run_term<A, sums, general>(task, task.terms[k], plan.terms[k], workspace.partials);
-  if (!plan.last_block_finishes || !is_last_block(workspace.done)) return;
-  finish(task, plan, workspace.partials, {0, 1});
+  finish_if_last(task, plan, workspace);
 }
 
 // Where the kernels are: for flat operands of one dtype, for operands of any dtypes, and for any terms, in float64 too.
@@ -307,8 +318,7 @@ void launch_general(const ObjectiveTask&, const Plan&, const Layouts&, const Lau
 
 template <class A, Sums sums, bool general>
 void launch_objective(const ObjectiveTask& task, const Plan& plan, const Launch& on) {
-  launch("objective", objective_kernel<A, sums, general>, grid_of(plan.blocks), kThreads, 0,
-         static_cast<cudaStream_t>(on.stream), task, plan, Workspace(on));
+  launch_kernel(objective_kernel<A, sums, general>, task, plan, on);
 }
 
 }  // namespace cuda

@@ -6,13 +6,6 @@
 namespace fusedvae {
 namespace cuda {
 
-using ObjectiveKernel = void (*)(ObjectiveTask, Plan, Workspace);
-
-inline void launch_kernel(ObjectiveKernel kernel, const ObjectiveTask& task, const Plan& plan, const Launch& on) {
-  launch("objective", kernel, grid_of(plan.blocks), kThreads, 0, static_cast<cudaStream_t>(on.stream), task, plan,
-         Workspace(on));
-}
-
 // A formula's kernel, if it is light: for plain tasks, or for any.
 template <class A, class Formula, bool is_plain>
 constexpr ObjectiveKernel kernel_for() {

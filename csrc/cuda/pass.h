@@ -118,7 +118,7 @@ struct Inputs {
 // What a formula derives from its scales, and the derivatives of the forms that these are in.
 template <class Formula, class T>
 struct Spreads {
-  decltype(Formula::plain(static_cast<const T*>(nullptr))) of{};
+  decltype(Formula::plain(static_cast<const T*>(nullptr))) derived{};
   T slopes[kMostScales] = {T(1), T(1)};
 };
 
@@ -166,14 +166,14 @@ __device__ __forceinline__ void get_spreads(const Adaptation<typename A::T>& ada
                                             Spreads<Formula, typename A::T> (&spreads)[A::V]) {
   if (Formula::kScales == 0 || is_plain) {
     FUSEDVAE_UNROLL
-    for (int j = 0; j < A::V; ++j) spreads[j].of = Formula::plain(Inputs<A, inputs>(lanes, j).of);
+    for (int j = 0; j < A::V; ++j) spreads[j].derived = Formula::plain(Inputs<A, inputs>(lanes, j).of);
   } else if constexpr (Formula::kScales > 0) {
     Scale<typename A::T> scales[A::V][kMostScales];
     get_scales<0, Formula>(adaptation, lanes, scales);
     get_scales<1, Formula>(adaptation, lanes, scales);
     FUSEDVAE_UNROLL
     for (int j = 0; j < A::V; ++j) {
-      spreads[j].of = Formula::derive(scales[j]);
+      spreads[j].derived = Formula::derive(scales[j]);
       FUSEDVAE_UNROLL
       for (int k = 0; k < Formula::kScales; ++k) spreads[j].slopes[k] = scales[j][k].slope;
     }
@@ -393,7 +393,7 @@ class GeneralPass {
       FUSEDVAE_UNROLL
       for (int j = 0; j < A::V; ++j) {
         const Inputs<A, kInputs> in(inputs, j);
-        auto element = Found::element(in.of, spreads[j].of, weight.at[j] * incoming.at[j] * factor_);
+        auto element = Found::element(in.of, spreads[j].derived, weight.at[j] * incoming.at[j] * factor_);
         if (!is_plain_) adapt<Found>(adaptation_, spreads[j], element.grads);
         if (is_weighted_) weigh(weight.at[j], element);
         made.take_value(j, element.value);

@@ -54,7 +54,7 @@ void scale(const ScaleTask& task, const Launch& on) {
   if (elements == 0 && !task.product) return;
   // 16 elements a thread and more: with a factor of 1, a block is over as soon as it starts.
   const unsigned grid = grid_for((elements + 16 * kThreads - 1) / (16 * kThreads), kBlocksPerMultiprocessor, on.device);
-  launch("scale", scale_kernel, grid, kThreads, 0, static_cast<cudaStream_t>(on.stream), task);
+  launch("scale", scale_kernel, grid, on, task);
 }
 
 }  // namespace cuda

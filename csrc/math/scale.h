@@ -91,7 +91,11 @@ template <int power, class N, class T>
 FUSEDVAE_INLINE Scale<T> scale_of_base(const FormIn<N>& form, T given) {
   const Derived<T> x = bounded(form, given);
   const Derived<T> base = base_of(form, x.value);
-  const T inverse = 1.0f / base.value, log = logarithm(base.value), slope = through(base.slope * inverse, x.slope);
+  const T inverse = 1.0f / base.value, log = logarithm(base.value);
+  // Infinity less its logarithm is no number, and no more is the derivative: that of the logarithm, 0, would hide it. A
+  // scale that divides leaves nothing when it is infinite.
+  const T unknown = power == 0 || power == 1 ? base.value - base.value : number<T>(0);
+  const T slope = through(base.slope * inverse + unknown, x.slope);
   const T root = power < 0 ? inverse : base.value;
   const T more = root - 1.0f;  // near 1 to the last digit, which its square has not
   const T first = power == 0 ? more : root, second = power == 0 ? more * (root + 1.0f) : root * root;

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedvae.layout import Strides
-from fusedvae.torch_private import current_gpu, current_stream_address
+from fusedvae.torch_private import current_gpu, current_stream_address, is_capturing
 from fusedvae.version import __version__
 
 from . import MOST_KEPT, LatentWork, Launcher, ObjectiveWork, Part, TermWork, of_gpu, openmp
@@ -125,8 +125,8 @@ def _launcher(
             task.launch(sources, gpu, stream, 0, 0)
             return
         # Until the launch, its memory must not become anyone else's; after it, the stream's order sees to that.
-        sums, counter = _workspace(device, stream, size, is_kept=is_kept)
-        task.launch(sources, gpu, stream, sums.data_ptr(), counter)
+        workspace = _workspace(device, stream, size, is_kept=is_kept)
+        task.launch(sources, gpu, stream, workspace.address, workspace.counter)
 
     return with_copies(launch, copies)
 
@@ -136,11 +136,13 @@ class _Workspace(NamedTuple):
 
     sums: Tensor
     """Memory for partial sums."""
+    address: int
+    """Its address."""
     counter: int
     """The address of one that is 0 before a launch, and after it."""
 
 
-_sums: dict[tuple[torch.device, int], Tensor] = {}
+_workspaces: dict[tuple[torch.device, int], _Workspace] = {}
 _counters: dict[tuple[torch.device, int], int] = {}
 """One a GPU and stream: launches on one stream follow each other, and so may share them."""
 _free_counters: dict[torch.device, Iterator[int]] = {}
@@ -153,23 +155,26 @@ def _workspace(device: torch.device, stream: int, size: int, *, is_kept: bool) -
     Graphs are replayed on any stream, several at a time: each of their launches has its own, the sums in the graph's
     memory.
     """
-    is_capturing = torch.cuda.is_current_stream_capturing()
-    counter = _counter(device, stream, is_capturing=is_capturing)
+    in_graph = is_capturing()
+    stays = is_kept and not in_graph
+    found = _workspaces.get((device, stream)) if stays else None
+    if found is not None and found.sums.numel() >= size:
+        return found
+    counter = _counter(device, stream, in_graph=in_graph)
     if counter is None:
         zeros = torch.zeros(16 + size, dtype=torch.uint8, device=device)
-        return _Workspace(zeros[16:], zeros.data_ptr())
-    if is_capturing or not is_kept:
-        return _Workspace(torch.empty(size, dtype=torch.uint8, device=device), counter)
-    sums = _sums.get((device, stream))
-    if sums is None or sums.numel() < size:
-        sums = _sums[device, stream] = torch.empty(max(size, 1 << 16), dtype=torch.uint8, device=device)
-    return _Workspace(sums, counter)
+        return _Workspace(zeros[16:], zeros.data_ptr() + 16, zeros.data_ptr())
+    sums = torch.empty(max(size, 1 << 16) if stays else size, dtype=torch.uint8, device=device)
+    found = _Workspace(sums, sums.data_ptr(), counter)
+    if stays:
+        _workspaces[device, stream] = found
+    return found
 
 
-def _counter(device: torch.device, stream: int, *, is_capturing: bool) -> int | None:
+def _counter(device: torch.device, stream: int, *, in_graph: bool) -> int | None:
     """The address of the stream's counter on the current GPU, or of one that a captured launch has for good. None where
     there are no more."""
-    if is_capturing:  # A GPU that has not been asked for its counters might have to load them, which captures forbid.
+    if in_graph:  # A GPU that has not been asked for its counters might have to load them, which captures forbid.
         return next(_free_counters.get(device, iter(())), None)
     found = _counters.get((device, stream))
     if found is None:

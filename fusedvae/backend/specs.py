@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import FORMULAS, GIVEN, Form, Formula, Number, forms_of
+from .reference import FORMULAS, GIVEN, Form, Formula, Number, form_fields, forms_of
 
 
 class Placed(NamedTuple):
@@ -85,6 +85,21 @@ class Objective(NamedTuple):
         if self.reductions[0] != "none":
             return "total"
         return "sample" if self.dim is None else "element"
+
+    def gradient(self, term: Placed, needed: tuple[bool, ...]) -> TermGradient:
+        """Of some inputs of a term."""
+        maps, squared, limits = form_fields(term.forms)
+        return TermGradient(
+            formula=term.formula.name,
+            maps=maps,
+            squared=squared,
+            limits=limits,
+            gains=term.gains or (),
+            dim=self.dim,
+            packed_dim=self.packed_dim,
+            needed=needed,
+            backend=self.backend,
+        )
 
     @property
     def beta(self) -> int:

@@ -230,7 +230,7 @@ def _elbo_call(
     packed_dim: int,
     backend: str | None,
     inplace: bool,
-) -> autograd.RecordedObjective:
+) -> autograd.DifferentiableObjective:
     formula = LIKELIHOODS[likelihood]
     count = len(formula.inputs)
     names = [

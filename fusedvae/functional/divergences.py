@@ -170,7 +170,7 @@ def _divergence_call(
     dim: Dim,
     packed_dim: int,
     backend: str | None,
-) -> autograd.RecordedObjective:
+) -> autograd.DifferentiableObjective:
     """Of a divergence alone, of its inputs, what its weight adds, and 1, its coefficient."""
     formula = FORMULAS[name]
     inputs = operands[: len(formula.inputs)]

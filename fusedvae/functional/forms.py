@@ -22,7 +22,7 @@ class Written(NamedTuple):
 
 
 def as_written(scale: str | None, clamp: Bounds, eps: float) -> Written:
-    """As users wrote it; hashable, as calls are found by it. (What they write by saying nothing is None.)"""
+    """As users wrote it; hashable, as calls are found by it; None stands for the default."""
     return Written(scale, tuple(clamp) if isinstance(clamp, list) else clamp, eps)
 
 
@@ -73,9 +73,13 @@ def checked_recon_form(formula: Formula, written: Written | None) -> Form | None
 def checked_forms(
     formula: Formula, posterior: Written | None, prior: Written | None, prior_scale: Operand
 ) -> list[Form]:
-    """The forms of a divergence's scales. ``eps`` is the prior's too, where that comes from a network as well."""
+    """The forms of a divergence's scales. ``eps`` is the prior's too, where that comes from a network as well.
+
+    The prior's is checked where there is no prior, too, whose options a module may have for other calls.
+    """
     forms = [checked_form(("scale", "clamp", "eps"), posterior, formula)]
-    if len(formula.pairs) > 1:
+    has_prior = len(formula.pairs) > 1
+    if has_prior or prior is not None:
         prior = prior or Written("logvar", None, None)  # type: ignore[arg-type]
         eps = prior.eps
         if posterior is not None and eps is None:
@@ -84,4 +88,4 @@ def checked_forms(
         eps = 0.0 if eps is None else eps
         prior = replaced(prior, eps=eps)
         forms.append(checked_form(("prior_scale", "prior_clamp", "prior_eps"), prior, formula))
-    return forms
+    return forms if has_prior else forms[:1]

@@ -167,6 +167,8 @@ def _sampled(
     """The sample of a divergence's inputs and, if it has a name, the divergence."""
     if noise is not None and generator is not None:
         raise ValueError("generator: expected None when noise is given, which leaves nothing to draw")
+    if noise is not None and offset:
+        raise ValueError(f"offset: expected 0 when noise is given, which is no part of a stream; got {offset}")
     if generator is not None and not isinstance(generator, torch.Generator):
         if offset:
             raise ValueError(f"offset: expected 0 with generators that each have a stream of their own, got {offset}")
@@ -201,9 +203,10 @@ def _latent_call(
     dim: Dim,
     packed_dim: int,
     backend: str | None,
-) -> autograd.RecordedLatent:
+) -> autograd.DifferentiableLatent:
     *inputs, _, first, noise = operands
     formula = FORMULAS[divergence or "kl_standard_normal"]
+    check_integer("packed_dim", packed_dim)
     check_divergence(inputs, packed_dim)
     forms = checked_forms(formula, posterior, prior, inputs[-1] if len(inputs) > 2 else None)
     mu, logvar = inputs[:2]
@@ -235,7 +238,7 @@ def _latent_call(
     )
     # The seed is drawn when all is checked; what it is like is known.
     seed = torch.empty((), dtype=torch.int64, device=mu.device) if noise is None else None
-    return autograd.RecordedLatent((*inputs, seed, first, noise), spec)
+    return autograd.DifferentiableLatent((*inputs, seed, first, noise), spec)
 
 
 def _noise_of_each(

@@ -359,7 +359,7 @@ def _likelihood_call(
     packed_dim: int,
     backend: str | None,
     inplace: bool,
-) -> autograd.RecordedObjective:
+) -> autograd.DifferentiableObjective:
     formula = LIKELIHOODS[likelihood]
     inputs = operands[: len(formula.inputs)]
     check_likelihood(formula, inputs, formula.inputs, packed_dim)
@@ -522,7 +522,7 @@ def gaussian_nll_loss(
 
 def _variance_call(
     operands: Operands, full: bool, eps: float, reduction: str, backend: str | None
-) -> autograd.RecordedObjective:
+) -> autograd.DifferentiableObjective:
     """Of variances that are bounded by eps, of which their gradients know nothing."""
     terms = [(FORMULAS["gaussian_nll"], [Form("bounded", eps=eps)], 0)]
     return objective_call(operands, terms, (reduction,), () if reduction == "none" else None, 1, backend, full=full)

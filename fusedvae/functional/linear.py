@@ -12,7 +12,7 @@ from ..backend.evaluation import with_gradient_times
 from ..backend.reference import LIKELIHOODS, Number, form_fields
 from ..backend.specs import Objective, factor_of
 from ..calls import Operand
-from ..linear import LinearLikelihoodCall, linear_likelihood, usual_block
+from ..linear import Factors, LinearLikelihoodCall, linear_likelihood, usual_block
 from ..torch_private import is_any_autocast_enabled
 from ..typing import Backend, Bounds, LikelihoodName, LikelihoodScale, NormalScale, Reduction, TermReduction
 from .bounds import ELBOTerms
@@ -258,11 +258,11 @@ def run_linear_likelihood(
         options = (written, full, weight, reduction, None, max(out.dim() - 1, 1), backend)
         nll = run_likelihood(likelihood, (out, *inputs[1:]), *options)
         return nll if grad_scale is None else with_gradient_times(nll, grad_scale)
-    lead, columns = x.shape[:-1], x.shape[-1]
+    lead = x.shape[:-1]
     factor: Number = factor_of(reduction if weight is not None or reduction != "weighted_mean" else "mean", x.shape)
     for normalizer in weighting[1:]:
         factor = factor * normalizer  # type: ignore[operator]
-    rows = [_rows(t, lead, columns) for t in (*operands[3:-1], *weighting[:1])]
+    rows = [_rows(t, lead) for t in (*operands[3:-1], *weighting[:1])]
     enabled = torch.is_grad_enabled()
     maps, squared, limits = form_fields([form] if form else [])
     spec = Objective(
@@ -292,14 +292,14 @@ def run_linear_likelihood(
     )
     if isinstance(grad_scale, Tensor):  # a factor of one over so many has more digits than float32
         grad_scale = grad_scale.to(x.device, torch.float64)
-    factors = factor, factor if grad_scale is None else factor * grad_scale
+    factors = Factors(factor, factor if grad_scale is None else factor * grad_scale)
     value = linear_likelihood(call, factors, taken)
     if reduction == "none":
         return value if len(lead) == 1 else value.view(lead).flatten(1).sum(1)
     return value
 
 
-def _rows(operand: Operand, lead: torch.Size, columns: int) -> Operand:
+def _rows(operand: Operand, lead: torch.Size) -> Operand:
     """An operand that broadcasts to (*lead, columns), as a matrix that broadcasts to (rows, columns)."""
     if not isinstance(operand, Tensor) or operand.dim() == 0:
         return operand

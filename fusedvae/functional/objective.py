@@ -16,7 +16,7 @@ from ..backend.specs import Objective, dtype_of_sums, half_of, inverse_of
 from ..calls import Operand, Operands
 from ..layout import dense_strides
 from ..torch_private import has_hooks_on_saved_tensors, is_base_held, is_sharded, is_transformed, is_watched
-from .checks import check_packed, check_tensor, check_weight
+from .checks import check_integer, check_packed, check_tensor, check_weight
 
 
 def objective_call(
@@ -32,12 +32,13 @@ def objective_call(
     returns_terms: bool = False,
     is_grad_scaled: bool = False,
     inplace: bool = False,
-) -> autograd.RecordedObjective:
+) -> autograd.DifferentiableObjective:
     """The call of an objective of terms: formulas, their forms, and how many operands a weight adds to each.
 
     The operands have been checked: the inputs and the weighting of each term, then beta, then what gradients are scaled
     by.
     """
+    check_integer("packed_dim", packed_dim)
     first = operands[0]
     assert isinstance(first, Tensor)
     enabled = torch.is_grad_enabled()
@@ -79,9 +80,9 @@ def objective_call(
         # Kernels know no gradients of weights.
         backend="reference" if is_weight_learned else backend_for(operands, backend),
     )
-    call = autograd.RecordedObjective(operands, spec, in_place=inplace and needed[0])
+    call = autograd.DifferentiableObjective(operands, spec, in_place=inplace and needed[0])
     if call.in_place:
-        if call.forward is None:
+        if call.kernel_call is None:
             raise ValueError(
                 "inplace: expected False where gradients have memory of their own: with the reference formulas (which "
                 "compute the gradients of weights, too), under torch.compile, torch.func and tracing; got True"
@@ -148,7 +149,7 @@ def may_be_in_place() -> bool:
     return is_watched() or not has_hooks_on_saved_tensors()
 
 
-def check_memory(call: autograd.RecordedObjective, operands: Operands) -> None:
+def check_memory(call: autograd.DifferentiableObjective, operands: Operands) -> None:
     """Check that the gradient of the first operand may be written into its memory, if it is: nobody else sees that.
 
     Memory is nothing that calls are found by: each is checked anew.

@@ -75,7 +75,8 @@ def install() -> None:
 
     def workspace(device: torch.device, stream: int, size: int, **options: Any) -> Any:
         # Of just the size that was asked for, with nothing of use in it.
-        return native._Workspace(torch.full((size,), 0xFF, dtype=torch.uint8), counter)
+        sums = torch.full((size,), 0xFF, dtype=torch.uint8)
+        return native._Workspace(sums, sums.data_ptr(), counter)
 
     def normal(out: int, dtype: int, count: int, seed: int, threads: int) -> None:
         library = executor.library()

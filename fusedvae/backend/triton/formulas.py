@@ -288,7 +288,7 @@ def kl_normal(mu, spread, prior_mu, prior_spread, weight, form0: tl.constexpr, e
             prior_log, precision, prior_slope = scale_of(prior_spread, -1, form1, eps1)
             ratio = variance * precision
         else:
-            prior_log, prior_variance, prior_slope = scale_of(prior_spread, 1, form1, eps1)
+            prior_log, prior_variance, prior_slope = scale_of(prior_spread, 2, form1, eps1)
             precision = divide(tl.full((), 1.0, prior_variance.dtype), prior_variance)
             ratio = divide(variance, prior_variance)
         # Logarithms that were each rounded would not cancel what the ratio is more than 1.

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from fusedvae.backend import MOST_KEPT, Part
-from fusedvae.torch_private import current_stream_address
+from fusedvae.torch_private import current_gpu, current_stream_address, is_capturing
 
 from . import kernels
 
@@ -60,6 +60,7 @@ class KernelLauncher:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self._kernel, self._programs, self._device = kernel, programs, device
+        self._gpu = device.index if device.type == "cuda" else None
         given = [(name, part) for name, part in parts.items() if part is not None]
         self._numbers = [(f"{name}_value", part.source) for name, part in given if part.is_number]
         self._factors = [(name, part.source) for name, part in (factors or {}).items()]
@@ -82,17 +83,17 @@ class KernelLauncher:
         self._compiled: dict[Any, _Run] = {}
 
     def __call__(self, sources: tuple[Any, ...]) -> None:
-        device = self._device
+        gpu = self._gpu
         if _tracing.is_on:
             launch = torch.library.wrap_triton(self._kernel)[(self._programs,)]
             launch(**{k: v for k, v in self._arguments(sources, None).items() if k != "enable_fp_fusion"})
-        elif device.type != "cuda":
+        elif gpu is None:
             self._launch(sources, 0)
-        elif torch.cuda.current_device() == device.index:
-            self._launch(sources, current_stream_address(device.index))
+        elif current_gpu() == gpu:
+            self._launch(sources, current_stream_address(gpu))
         else:
-            with torch.cuda.device(device):
-                self._launch(sources, current_stream_address(device.index))
+            with torch.cuda.device(gpu):
+                self._launch(sources, current_stream_address(gpu))
 
     def _launch(self, sources: tuple[Any, ...], stream: int) -> None:
         values = self._values.copy()
@@ -123,10 +124,9 @@ class KernelLauncher:
         for position, source in self._factor_positions:
             values[position] *= float(sources[source])
         if workspace is not None:
-            address = workspace.sums.data_ptr()
             for position, offset in self._sum_positions:
-                values[position] = address + offset
-            values[self._counters_position] = workspace.counters.data_ptr()
+                values[position] = workspace.address_of_sums + offset
+            values[self._counters_position] = workspace.address_of_counters
         run(values, stream)
 
     def _key(self, sources: tuple[Any, ...], values: list[Any]) -> Any:
@@ -256,6 +256,12 @@ class _Workspace(NamedTuple):
     """Bytes."""
     counters: Tensor
     """Zero before a launch, and after it."""
+    address_of_sums: int
+    address_of_counters: int
+
+    @classmethod
+    def of(cls, sums: Tensor, counters: Tensor) -> _Workspace:
+        return cls(sums, counters, sums.data_ptr(), counters.data_ptr())
 
 
 _workspaces: dict[tuple[torch.device, int], _Workspace] = {}
@@ -269,7 +275,7 @@ _GRAPH_COUNTERS = 1 << 16
 
 
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and is_capturing()
 
 
 def _workspace(size: int, counters: int, device: torch.device, stream: int, *, is_kept: bool) -> _Workspace:
@@ -294,7 +300,7 @@ def _workspace(size: int, counters: int, device: torch.device, stream: int, *, i
 
 
 def _new_workspace(size: int, counters: int, device: torch.device) -> _Workspace:
-    return _Workspace(
+    return _Workspace.of(
         torch.empty(size, dtype=torch.uint8, device=device),
         torch.zeros(counters, dtype=torch.int32, device=device),
     )
@@ -311,4 +317,4 @@ def _graph_workspace(size: int, counters: int, device: torch.device) -> _Workspa
         if left is None or left.numel() < taken:
             return _new_workspace(size, counters, device)
         _graph_counters[device] = left[taken:]
-    return _Workspace(torch.empty(size, dtype=torch.uint8, device=device), left[:taken])
+    return _Workspace.of(torch.empty(size, dtype=torch.uint8, device=device), left[:taken])

@@ -79,15 +79,17 @@ def base_of(x, form: tl.constexpr, eps):
 
 @triton.jit
 def scale_of(x, power: tl.constexpr, form: tl.constexpr, eps):
-    """The logarithm of a scale, its power 1 or -1, and the derivative of the logarithm."""
+    """The logarithm of a scale, its power (1, -1, or 2: itself, which divides), and the derivative of the logarithm."""
     if MAP & form == LOG:
         log, slope = log_of(x, form)
-        scale = exponential(log) if power == 1 else exponential(-log)
+        scale = exponential(log) if power > 0 else exponential(-log)
     else:
         base, d_base = base_of(x, form, eps)
         inverse = divide(tl.full((), 1.0, x.dtype), base)
         log, slope = logarithm(base), d_base * inverse
-        scale = base if power == 1 else inverse
+        if power == 1:  # infinity less its logarithm is no number, and no more is the derivative
+            slope += base - base
+        scale = base if power > 0 else inverse
         if SQUARED & form:
             log, slope, scale = log + log, slope + slope, scale * scale
     return log, scale, slope
