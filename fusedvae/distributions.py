@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +18,10 @@ from torch.distributions.kl import register_kl
 
 from . import functional
 from .backend.reference import FORMULAS
-from .backend.specs import half_of
-from .functional.checks import check_broadcast, check_latents, check_packed, check_tensor
+from .backend.specs import shape_of_mean
+from .functional.checks import check_broadcast, check_latents, check_packed, check_tensor, dimensions
 from .functional.forms import as_written, checked_form
+from .layout import broadcasts
 from .typing import Bounds, Dim, Generator
 
 __all__ = ["DiagonalGaussianDistribution", "Normal"]
@@ -199,12 +199,12 @@ class DiagonalGaussianDistribution:
 
     @property
     def _shape(self) -> torch.Size:
-        return self._mu.shape if self._logvar is not None else half_of(self._mu.shape, self._chunk_dim)
+        return shape_of_mean(self._mu, self._logvar, self._chunk_dim)
 
     def _dims(self, dims: Dim) -> Dim:
         """Dimensions to sum over, as `functional` takes them; those of `diffusers` unless told."""
         if dims is not None:
-            return operator.index(dims) if hasattr(dims, "__index__") else tuple(dims)
+            return dimensions("dims", dims, len(self._shape))
         return (1, 2, 3) if len(self._shape) > 4 else None
 
     def _prior(self, other: Any) -> tuple[Tensor | None, Tensor | None, Bounds]:
@@ -217,6 +217,9 @@ class DiagonalGaussianDistribution:
             if not (hasattr(other, "mean") and hasattr(other, "logvar")):
                 raise TypeError(f"other: expected a distribution with a mean and a logvar, got {type(other).__name__}")
             return other.mean, other.logvar, None
+        if not broadcasts(other._shape, self._shape):
+            expected = f"of a shape that broadcasts to {tuple(self._shape)}"
+            raise ValueError(f"other: expected a distribution {expected}, got one of {tuple(other._shape)}")
         if other._logvar is None and other._chunk_dim % other._mu.dim() != self._chunk_dim % self._mu.dim():
             return other.mean, other._unbounded_logvar, other._clamp
         return other._mu, other._logvar, other._clamp

@@ -62,9 +62,11 @@ class _Heads(nn.Module):
 
 def _checked_sizes(name: str, sizes: Sequence[int], *, at_least: int = 0) -> tuple[int, ...]:
     """``sizes`` as a tuple of positive integers, ``at_least`` so many of them."""
-    if isinstance(sizes, (int, str)) or not isinstance(sizes, Sequence):
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence):
         raise TypeError(f"{name}: expected a sequence of integers, got {sizes!r}")
-    if len(sizes) < at_least or any(not isinstance(size, Integral) or size < 1 for size in sizes):
+    if any(isinstance(size, bool) or not isinstance(size, Integral) for size in sizes):
+        raise TypeError(f"{name}: expected a sequence of integers, got {sizes!r}")
+    if len(sizes) < at_least or any(size < 1 for size in sizes):
         raise ValueError(f"{name}: expected positive integers, at least {at_least} of them, got {tuple(sizes)}")
     return tuple(map(int, sizes))
 

@@ -228,6 +228,16 @@ def test_nothing_is_kept_of_what_is_read(target: Target) -> None:
             "other: expected a distribution with a mean and a logvar, got str",
         ),
         (
+            lambda: DiagonalGaussianDistribution(torch.zeros(2, 4)).kl(DiagonalGaussianDistribution(torch.zeros(2, 6))),
+            ValueError,
+            r"other: expected a distribution of a shape that broadcasts to \(2, 2\), got one of \(2, 3\)",
+        ),
+        (
+            lambda: DiagonalGaussianDistribution(torch.zeros(2, 4)).kl(dims=(9,)),
+            ValueError,
+            "dims: expected a dimension from -2 to 1, got 9",
+        ),
+        (
             lambda: DiagonalGaussianDistribution(torch.zeros(2, 4, 3, 3)).sample([torch.Generator()] * 3),
             ValueError,
             "generator: expected one for each of 2 samples, got 3",
@@ -256,6 +266,8 @@ def test_nothing_is_kept_of_what_is_read(target: Target) -> None:
         "no_sum",
         "sample",
         "other",
+        "another shape",
+        "dims",
         "generators",
         "clamp",
         "one bound",

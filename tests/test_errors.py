@@ -428,6 +428,16 @@ def test_wrong_dimensions_of_packed_tensors(dim: object, error: type[Exception])
         functional.latent(torch.zeros(4, 6), None, packed_dim=dim)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dim", ["1", None, 1.5])
+def test_a_packed_dim_is_an_integer_where_nothing_is_packed_too(dim: object) -> None:
+    t = torch.zeros(4, 6)
+    for call in (functional.latent, functional.reparameterize, functional.kl_standard_normal):
+        with pytest.raises(TypeError, match="packed_dim: expected an integer, got"):
+            call(t, t, packed_dim=dim)  # type: ignore[operator]
+    with pytest.raises(TypeError, match="packed_dim: expected an integer, got"):
+        functional.elbo_loss(t, t, t, t, packed_dim=dim)  # type: ignore[arg-type]
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused_by_name() -> None:
     nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)])

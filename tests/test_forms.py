@@ -288,8 +288,12 @@ def test_wrong_forms(options: dict[str, Any], error: type[Exception], message: s
         functional.elbo_loss(mu, mu, mu, mu, mu, **{f"recon_{name}": value for name, value in options.items()})
     if options == {"eps": None}:
         return  # of a prior it says: as the posterior's
-    with pytest.raises(error, match=f"^prior_{message}"):
-        functional.kl_normal(mu, mu, mu, mu, **{f"prior_{name}": value for name, value in options.items()})
+    of_prior = {f"prior_{name}": value for name, value in options.items()}
+    for prior in ((mu, mu), ()):  # and where there is none
+        with pytest.raises(error, match=f"^prior_{message}"):
+            functional.kl_normal(mu, mu, *prior, **of_prior)
+        with pytest.raises(error, match=f"^prior_{message}"):
+            functional.latent(mu, mu, *prior, **of_prior)
 
 
 def test_a_number_that_is_none_stays_so() -> None:

@@ -212,6 +212,11 @@ def test_divergences_of_one_dimension_are_scalars_whatever_computes_them() -> No
         ),
         ({"offset": 2**53}, ValueError, "offset: expected less than 2^53, got 9007199254740992"),
         ({"noise": torch.zeros(4, 6), "samples": 2}, ValueError, "noise: expected shape (2, 4, 6), got (4, 6)"),
+        (
+            {"noise": torch.zeros(4, 6), "offset": 3},
+            ValueError,
+            "offset: expected 0 when noise is given, which is no part of a stream; got 3",
+        ),
         ({"dim": 5}, ValueError, "dim: expected a dimension from -2 to 1, got 5"),
     ],
 )

@@ -141,6 +141,7 @@ def test_networks_work_in_other_dtypes(dtype: torch.dtype) -> None:
     ("build", "error", "message"),
     [
         (lambda: networks.mlp((), 2), ValueError, r"shape: expected positive integers, at least 1"),
+        (lambda: networks.mlp((True,), 2), TypeError, "shape: expected a sequence of integers"),
         (lambda: networks.mlp((0,), 2), ValueError, r"shape: expected positive integers.*\(0,\)"),
         (lambda: networks.mlp(784, 2), TypeError, r"shape: expected a sequence of integers, got 784"),
         (lambda: networks.mlp((4,), 0), ValueError, r"latent_dim: expected at least 1, got 0"),

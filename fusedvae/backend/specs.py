@@ -260,6 +260,11 @@ def half_of(shape: torch.Size, dim: int) -> torch.Size:
     return torch.Size(sizes)
 
 
+def shape_of_mean(mean: Tensor, scale: object, packed_dim: int) -> torch.Size:
+    """The shape of a mean, which has its scale packed beside it if that is None."""
+    return mean.shape if scale is not None else half_of(mean.shape, packed_dim)
+
+
 def unpacked(formula: Formula, inputs: Sequence[Number | None], packed_dim: int) -> list[Number]:
     """A formula's inputs, the packed ones taken apart."""
     found = list(inputs)

@@ -19,9 +19,9 @@ from .checks import (
     check_forgotten,
     check_integer,
     check_kl,
+    check_nothing_beside_kl,
     check_tensor,
     checked_reductions,
-    was_given,
 )
 from .divergences import check_divergence, divergence_of
 from .forms import Written, as_written, checked_forms, checked_recon_form
@@ -162,27 +162,23 @@ def elbo_loss(
     if logvar is REQUIRED:
         check_forgotten(kl)
         logvar = None
+    if kl is not None:
+        check_nothing_beside_kl(mu, logvar, prior_mu, prior_logvar, latent_weight)
     weightings = 0, 0
     if weight is not None or latent_weight is not None:
         first, second = checked_reductions(reduction)
-        mine = () if weight is None else weighting_of("weight", weight, first, "x", x, 0.0, packed_dim)
-        theirs: tuple[Operand, ...] = ()
+        nll_weighting = () if weight is None else weighting_of("weight", weight, first, "x", x, 0.0, packed_dim)
+        kl_weighting: tuple[Operand, ...] = ()
         if latent_weight is not None:
-            if kl is not None:
-                raise ValueError("latent_weight: expected None when kl is given, whose elements are summed already")
-            theirs = weighting_of("latent_weight", latent_weight, second, "mu", mu, logvar, packed_dim)
-        inputs, weightings = (*inputs, *mine), (len(mine), len(theirs))
+            kl_weighting = weighting_of("latent_weight", latent_weight, second, "mu", mu, logvar, packed_dim)
+        inputs, weightings = (*inputs, *nll_weighting), (len(nll_weighting), len(kl_weighting))
     if kl is None:
         divergence, latents = divergence_of(mu, logvar, prior_mu, prior_logvar)
         operands: tuple[Operand, ...] = (*inputs, *latents, beta)
         if weightings[1]:
-            operands = (*inputs, *latents, *theirs, beta)
+            operands = (*inputs, *latents, *kl_weighting, beta)
     else:
         divergence, operands = GIVEN.name, (*inputs, kl, beta)
-        if mu is not None or logvar is not None:
-            raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
-        if prior_mu is not None or was_given(prior_logvar):
-            raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
     if grad_scale is not None:
         operands = (*operands, grad_scale)
     if isinstance(reduction, list) and len(reduction) == 2:

@@ -222,6 +222,18 @@ def check_count(name: str, value: object, *, optional: bool = True) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+def check_nothing_beside_kl(
+    mu: object, logvar: object, prior_mu: object, prior_logvar: Any, latent_weight: object
+) -> None:
+    """Check that nothing is given that a KL, which is given, was made of."""
+    if mu is not None or logvar is not None:
+        raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
+    if prior_mu is not None or was_given(prior_logvar):
+        raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
+    if latent_weight is not None:
+        raise ValueError("latent_weight: expected None when kl is given, whose elements are summed already")
+
+
 def check_kl(kl: Tensor, x: Tensor) -> None:
     """Check a KL that is given: one value per sample of the batch of x."""
     of_several = (

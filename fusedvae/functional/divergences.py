@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import autograd
 from ..backend.reference import FORMULAS
-from ..backend.specs import half_of
+from ..backend.specs import half_of, shape_of_mean
 from ..calls import Operand, Operands, find
 from ..layout import broadcasts
 from ..typing import Backend, Bounds, Dim, NormalScale, TermReduction
@@ -197,7 +197,7 @@ def check_divergence(inputs: Operands, packed_dim: int) -> None:
     mu, logvar, *prior = inputs
     check_latents(mu, logvar, packed_dim)
     assert isinstance(mu, Tensor)
-    shape = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
+    shape = shape_of_mean(mu, logvar, packed_dim)
     if not prior:
         return
     prior_mu, prior_logvar = prior

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import autograd, ops
 from ..backend.reference import FORMULAS, form_fields
-from ..backend.specs import Sampling, half_of
+from ..backend.specs import Sampling, shape_of_mean
 from ..calls import Operand, Operands, find
 from ..random import normal
 from ..typing import Backend, Bounds, Dim, Estimator, Generator, NormalScale
@@ -211,7 +211,7 @@ def _latent_call(
     forms = checked_forms(formula, posterior, prior, inputs[-1] if len(inputs) > 2 else None)
     mu, logvar = inputs[:2]
     assert isinstance(mu, Tensor)
-    mean = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
+    mean = shape_of_mean(mu, logvar, packed_dim)
     check_count("samples", samples)
     if noise is not None:
         check_tensor("noise", noise)
@@ -261,7 +261,7 @@ def _noise_of_each(
     check_count("samples", samples)
     if len(generators) != mu.shape[0]:
         raise ValueError(f"generator: expected one for each of {mu.shape[0]} samples, got {len(generators)}")
-    shape = mu.shape if logvar is not None else half_of(mu.shape, packed_dim)
+    shape = shape_of_mean(mu, logvar, packed_dim)
     own = shape[1:] if samples is None else (samples, *shape[1:])
     drawn = []
     for generator in generators:

@@ -22,11 +22,11 @@ from .checks import (
     check_count,
     check_forgotten,
     check_kl,
+    check_nothing_beside_kl,
     check_number,
     check_same_device,
     check_tensor,
     checked_reductions,
-    was_given,
 )
 from .divergences import divergence_of, run_divergence
 from .forms import Written, as_written, checked_recon_form
@@ -166,12 +166,7 @@ def linear_elbo(
         )
         name, batch = "mu", inputs[0].shape[0]  # type: ignore[union-attr]
     else:
-        if mu is not None or logvar is not None:
-            raise ValueError("kl: expected None when mu or logvar is given; they say the same thing")
-        if prior_mu is not None or was_given(prior_logvar):
-            raise ValueError("kl: expected None when prior_mu or prior_logvar is given; it is to a prior already")
-        if latent_weight is not None:
-            raise ValueError("latent_weight: expected None when kl is given, whose elements are summed already")
+        check_nothing_beside_kl(mu, logvar, prior_mu, prior_logvar, latent_weight)
         check_tensor("kl", kl)
         check_kl(kl, x)
         check_same_device("kl", kl, "x", x)

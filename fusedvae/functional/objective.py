@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import autograd
 from ..backend import resolve
 from ..backend.reference import FORMULAS, GIVEN, Form, Formula, form_fields
-from ..backend.specs import Objective, dtype_of_sums, half_of, inverse_of
+from ..backend.specs import Objective, dtype_of_sums, inverse_of, shape_of_mean
 from ..calls import Operand, Operands
 from ..layout import dense_strides
 from ..torch_private import has_hooks_on_saved_tensors, is_base_held, is_sharded, is_transformed, is_watched
@@ -104,7 +104,7 @@ def weighting_of(
     assert isinstance(mean, Tensor)
     if scale is None:
         check_packed(of, mean, packed_dim)
-    shape = mean.shape if scale is not None else half_of(mean.shape, packed_dim)
+    shape = shape_of_mean(mean, scale, packed_dim)
     check_weight(name, weight, shape, of, mean)
     if reduction != "weighted_mean":
         return (weight,)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import networks
-from ..backend.specs import half_of
+from ..backend.specs import shape_of_mean
 from ..functional.checks import check_count
 
 
@@ -122,8 +122,7 @@ def check_prior(moment: torch.Size, shape: Sequence[int | None]) -> None:
 
 
 def shape_of(posterior: tuple[Tensor, Tensor | None]) -> torch.Size:
-    mu, scale = posterior
-    return mu.shape if scale is not None else half_of(mu.shape, 1)
+    return shape_of_mean(*posterior, 1)
 
 
 def fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
