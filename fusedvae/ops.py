@@ -1,6 +1,6 @@
 """The operators as PyTorch knows them: what compilers, tracers and modes see of the package.
 
-Each takes a list of operands and the fields of what the call is (a NamedTuple of `fusedvae.calls`, say), and gives a
+Each takes a list of operands and the fields of what the call is (a NamedTuple of `fusedvae.backend.specs`), and gives a
 list of outputs. Its kernel finds the call and has it allocate and fill these; the same code describes the outputs to
 torch.compile. Numbers among the operands go as 0-dim tensors, so that no program depends on their values.
 

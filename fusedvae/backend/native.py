@@ -38,7 +38,7 @@ BUILD_RECORD = Path(__file__).parent.parent / "_build.json"
 """What the build compiled in, or why it compiled nothing; written by setup.py."""
 
 # Codes of csrc/operand.h and csrc/tasks.h.
-# (What has another dtype, a seed, kernels do not go by.)
+# (A seed, of another dtype, gets a code that no kernel looks at.)
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.bool: 4}
 _VALUES = {"total": 0, "sample": 1, "element": 2}
 _MAPS = {"exponential": 0, "linear": 1, "softplus": 2, "bounded": 3}

@@ -49,9 +49,9 @@ USUAL = _COSTS[_USUAL]
 """Of what is neither light nor heavy."""
 
 _LIGHT = {"given": 0, "gaussian_nll": 0, "kl_standard_normal": 0, "l1": 0, "laplace_nll": 1, "mse": 0}
-"""The costs of formulas that have few values to keep."""
+"""What formulas cost that have few values to keep: their place among the costs."""
 HEAVY = {"discretized_logistic_nll": 1, "negative_binomial_nll": 2, "zero_inflated_negative_binomial_nll": 2}
-"""How much more those cost that have many."""
+"""How many places more those cost that have many."""
 
 
 def cost_of(terms: Sequence[TermWork], *, is_light: bool = True) -> Cost:
