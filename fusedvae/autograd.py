@@ -339,12 +339,12 @@ class GivenDivergence(NamedTuple):
     factor: float
     """What makes a mean of its sum."""
     coefficients: list[int]
-    """Beta, and grad_scale if there is one, among the numbers that are kept."""
+    """Beta, and grad_scale if there is one, among the numbers that are left to the backward pass."""
     shape: torch.Size
     dtype: torch.dtype
 
     def coefficient(self, numbers: Sequence[Any]) -> float:
-        """That number, of those that are kept."""
+        """That number, of those numbers."""
         found = self.factor
         for k in self.coefficients:
             found *= numbers[k]

@@ -161,9 +161,9 @@ class _Description(NamedTuple):
     dtype: torch.dtype
 
 
-def _allocated(likes: Sequence[_Description], device: torch.device) -> list[Tensor]:
+def _allocated(descriptions: Sequence[_Description], device: torch.device) -> list[Tensor]:
     """Such outputs, with memory."""
-    return [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in likes]
+    return [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in descriptions]
 
 
 def _descriptions(tensors: Sequence[Tensor]) -> list[_Description]:

@@ -949,7 +949,9 @@ def test_on_a_gpu(tmp_path: Path) -> None:
             assert found[name]["launches"] > 0
         assert found["eager/handwritten"]["memory_bytes"] > 0
         assert found["eager/handwritten+graph"]["memory_bytes"] is None
-        assert found["eager/handwritten+graph"]["seconds"]["median"] > 0  # (other tests may be on the GPU meanwhile)
+        if "PYTEST_XDIST_WORKER" not in os.environ:  # others on the GPU would change the times
+            eager, graph = found["eager/handwritten"], found["eager/handwritten+graph"]
+            assert graph["seconds"]["median"] < eager["seconds"]["median"]
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,5 +35,6 @@ INPUTS = tuple([f"in{k}" for k in range(MOST_INPUTS)])
 GRADS = tuple([f"g{k}" for k in range(MOST_INPUTS)])
 SUMMED = ("value", *GRADS)
 """The outputs that may be summed over axes; each has a slot among the sums that tiles share, in this order, too."""
-TERM_AXES = (*INPUTS, "incoming", *SUMMED, "weight")
-LATENT_AXES = (*INPUTS, "incoming", *SUMMED, "noise", "grad_z")
+_AXES = (*INPUTS, "incoming", *SUMMED)
+TERM_AXES = (*_AXES, "weight")
+LATENT_AXES = (*_AXES, "noise", "grad_z")
