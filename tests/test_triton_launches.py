@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -248,7 +249,7 @@ def test_numbers_that_change_compile_nothing(driver: Driver) -> None:
 
 
 def test_a_launch_takes_a_few_microseconds(driver: Driver) -> None:
-    """Of Python, before the driver: the best of many, since others run here too."""
+    """Of Python, before the driver: the best of many, since others run here too, for seconds at a time."""
     driver.launch = lambda *arguments: None  # type: ignore[method-assign]
     launchers: dict[str, tuple[Any, Any]] = {}
     original = backend.launch.KernelLauncher.__call__
@@ -263,7 +264,9 @@ def test_a_launch_takes_a_few_microseconds(driver: Driver) -> None:
     finally:
         backend.launch.KernelLauncher.__call__ = original  # type: ignore[method-assign]
     for name, (launch, sources) in launchers.items():
-        best = min(timed(launch, sources) for _ in range(200))
+        best, end = math.inf, time.monotonic() + 30
+        while best >= 15e-6 and time.monotonic() < end:
+            best = min(best, timed(launch, sources))
         assert best < 15e-6, f"{name}: {best * 1e6:.1f} µs"
 
 
