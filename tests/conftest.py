@@ -41,6 +41,10 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
 
+_SETS = {"AVX2": ("baseline", "avx2"), "AVX512": ("baseline", "avx2", "avx512")}
+INSTRUCTION_SETS = _SETS.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
+"""Those of the CPU kernels that this machine has."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process is one for Triton's interpreter, and tests that alone: see test_triton_interpreted.py."""
 

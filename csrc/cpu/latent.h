@@ -33,7 +33,6 @@ FUSEDVAE_INLINE Derived<P> plain_deviation_and_spreads(const P* inputs, Spreads<
 template <class Divergence>
 struct BesideSample {
   using Formula = Divergence;
-  static constexpr bool kSamples = true;
 
   // Returns the sum of the divergence's values.
   template <class T, bool plain>
@@ -103,40 +102,14 @@ struct BesideSample {
   }
 };
 
-// A tile's noise, what comes in for the sample, and where the sample goes.
-template <class T>
-void sample_operands(const LatentTask& task, const Tile& t, SampleBuffers<T>& buffers, Arrays<T>* a) {
-  a->noise = nullptr;
-  if (task.noise) {
-    a->noise = read(task.noise, t, buffers.noise);
-  } else if (task.seed) {
-    const int64_t offset = task.offset ? static_cast<int64_t>(get(task.offset, 0)) : 0;
-    const float* const noise =
-        read_noise(task.index, offset, t, static_cast<uint64_t>(*task.seed), buffers.scratch, buffers.made);
-    if constexpr (sizeof(T) == sizeof(float)) {
-      a->noise = noise;
-    } else {
-      widen_array(noise, buffers.noise, t.count());
-      a->noise = buffers.noise;
-    }
-  }
-  if (!a->is_plain) {
-    map_deviation(task.divergence.forms[0], a->inputs[1], t.count(), &buffers.deviation);
-    a->deviation = buffers.deviation.value;
-    a->deviation_slope = buffers.deviation.slope;
-  }
-  a->grad_z = task.grad_z ? read(task.grad_z, t, buffers.grad_z) : nullptr;
-  a->z = task.z ? array_for(task.z, t, buffers.z, false) : nullptr;
-}
-
 inline void dispatch_latent(const LatentTask& task, const RunLoop& run_loop) {
   const auto visit = [&](auto tag) {
-    using Work = BesideSample<typename decltype(tag)::type>;
+    using Elements = BesideSample<typename decltype(tag)::type>;
     const ElementwiseTask& divergence = task.divergence;
     if (divergence.in_double)
-      run_elementwise<Work, double>(divergence, &task, 1, 0, nullptr, false, run_loop);
+      run_elementwise(work_of<Elements, double>(), divergence, &task, 1, 0, nullptr, false, run_loop);
     else
-      run_elementwise<Work, float>(divergence, &task, 1, 0, nullptr, false, run_loop);
+      run_elementwise(work_of<Elements, float>(), divergence, &task, 1, 0, nullptr, false, run_loop);
   };
   with_formula(task.divergence.formula, visit, Divergences{});
 }
