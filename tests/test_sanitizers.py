@@ -76,8 +76,8 @@ class Driver:
         self._driver = folder / "driver"
         _succeed([*compile_, "-pthread", *map(str, objects), "-o", str(self._driver)])
 
-    def run(self, isa: str, cases: int, *emulator: str) -> None:
-        command = [*emulator, str(self._driver), str(cases)]
+    def run(self, isa: str, *cases: str, emulator: Sequence[str] = ()) -> None:
+        command = [*emulator, str(self._driver), *cases]
         if (setarch := shutil.which("setarch")) and not emulator:
             # The thread sanitizer needs fixed address ranges free, which randomised addresses may be in.
             command = [setarch, "--addr-no-randomize", *command]
@@ -108,11 +108,11 @@ def threads(tmp_path_factory: pytest.TempPathFactory) -> Driver:
 def test_memory_and_undefined_behaviour(memory: Driver, isa: str):
     if isa not in INSTRUCTION_SETS:
         pytest.skip(f"this machine has no {isa}")
-    memory.run(isa, cases=500)
+    memory.run(isa, "600")
 
 
 def test_threads(threads: Driver):
-    threads.run("baseline", cases=100)
+    threads.run("baseline", "600", "small")
 
 
 AARCH64 = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64")
@@ -132,7 +132,7 @@ def test_aarch64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", compiler)
     options = ["-static", "-fexpensive-optimizations"]  # the second as -O3 has it, to multiply and add at once
     driver = Driver(tmp_path, options, ["baseline"])
-    driver.run("baseline", 100, emulator)
+    driver.run("baseline", "120", emulator=[emulator])
     command = [disassembler, "-d", str(driver.kernels)]
     code = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     assert [name for name, pattern in VECTOR_INSTRUCTIONS.items() if not re.search(pattern, code)] == []
