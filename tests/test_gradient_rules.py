@@ -440,6 +440,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_way_to_a_call_compiles_into_one_graph(options: dict[str, Any], dtype: torch.dtype) -> None:

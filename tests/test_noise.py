@@ -261,7 +261,7 @@ def test_backends_agree_to_rounding(target: Target) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(6, 1001), (77, 16), (1003, 4), (501, 7), (300, 1024)])
+@pytest.mark.parametrize("shape", [(6, 1001), (77, 16), (1003, 4), (501, 7), (48, 1024)])
 def test_the_noise_of_half_precisions(target: Target, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Half an ulp from the noise, and 2^-20 of the radius, as a GPU's own functions are exact; and mostly the
     float32 values converted."""
