@@ -233,14 +233,23 @@ esac
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", NO_COMPILER)
-def test_install_without_a_compiler(case: str, checkout: Path, venv: Venv, tmp_path: Path):
+def test_a_build_without_a_compiler_says_why(case: str, small_checkout: Path, tmp_path: Path):
     broken = tmp_path / "broken"
     broken.write_text(BROKEN)
     broken.chmod(0o755)
     cxx, reason = NO_COMPILER[case]
-    environment = {"CXX": cxx.format(broken=broken), "CC": "false", "FUSEDVAE_CUDA": "0"}
+    cxx = cxx.format(broken=broken)
+    (warning,) = (line for line in built(small_checkout, CXX=cxx).splitlines() if "WARNING" in line)
+    assert "installing without the native kernels" in warning
+    assert reason in warning
+    assert reason in built(small_checkout, fails=True, CXX=cxx, FUSEDVAE_REQUIRE_EXT="1")
+
+
+@pytest.mark.slow
+def test_install_without_a_compiler(checkout: Path, venv: Venv, tmp_path: Path):
+    cxx, reason = NO_COMPILER["absent"]
+    environment = {"CXX": cxx, "CC": "false", "FUSEDVAE_CUDA": "0"}
 
     said = venv.install("--no-build-isolation", checkout, **environment, FUSEDVAE_REQUIRE_EXT="0")
     (warning,) = (line for line in said.splitlines() if "WARNING: installing without the native kernels" in line)
