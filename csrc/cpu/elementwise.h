@@ -147,6 +147,8 @@ struct OfElements {
   template <class T>
   static double apply_for(const Arrays<T>& a, int64_t count, bool is_uniform, bool sums) {
     if constexpr (kHasFewInstances<T>) {
+      if constexpr (Formula::kUniform >= 0)
+        if (is_uniform) return apply<T, false, Scales::uniform, Makes::all>(a, count);
       if (sums && a.is_plain && !a.weight) return apply<T, false, Scales::plain, Makes::all>(a, count);
       Arrays<T> weighted = a;
       if (!a.weight) weighted.weight = a.ones;
@@ -154,8 +156,8 @@ struct OfElements {
     } else {
       if (a.adds) return apply<T, false, Scales::plain, Makes::all, true>(a, count);
       if constexpr (kHasHalves) {
-        if (a.half == DType::bf16) return with_halves<T, Bf16>(a, count);
-        if (a.half == DType::f16) return with_halves<T, F16>(a, count);
+        if (a.half == DType::bf16) return with_halves<T, Bf16>(a, count, is_uniform);
+        if (a.half == DType::f16) return with_halves<T, F16>(a, count, is_uniform);
       }
       if constexpr (Formula::kUniform >= 0)
         if (is_uniform) return with_scales<T, Scales::uniform>(a, count, sums);
@@ -166,10 +168,16 @@ struct OfElements {
   }
 
  private:
-  template <class T, class Half>
+  template <class T, class Half, Scales kind>
   static double with_halves(const Arrays<T>& a, int64_t count) {
-    return a.has_gradients() ? apply<T, false, Scales::plain, Makes::all, false, Half>(a, count)
-                             : apply<T, false, Scales::plain, Makes::sum, false, Half>(a, count);
+    return a.has_gradients() ? apply<T, false, kind, Makes::all, false, Half>(a, count)
+                             : apply<T, false, kind, Makes::sum, false, Half>(a, count);
+  }
+  template <class T, class Half>
+  static double with_halves(const Arrays<T>& a, int64_t count, bool is_uniform) {
+    if constexpr (Formula::kUniform >= 0)
+      if (is_uniform) return with_halves<T, Half, Scales::uniform>(a, count);
+    return with_halves<T, Half, Scales::plain>(a, count);
   }
   // Of those with weights there are two: masks, and the gradients of values per sample.
   template <class T, Scales kind>

@@ -141,5 +141,28 @@ inline void sum_rows(const T* v, int64_t rows, int64_t length, Sum* sums) {
   for (int64_t r = 0; r < rows; ++r) sums[r] = static_cast<Sum>(sum(v + r * length, length));
 }
 
+// Fills rows with a number each, for lengths that compilers know.
+template <int64_t length, class T>
+FUSEDVAE_OUTLINE void fill_rows_of(const T* numbers, int64_t rows, T* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < length; ++i) out[r * length + i] = numbers[r];
+}
+
+// The same for rows of `length` elements, at most `most`.
+template <int64_t most = kShort, class T>
+void fill_short_rows(const T* numbers, int64_t rows, int64_t length, T* out) {
+  if constexpr (most > 1)
+    if (length < most) return fill_short_rows<most - 1>(numbers, rows, length, out);
+  fill_rows_of<most>(numbers, rows, out);
+}
+
+// The same for rows of any length.
+template <class T>
+inline void fill_rows(const T* numbers, int64_t rows, int64_t length, T* out) {
+  if (length > 0 && length <= kShort) return fill_short_rows(numbers, rows, length, out);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < length; ++i) out[r * length + i] = numbers[r];
+}
+
 }  // namespace FUSEDVAE_NAMESPACE
 }  // namespace fusedvae

@@ -46,7 +46,7 @@ struct Arrays {
   }
 };
 
-// float64 is here for exactness more than speed: beside that of the usual loss it has one instance of `apply`, which
+// float64 is here for exactness more than speed: beside those of the usual loss it has one instance of `apply`, which
 // takes weights for all elements and scales in any form, and sums and writes values.
 template <class T>
 constexpr bool kHasFewInstances = std::is_same_v<T, double>;
@@ -293,12 +293,17 @@ void run_elementwise(const Work<T>& work, const ElementwiseTask& given, const La
       sum_of(outputs.grads[0], task.grads[0]), sum_of(outputs.grads[1], task.grads[1]),
       sum_of(outputs.grads[2], task.grads[2]), sum_of(outputs.grads[3], task.grads[3])};
 
+  const bool adds = unbuffered && outputs.any(Output::column), is_weighted = task.weight || task.incoming;
+  // Whether there is an instance for tiles that have one value of the input that is most often uniform.
+  const bool may_be_uniform = work.uniform >= 0 && !latent && !adds && (work.scales < 2 || task.is_plain()) &&
+                              (!kHasFewInstances<T> || (totals && !by_sample && !is_weighted));
+
   const auto body = [&](int64_t first, int64_t last) {
     Buffers<T> buffers;
     SampleBuffers<T> sample_buffers;
     ScaleBuffers<T> scale_buffers[kMostScales];
     Arrays<T> a = {};
-    if (kHasFewInstances<T> && !task.weight && !task.incoming) {
+    if (kHasFewInstances<T> && !is_weighted) {
       for (T& weight : buffers.weight) weight = 1;
       a.ones = buffers.weight;
     }
@@ -306,7 +311,7 @@ void run_elementwise(const Work<T>& work, const ElementwiseTask& given, const La
     a.is_plain = task.is_plain();
     a.has_gains = task.has_gains();
     a.selects = task.weight.given;
-    a.adds = unbuffered && outputs.any(Output::column);
+    a.adds = adds;
     a.half = half;
     for (int j = 0; j < n; ++j) a.are_halves[j] = are_halves[j];
     a.factor = static_cast<T>(factor);
@@ -325,17 +330,16 @@ void run_elementwise(const Work<T>& work, const ElementwiseTask& given, const La
     const auto visit = [&](const Turn& turn) {
       const Tile t = tiling[turn.tile];
       bool is_uniform = false;
-      if (work.uniform >= 0 && !latent && !kHasFewInstances<T>) {
+      if (may_be_uniform) {
         const Operand& input = task.inputs[work.uniform];
-        is_uniform = half == DType::f32 && !a.adds && (work.scales < 2 || a.is_plain) &&
-                     (input.is_uniform() || (t.nb == 1 && t.no == 1 && input.stride[2] == 0));
+        is_uniform = input.is_uniform() || (t.nb == 1 && t.no == 1 && input.stride[2] == 0);
         if (is_uniform)
           buffers.inputs[work.uniform][0] = static_cast<T>(get(input, input.data ? offset_of(input, t, 0, 0) : 0));
       }
       for (int j = 0; j < n; ++j)
-        a.inputs[j] = a.are_halves[j]                   ? static_cast<const T*>(address_of(task.inputs[j], t))
-                      : is_uniform && j == work.uniform ? buffers.inputs[j]
-                                                        : read(task.inputs[j], t, buffers.inputs[j]);
+        a.inputs[j] = is_uniform && j == work.uniform ? buffers.inputs[j]
+                      : a.are_halves[j]               ? static_cast<const T*>(address_of(task.inputs[j], t))
+                                                      : read(task.inputs[j], t, buffers.inputs[j]);
       if (latent) sample_operands(*latent, t, sample_buffers, &a);
       if (!a.is_plain && !is_uniform) map_scales(work, task, t.count(), scale_buffers, &a);
       a.weight = read_weights(task, t, buffers);

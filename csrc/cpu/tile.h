@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/convert.h"
+#include "cpu/packs.h"
 #include "math/philox.h"
 #include "operand.h"
 
@@ -112,17 +113,21 @@ inline const T* read(const Operand& op, const Tile& t, T* buffer) {
       widen_array(data + offset_of(op, t, 0, 0), buffer, t.count());
       return;
     }
+    if (op.stride[2] == 0) {  // a number for each row, which is often short
+      T numbers[kTile];
+      const bool are_samples = t.no == 1;
+      const int64_t groups = are_samples ? 1 : t.nb, rows = are_samples ? t.nb : t.no;
+      const int64_t step = op.stride[are_samples ? 0 : 1];
+      for (int64_t g = 0; g < groups; ++g) {
+        const auto* in = data + offset_of(op, t, g, 0);
+        for (int64_t r = 0; r < rows; ++r) numbers[g * rows + r] = static_cast<T>(widen(in[r * step]));
+      }
+      fill_rows(numbers, t.nb * t.no, t.ni, buffer);
+      return;
+    }
     T* out = buffer;
     for (int64_t b = 0; b < t.nb; ++b)
-      for (int64_t o = 0; o < t.no; ++o, out += t.ni) {
-        const auto* in = data + offset_of(op, t, b, o);
-        if (op.stride[2] == 1) {
-          widen_array(in, out, t.ni);
-        } else {
-          const T value = static_cast<T>(widen(*in));
-          for (int64_t i = 0; i < t.ni; ++i) out[i] = value;
-        }
-      }
+      for (int64_t o = 0; o < t.no; ++o, out += t.ni) widen_array(data + offset_of(op, t, b, o), out, t.ni);
   });
   return buffer;
 }

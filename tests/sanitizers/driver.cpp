@@ -691,7 +691,7 @@ class Elements {
         made_[k] = (k ? grads && below(3) : value) ? any_output(by_column) : nullptr;
     } while (!can_sum(task()));
   }
-  // All in 16 bits, but for an input or two, and side by side, scales as formulas are written.
+  // All in 16 bits, but for an input or two, and side by side, scales as formulas are written; or one number.
   void set_halves(DType half) {
     int scale = 0;
     for (int k = 0; k < reference_.inputs; ++k) {
@@ -701,8 +701,10 @@ class Elements {
         range = range_of(forms_[scale++]);
       }
       const DType dtype = below(4) ? half : DType::f32;
-      inputs_[k] = input(e_, dtype, contiguous(e_), range.low, range.high);
-      made_[1 + k] = std::make_unique<Array>(e_, dtype, contiguous(e_));
+      const bool is_one = k > 1 && below(3) == 0;
+      inputs_[k] =
+          is_one ? number(uniform(range.low, range.high)) : input(e_, dtype, contiguous(e_), range.low, range.high);
+      made_[1 + k] = std::make_unique<Array>(e_, dtype, is_one && coin() ? Strides{0, 0, 0} : contiguous(e_));
     }
     in_double_ = false;
   }
