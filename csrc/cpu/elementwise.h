@@ -147,11 +147,13 @@ struct OfElements {
   template <class T>
   static double apply_for(const Arrays<T>& a, int64_t count, bool is_uniform, bool sums) {
     if constexpr (kHasFewInstances<T>) {
-      if constexpr (Formula::kUniform >= 0)
-        if (is_uniform) return apply<T, false, Scales::uniform, Makes::all>(a, count);
-      if (sums && a.is_plain && !a.weight) return apply<T, false, Scales::plain, Makes::all>(a, count);
       Arrays<T> weighted = a;
       if (!a.weight) weighted.weight = a.ones;
+      if constexpr (Formula::kUniform >= 0)
+        if (is_uniform)
+          return sums && !a.weight ? apply<T, false, Scales::uniform, Makes::all>(a, count)
+                                   : apply<T, true, Scales::uniform, Makes::all>(weighted, count);
+      if (sums && a.is_plain && !a.weight) return apply<T, false, Scales::plain, Makes::all>(a, count);
       return apply<T, true, Scales::any, Makes::all>(weighted, count);
     } else {
       if (a.adds) return apply<T, false, Scales::plain, Makes::all, true>(a, count);

@@ -46,13 +46,16 @@ struct Arrays {
   }
 };
 
-// float64 is here for exactness more than speed: beside those of the usual loss it has one instance of `apply`, which
-// takes weights for all elements and scales in any form, and sums and writes values.
+// float64 is here for exactness more than speed: beside those of the usual loss it has an instance of `apply` for
+// uniform scales and one for any, which take weights for all elements, and sum and write values.
 template <class T>
 constexpr bool kHasFewInstances = std::is_same_v<T, double>;
 
 // Whether loops go over operands that lie in 16 bits: with four lanes arithmetic takes longer than memory does.
 constexpr bool kHasHalves = kLanes >= 8;
+
+// Bytes that a loop over such operands reads and writes, from which on it waits for memory that threads share.
+constexpr int64_t kSharedMemoryBytes = int64_t{12} << 20;
 
 // What a scale in some form is, for the elements of a tile.
 template <class T>
@@ -181,10 +184,10 @@ int64_t unbuffered_tile(const Work<T>& work, const ElementwiseTask& task, const 
 // arrays of one type, where the rest of the task is that of the usual loss. Returns the type, f32 for none.
 //
 // By way of buffers, a thread would wait for memory while it fills these, and leave memory waiting while it computes.
-// In caches that matters less than that bfloat16 is rounded in several steps: between a formula's they make its chains
-// so long that a processor sees too few of them at a time. Float16 has an instruction for it.
+// Near by that matters less than that bfloat16 is rounded in several steps: between a formula's they make its chains so
+// long that a processor sees too few of them at a time. Float16 has an instruction for it.
 template <class T>
-DType find_halves(const Work<T>& work, const ElementwiseTask& task, const Outputs& outputs, bool is_cached,
+DType find_halves(const Work<T>& work, const ElementwiseTask& task, const Outputs& outputs, bool is_near,
                   bool (&are_halves)[kMostInputs]) {
   DType half = DType::f32;
   if (!kHasHalves || kHasFewInstances<T>) return half;
@@ -194,8 +197,7 @@ DType find_halves(const Work<T>& work, const ElementwiseTask& task, const Output
   for (int k = 0; k < work.inputs; ++k) {
     const DType dtype = half == DType::f32 ? task.inputs[k].dtype : half;
     const Output kind = outputs.grads[k];
-    are_halves[k] = (dtype == DType::f16 || (dtype == DType::bf16 && !is_cached)) &&
-                    is_array(task.inputs[k], dtype, e) &&
+    are_halves[k] = (dtype == DType::f16 || (dtype == DType::bf16 && !is_near)) && is_array(task.inputs[k], dtype, e) &&
                     (kind == Output::none || (kind == Output::element && is_array(task.grads[k], dtype, e)));
     if (are_halves[k]) half = dtype;
   }
@@ -280,7 +282,7 @@ void run_elementwise(const Work<T>& work, const ElementwiseTask& given, const La
   bool are_halves[kMostInputs] = {};
   DType half = DType::f32;
   if (!latent && !(totals && by_sample))
-    half = find_halves(work, task, outputs, read_bytes + written < kPastCachesBytes, are_halves);
+    half = find_halves(work, task, outputs, read_bytes + written < kSharedMemoryBytes, are_halves);
   bool past_caches = kHasStreamingStores && is_large && half == DType::f32;
   for (int k = 0; k < n && past_caches; ++k)
     if (outputs.grads[k] == Output::element && is_untouched(task.grads[k], e)) past_caches = false;
@@ -293,17 +295,16 @@ void run_elementwise(const Work<T>& work, const ElementwiseTask& given, const La
       sum_of(outputs.grads[0], task.grads[0]), sum_of(outputs.grads[1], task.grads[1]),
       sum_of(outputs.grads[2], task.grads[2]), sum_of(outputs.grads[3], task.grads[3])};
 
-  const bool adds = unbuffered && outputs.any(Output::column), is_weighted = task.weight || task.incoming;
+  const bool adds = unbuffered && outputs.any(Output::column);
   // Whether there is an instance for tiles that have one value of the input that is most often uniform.
-  const bool may_be_uniform = work.uniform >= 0 && !latent && !adds && (work.scales < 2 || task.is_plain()) &&
-                              (!kHasFewInstances<T> || (totals && !by_sample && !is_weighted));
+  const bool may_be_uniform = work.uniform >= 0 && !latent && !adds && (work.scales < 2 || task.is_plain());
 
   const auto body = [&](int64_t first, int64_t last) {
     Buffers<T> buffers;
     SampleBuffers<T> sample_buffers;
     ScaleBuffers<T> scale_buffers[kMostScales];
     Arrays<T> a = {};
-    if (kHasFewInstances<T> && !is_weighted) {
+    if (kHasFewInstances<T> && !task.weight && !task.incoming) {
       for (T& weight : buffers.weight) weight = 1;
       a.ones = buffers.weight;
     }

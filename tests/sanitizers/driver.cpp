@@ -1105,9 +1105,9 @@ void test_halves(int threads) {
   check_halves(one_of<DType>({DType::bf16, DType::f16}), threads);
 }
 
-// In bfloat16, at least 24 MiB of them.
+// In bfloat16, at least 12 MiB of them.
 void test_large_halves(int threads) {
-  extent = {1, 1, (int64_t{25} << 17) + 5};
+  extent = {1, 1, (int64_t{25} << 16) + 5};
   check_halves(DType::bf16, threads);
 }
 
