@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/convert.h"
 #include "cpu/simd.h"
@@ -126,42 +127,35 @@ FUSEDVAE_OUTLINE void sum_rows_of(const T* v, int64_t rows, Sum* sums) {
   for (; r < rows; ++r) sums[r] = static_cast<Sum>(sum_of_row<length>(v + r * length));
 }
 
-// The sums of rows of `length` elements, at most `most`.
-template <int64_t most = kShort, class T, class Sum>
-void sum_short_rows(const T* v, int64_t rows, int64_t length, Sum* sums) {
+// Calls f with a row's length, at most `most`, as a constant.
+template <int64_t most = kShort, class F>
+FUSEDVAE_INLINE void with_known_length(int64_t length, const F& f) {
   if constexpr (most > 1)
-    if (length < most) return sum_short_rows<most - 1>(v, rows, length, sums);
-  sum_rows_of<most>(v, rows, sums);
+    if (length < most) return with_known_length<most - 1>(length, f);
+  f(std::integral_constant<int64_t, most>());
 }
 
 // The sums of rows of any length.
 template <class T, class Sum>
 inline void sum_rows(const T* v, int64_t rows, int64_t length, Sum* sums) {
-  if (length > 0 && length <= kShort) return sum_short_rows(v, rows, length, sums);
+  if (length > 0 && length <= kShort)
+    return with_known_length(length, [=](auto known) FUSEDVAE_LAMBDA { sum_rows_of<known()>(v, rows, sums); });
   for (int64_t r = 0; r < rows; ++r) sums[r] = static_cast<Sum>(sum(v + r * length, length));
 }
 
-// Fills rows with a number each, for lengths that compilers know.
-template <int64_t length, class T>
-FUSEDVAE_OUTLINE void fill_rows_of(const T* numbers, int64_t rows, T* out) {
+// Fills rows with a number each. A function of its own for each length that compilers know.
+template <class Length, class T>
+FUSEDVAE_OUTLINE void fill_rows_of(Length length, const T* numbers, int64_t rows, T* out) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < length; ++i) out[r * length + i] = numbers[r];
-}
-
-// The same for rows of `length` elements, at most `most`.
-template <int64_t most = kShort, class T>
-void fill_short_rows(const T* numbers, int64_t rows, int64_t length, T* out) {
-  if constexpr (most > 1)
-    if (length < most) return fill_short_rows<most - 1>(numbers, rows, length, out);
-  fill_rows_of<most>(numbers, rows, out);
 }
 
 // The same for rows of any length.
 template <class T>
 inline void fill_rows(const T* numbers, int64_t rows, int64_t length, T* out) {
-  if (length > 0 && length <= kShort) return fill_short_rows(numbers, rows, length, out);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < length; ++i) out[r * length + i] = numbers[r];
+  if (length > 0 && length <= kShort)
+    return with_known_length(length, [=](auto known) FUSEDVAE_LAMBDA { fill_rows_of(known, numbers, rows, out); });
+  fill_rows_of(length, numbers, rows, out);
 }
 
 }  // namespace FUSEDVAE_NAMESPACE
