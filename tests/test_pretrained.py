@@ -106,6 +106,15 @@ def test_models_of_own_networks_come_back(
     check_same(model, VAE.from_pretrained(tmp_path / "model"))
 
 
+def test_a_model_is_on_the_cpu_whatever_device_is_the_default(tmp_path: Path) -> None:
+    networks_of_two = networks.mlp((3, 4), 2, hidden=(9,), mean_only=True)
+    model = VAE(*networks_of_two, 2, recon_logvar="learned", prior=(torch.rand(2), 0.5))
+    model.save_pretrained(tmp_path / "model")
+    with torch.device("meta"):
+        found = VAE.from_pretrained(tmp_path / "model")
+    check_same(model, found)
+
+
 def test_the_file_is_what_others_read(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     model = MODELS["conv"]()

@@ -1244,6 +1244,13 @@ def test_an_even_number_of_channels_is_told_from_a_packed_output_by_the_data() -
     assert vae.generate(5).shape == (5, 2, 2, 2)
 
 
+def test_data_without_a_dimension_beside_the_batch_are_told_how_to_get_one() -> None:
+    encoder = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 2 * LATENT))
+    vae = VAE(encoder, nn.Linear(LATENT, 1), LATENT, recon_logvar=0.0)
+    with pytest.raises(ValueError, match=r"x: expected shape \(batch, .*, got \(3,\); .*unsqueeze\(1\)"):
+        vae.loss(torch.rand(3))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -528,7 +528,8 @@ class VAE(nn.Module):
         path = Path(directory)
         if options or not path.is_dir():
             path = pretrained.downloaded(str(directory), **options)
-        return pretrained.load(cls, path, {"encoder": encoder, "decoder": decoder, "prior": prior})
+        with torch.device("cpu"):  # whatever device is the default
+            return pretrained.load(cls, path, {"encoder": encoder, "decoder": decoder, "prior": prior})
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model to the Hugging Face Hub, as what `save_pretrained` writes and a card that says how to
@@ -729,8 +730,13 @@ class VAE(nn.Module):
                 f"got {tuple(mean.shape)}; if it gives the mean only, pass recon_logvar to the VAE"
             )
         if of is not None:
-            expected = (z.shape[0], (2 if packed else 1) * of.shape[1], *of.shape[2:]) if of.ndim > 1 else z.shape[:1]
-            if tuple(mean.shape) != tuple(expected):
+            if of.ndim < 2:
+                raise ValueError(
+                    f"x: expected shape (batch, channels, ...), got {tuple(of.shape)}; of one number a sample, "
+                    "x.unsqueeze(1)"
+                )
+            expected = (z.shape[0], (2 if packed else 1) * of.shape[1], *of.shape[2:])
+            if tuple(mean.shape) != expected:
                 what, otherwise = "tensor", ""
                 if packed:
                     what = f"packed mean and {word}"
@@ -740,7 +746,7 @@ class VAE(nn.Module):
                 elif has_scale:
                     what, otherwise = "mean", f"; if it gives the {word} too, leave recon_logvar None"
                 raise ValueError(
-                    f"decoder: expected a {what} of shape {tuple(expected)} for x of shape {tuple(of.shape)}, "
+                    f"decoder: expected a {what} of shape {expected} for x of shape {tuple(of.shape)}, "
                     f"got {tuple(mean.shape)}{otherwise}"
                 )
         shape = half_of(mean.shape, 1) if packed else mean.shape
