@@ -218,6 +218,37 @@ def test_a_reduction_of_each_term(first: str, second: str) -> None:
     agree(found, total(gaussian(m, x, l), first) + kl(mu, s).sum() / 4, [m, x, l])
 
 
+@pytest.mark.parametrize("second", TOTALS)
+@pytest.mark.parametrize("first", TOTALS)
+def test_each_term_of_a_pair_may_be_of_a_batch_of_its_own(first: str, second: str) -> None:
+    frames, x, l, mu, s = leaves((12, 3, 5), (12, 3, 5), (5,), (4, 6, 3), (4, 6, 3))  # noqa: E741
+    weights = {"weight": torch.rand(12, 1, 5).double(), "latent_weight": torch.rand(4, 1, 1).double()}
+    found = functional.elbo_loss(frames, x, mu, s, l, **weights, reduction=(first, second), beta=0.3)
+    expected = total(gaussian(frames, x, l), first, weights["weight"])
+    expected = expected + 0.3 * total(kl(mu, s), second, weights["latent_weight"])
+    assert isinstance(found, Tensor)
+    agree(found, expected, [frames, x, l, mu, s])
+    loss = fusedvae.ELBOLoss(reduction=(first, "batchmean"))(frames, x, None, None, l, kl=functional.latent(mu, s).kl)
+    agree(loss, total(gaussian(frames, x, l), first) + kl(mu, s).sum() / 4, [frames, x, l, mu, s])
+    hidden, matrix = leaves((12, 3, 2), (5, 2))
+    loss = functional.linear_elbo(hidden, matrix, None, x, mu, s, l, reduction=(first, second))
+    assert isinstance(loss, Tensor)
+    second = "mean" if second == "weighted_mean" else second
+    expected = total(gaussian(hidden @ matrix.T, x, l), first) + total(kl(mu, s), second)
+    agree(loss, expected, [hidden, matrix, x, l, mu, s])
+
+
+def test_other_reductions_are_of_one_batch() -> None:
+    frames, mu, logvar = torch.zeros(12, 5), torch.zeros(4, 6), torch.zeros(4, 6)
+    for reduction in ("batchmean", "sum", "none", ("none", "none")):
+        for given in ({"mu": mu, "logvar": logvar}, {"mu": None, "kl": mu[:, 0]}):
+            with pytest.raises(ValueError, match="expected the batch size of x, 12, got 4; a pair of reductions"):
+                functional.elbo_loss(frames, frames, **given, reduction=reduction)  # type: ignore[call-overload]
+            with pytest.raises(ValueError, match="expected the batch size of x, 12, got 4; a pair of reductions"):
+                layer = torch.zeros(5, 5), None
+                functional.linear_elbo(frames, *layer, frames, **given, reduction=reduction)  # type: ignore[call-overload]
+
+
 def test_a_weight_that_is_learned_has_its_gradient() -> None:
     m, x, weight, mu, s = leaves((4, 5), (4, 5), (5,), (4, 2), (4, 2))
     for reduction in ("batchmean", "weighted_mean"):
@@ -336,6 +367,10 @@ def test_wrong_pairs_and_numbers() -> None:
     t = torch.zeros(4, 6)
     with pytest.raises(ValueError, match="reduction: expected 'none' for both or for neither"):
         functional.elbo_loss(t, t, t, t, reduction=("none", "sum"))
+    with pytest.raises(TypeError, match=r"weight: .* got float; as a tensor it is torch.tensor\(0.5, device=x.device"):
+        functional.elbo_loss(t, t, t, t, weight=0.5)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"logvar: expected the shape of mu .*; logvar.expand_as\(mu\) is"):
+        functional.elbo_loss(t, t, t, t[:, :1])
     with pytest.raises(ValueError, match="latent_weight: expected None when kl is given"):
         functional.elbo_loss(t, t, None, None, kl=t[:, 0], latent_weight=t)
     with pytest.raises(TypeError, match="grad_scale: expected a number or a 0-dim tensor, got str"):

@@ -1402,6 +1402,20 @@ def test_an_exported_vae_can_be_saved_and_moved(x: Tensor, options: dict) -> Non
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, of its exporter
+def test_an_exported_vae_can_be_compiled_ahead_of_time(x: Tensor, tmp_path: Path) -> None:
+    vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar="learned", clamp=(None, 1.0)).eval()
+    program = torch.export.export(vae, (x,))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "vae.pt2"))
+    torch.manual_seed(3)
+    expected = vae(x)
+    torch.manual_seed(3)
+    found = torch._inductor.aoti_load_package(package)(x)
+    torch.testing.assert_close(found[:6], expected[:6])
+    torch.testing.assert_close(found.loss(x), expected.loss(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of its exporter
 @pytest.mark.parametrize("options", [{"samples": 3}, {"reduction": "mean"}, {"samples": 2, "bound": "iwae"}], ids=str)
 def test_an_exported_loss_is_of_any_batch(options: dict) -> None:
     class Loss(nn.Module):

@@ -7,6 +7,7 @@ unpacked. Their sources are with them.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -188,17 +189,23 @@ class Scale:
         return self._base.sqrt() if isinstance(self._base, Tensor) else self._base**0.5
 
 
+_LARGEST = sys.float_info.max
+"""Stands for no bound in the fields of forms: programs are stored in JSON, which knows no infinity."""
+
+
 def forms_of(maps: Sequence[str], squared: Sequence[bool], limits: Sequence[float]) -> tuple[Form, ...]:
     """Forms from the fields that describe all of them."""
+    limits = [math.copysign(math.inf, limit) if abs(limit) == _LARGEST else limit for limit in limits]
     return tuple(Form(m, s, *limits[3 * k : 3 * k + 3]) for k, (m, s) in enumerate(zip(maps, squared, strict=True)))
 
 
 def form_fields(forms: Sequence[Form]) -> tuple[tuple[str, ...], tuple[bool, ...], tuple[float, ...]]:
     """The fields that describe some forms: maps, squared and limits."""
+    limits = [limit for form in forms for limit in (form.low, form.high, form.eps)]
     return (
         tuple(form.map for form in forms),
         tuple(form.squared for form in forms),
-        tuple(limit for form in forms for limit in (form.low, form.high, form.eps)),
+        tuple(max(-_LARGEST, min(limit, _LARGEST)) for limit in limits),
     )
 
 

@@ -15,6 +15,7 @@ from ..typing import Backend, Bounds, LikelihoodName, LikelihoodScale, NormalSca
 from .checks import (
     REQUIRED,
     REQUIRED_WITH_PRIOR_MU,
+    check_batch_size,
     check_factor,
     check_forgotten,
     check_integer,
@@ -139,8 +140,8 @@ def elbo_loss(
         prior_logvar: log-variance of the prior, or what ``prior_scale`` says: a tensor that broadcasts to mu's shape,
             or a number.
         prior_scale, prior_clamp, prior_eps: the form of the prior's: see `kl_normal`.
-        kl: the KL per sample that `latent` returned, instead of ``mu`` and ``logvar`` (both None then); its mean is
-            over the batch.
+        kl: the KL per sample that `latent` returned, instead of ``mu`` and ``logvar`` (both None then). Its elements
+            are the batch: "mean" does not divide by the latent's size.
         beta: weight of the KL: a number, or a 0-dim tensor, whose value may change under a captured or compiled
             program, and which may need a gradient.
         full: add the likelihood's constant, what makes it a density (log(2 pi) / 2 of a Gaussian, log x! of a Poisson
@@ -151,6 +152,7 @@ def elbo_loss(
         weight: of the elements of x, latent_weight: of those of the latent: see `fusedvae.functional`.
         reduction: "batchmean", "sum", "mean", "weighted_mean" or "none" (shape (batch,)); or a pair, of the
             likelihood's and of the KL's: ("mean", "batchmean") is what `torch.nn.functional.mse_loss` + KL code does.
+            Of a pair of totals, x and the latent may have batches of different sizes, as frames and videos have.
         grad_scale: what gradients are made times, while the value is what it is: a number or a 0-dim tensor, the factor
             of a GradScaler, say, or 1 / the steps that gradients are accumulated over.
         return_terms: return `ELBOTerms` (loss, nll, kl), each differentiable on its own.
@@ -250,10 +252,9 @@ def _elbo_call(
         check_tensor("kl", kl)
         name, first, forms = "kl", kl, []
         assert isinstance(kl, Tensor)
-        check_kl(kl, x)
+        check_kl(kl, x, reduction)
     assert isinstance(first, Tensor)
-    if first.shape[0] != x.shape[0]:
-        raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {first.shape[0]}")
+    check_batch_size(name, first, x, reduction)
     if first.device != x.device:
         raise ValueError(f"{name}: expected on {x.device}, where x is; got it on {first.device}")
     check_factor("beta", operands[-2 if is_grad_scaled else -1], x)

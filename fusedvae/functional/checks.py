@@ -96,7 +96,8 @@ def check_latents(mu: object, logvar: object, packed_dim: int) -> None:
     assert isinstance(mu, Tensor)
     assert isinstance(logvar, Tensor)
     if mu.shape != logvar.shape:
-        raise ValueError(f"logvar: expected the shape of mu {tuple(mu.shape)}, got {tuple(logvar.shape)}")
+        hint = "; logvar.expand_as(mu) is" if broadcasts(logvar.shape, mu.shape) else ""
+        raise ValueError(f"logvar: expected the shape of mu {tuple(mu.shape)}, got {tuple(logvar.shape)}{hint}")
     check_same_device("logvar", logvar, "mu", mu)
 
 
@@ -115,11 +116,12 @@ def check_broadcast(name: str, value: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(value.shape)}")
 
 
-def check_weight(name: str, weight: object, shape: torch.Size, other_name: str, other: Tensor) -> None:
+def check_weight(name: str, weight: object, shape: torch.Size, of: str, mean: Tensor) -> None:
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {type(weight).__name__}")
+        hint = f"; as a tensor it is torch.tensor({weight}, device={of}.device)" if is_number(weight) else ""
+        raise TypeError(f"{name}: expected a tensor or None, got {type(weight).__name__}{hint}")
     check_tensor(name, weight, integers=True)
-    check_same_device(name, weight, other_name, other)
+    check_same_device(name, weight, of, mean)
     if weight.shape == shape[:1] and not broadcasts(weight.shape, shape):
         each = "unsqueeze(1)" if len(shape) == 2 else f"view({', '.join(['-1', *['1'] * (len(shape) - 1)])})"
         raise ValueError(
@@ -234,14 +236,21 @@ def check_nothing_beside_kl(
         raise ValueError("latent_weight: expected None when kl is given, whose elements are summed already")
 
 
-def check_kl(kl: Tensor, x: Tensor) -> None:
-    """Check a KL that is given: one value per sample of the batch of x."""
-    of_several = (
-        '; of several samples in front, take the likelihood by itself, one value each: reduction="none", dim=-1'
-    )
+def check_kl(kl: Tensor, x: Tensor, reduction: object) -> None:
+    """Check a KL that is given: one value per sample of its batch, as `check_batch_size` says."""
+    several = '; of several samples in front, take the likelihood by itself, one value each: reduction="none", dim=-1'
     if kl.dim() != 1:
-        hint = of_several if kl.dim() == 2 and kl.shape[1] == x.shape[0] else ""
+        hint = several if kl.dim() == 2 and kl.shape[1] == x.shape[0] else ""
         raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}{hint}")
-    if kl.shape[0] != x.shape[0]:
-        hint = of_several if x.dim() > 2 and kl.shape[0] == x.shape[1] else ""
-        raise ValueError(f"kl: expected the batch size of x, {x.shape[0]}, got {kl.shape[0]}{hint}")
+    check_batch_size("kl", kl, x, reduction, hint=several if x.dim() > 2 and kl.shape[0] == x.shape[1] else "")
+
+
+def check_batch_size(name: str, value: Tensor, x: Tensor, reduction: object, *, hint: str = "") -> None:
+    """Check that the KL is of the samples of x. Of a pair of totals, each is of a batch of its own.
+
+    (The frames of a video are one batch, and the latents of videos another.)
+    """
+    is_pair_of_totals = isinstance(reduction, (tuple, list)) and "none" not in reduction
+    if value.shape[0] != x.shape[0] and not is_pair_of_totals:
+        hint = hint or "; a pair of reductions, of the likelihood's and of the KL's, is of a batch each"
+        raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {value.shape[0]}{hint}")

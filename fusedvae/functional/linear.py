@@ -19,6 +19,7 @@ from .bounds import ELBOTerms
 from .checks import (
     REQUIRED,
     REQUIRED_WITH_PRIOR_MU,
+    check_batch_size,
     check_count,
     check_forgotten,
     check_kl,
@@ -164,17 +165,14 @@ def linear_elbo(
         divergence = run_divergence(
             inputs, formula, posterior, prior, latent_weight, None, of_kl, None, packed_dim, backend
         )
-        name, batch = "mu", inputs[0].shape[0]  # type: ignore[union-attr]
+        check_batch_size("mu", inputs[0], x, reduction)  # type: ignore[arg-type]
     else:
         check_nothing_beside_kl(mu, logvar, prior_mu, prior_logvar, latent_weight)
         check_tensor("kl", kl)
-        check_kl(kl, x)
+        check_kl(kl, x, reduction)
         check_same_device("kl", kl, "x", x)
-        name, batch = "kl", kl.shape[0]
         kl = kl.to(torch.promote_types(kl.dtype, torch.float32))
         divergence = kl if of_kl == "none" else summed_kl(kl, of_kl)
-    if batch != x.shape[0]:
-        raise ValueError(f"{name}: expected the batch size of x, {x.shape[0]}, got {batch}")
     # By far the most of the work, and so the last.
     nll = run_linear_likelihood(
         hidden,
