@@ -44,6 +44,7 @@ from .calls import (
     find,
     positions,
 )
+from .captures import current_capture
 from .torch_private import (
     has_tangent,
     is_sharded,
@@ -487,6 +488,7 @@ class _Objective(torch.autograd.Function):
             increment_version(operands[0])
             operands[0].is_overwritten = True
         ctx.overwrites = call.in_place and not call.overwrites
+        ctx.capture = current_capture(call.kernel_call.device)
         # With the terms comes the divergence: the gradient of beta.
         ctx.save_for_backward(*[operands[k] for k in deferred.tensors], *values[2:])
         ctx.numbers = [operands[k] for k in deferred.numbers]
@@ -523,7 +525,7 @@ class _Objective(torch.autograd.Function):
             )
         operands, rest = _restored(ctx, call.deferred, ctx.saved_tensors)
         divergence = rest[0] if rest else None
-        in_place = ctx.overwrites and not keeps_graph()
+        in_place = ctx.overwrites and not _may_come_again(ctx, call.kernel_call.device)
         sources = [*operands, None if g_loss is None else g_loss.resolve_neg()]
         if is_factor and call.backward_spec is not None and not ops.needs_dispatcher(sources):
             assert g_loss is not None
@@ -546,12 +548,18 @@ class _Objective(torch.autograd.Function):
 _record_objective = record(_Objective)
 
 
+def _may_come_again(ctx: Any, device: torch.device) -> bool:
+    """Whether a backward pass may be run again on what its forward pass has left: where the graph is kept, and where a
+    CUDA graph holds the backward pass and not the forward pass, as each replay is one more."""
+    return keeps_graph() or current_capture(device) != ctx.capture
+
+
 def scaled(ctx: Any, factor: Tensor, coefficient: float | None = None) -> Sequence[Tensor]:
     """The gradients made in the forward pass, times the incoming factor; after them a coefficient's product with it.
 
-    Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless
-    the graph is kept: then a later backward pass needs the gradients as they are. They are not among the saved tensors:
-    hooks could give back something else there, and what does not look at the operands may outlive a change of them.
+    Nobody reads the factor on the host. In place, by a kernel that returns at once when the factor is 1, unless a later
+    backward pass may need the gradients as they are. They are not among the saved tensors: hooks could give back
+    something else there, and what does not look at the operands may outlive a change of them.
     """
     call: DifferentiableObjective = ctx.call
     gradients = ctx.gradients
@@ -560,7 +568,7 @@ def scaled(ctx: Any, factor: Tensor, coefficient: float | None = None) -> Sequen
             "Trying to backward through the graph of a fusedvae objective a second time: its gradients have been given "
             "away. Specify retain_graph=True if you need to backward through it a second time."
         )
-    if keeps_graph():
+    if _may_come_again(ctx, factor.device):
         return [g * factor for g in (gradients if coefficient is None else [*gradients, coefficient])]
     ctx.gradients = None
     if factor.is_neg():

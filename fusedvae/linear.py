@@ -22,6 +22,7 @@ from .backend import evaluation
 from .backend.reference import Number, replaced, working_dtype
 from .backend.specs import Objective
 from .calls import ObjectiveCall, Operand, Operands, ScaleCall, TermGradientCall, find, positions
+from .captures import current_capture
 from .torch_private import is_transformed
 
 _BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**20}
@@ -217,6 +218,7 @@ class _LinearLikelihood(torch.autograd.Function):
         value, gradients = _forward(call, factors.of_gradients, operands)
         ctx.call, ctx.gradient_factor, ctx.is_made = call, factors.of_gradients, gradients is not None
         ctx.gradients = None if gradients is None else [g for g in gradients if g is not None]
+        ctx.capture = current_capture(value.device)
         ctx.tensors = positions([isinstance(t, Tensor) for t in operands])
         ctx.numbers = [None if isinstance(t, Tensor) else t for t in operands]
         ctx.save_for_backward(*[operands[k] for k in ctx.tensors])

@@ -244,8 +244,8 @@ def test_other_reductions_are_of_one_batch() -> None:
         for given in ({"mu": mu, "logvar": logvar}, {"mu": None, "kl": mu[:, 0]}):
             with pytest.raises(ValueError, match="expected the batch size of x, 12, got 4; a pair of reductions"):
                 functional.elbo_loss(frames, frames, **given, reduction=reduction)  # type: ignore[call-overload]
+            layer = torch.zeros(5, 5), None
             with pytest.raises(ValueError, match="expected the batch size of x, 12, got 4; a pair of reductions"):
-                layer = torch.zeros(5, 5), None
                 functional.linear_elbo(frames, *layer, frames, **given, reduction=reduction)  # type: ignore[call-overload]
 
 

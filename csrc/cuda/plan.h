@@ -49,6 +49,7 @@ struct Finish {
   void add(int64_t values, int64_t addends) {
     is_needed = true;
     if (values == 0) return;
+    if (addends / values > kMostAddends) throw std::runtime_error("fusedvae: more than 2^31 sums make one value");
     const int64_t teams = kThreads >> log_team_for(addends / values);
     const int64_t needed = (values + teams - 1) / teams;
     if (needed > blocks) blocks = needed;

@@ -161,6 +161,9 @@ __device__ __forceinline__ bool is_last_block(unsigned* done) {
 // Partial sums that a thread has on their way at a time.
 constexpr int kLoads = 8;
 
+// Of so many at most is a value made: lanes count them in 32 bits, and look ahead.
+constexpr int64_t kMostAddends = INT32_MAX - (kLoads << kLogThreads);
+
 // The team that adds up a value's partial sums.
 __host__ __device__ inline int log_team_for(int64_t addends) {
   int log_team = 0;

@@ -26,8 +26,9 @@ Common to all:
   compute.
 * ``inplace=True`` has the gradient of the likelihood's first input (recon_x) written into the memory of that input, in
   the forward pass where gradients are made in it. So nobody may read recon_x after the loss; an operation before it
-  that saved it for its own backward pass (a sigmoid, tanh or ReLU at a decoder's end) has autograd raise its error;
-  and there are no second derivatives. With "none", ``return_terms``, or float16 without ``grad_scale``, it is written
+  that saved it for its own backward pass (a sigmoid, tanh or ReLU at a decoder's end) has autograd raise its error,
+  unless it keeps it where autograd does not look, as callables of ``torch.cuda.make_graphed_callables`` do; and there
+  are no second derivatives. With "none", ``return_terms``, or float16 without ``grad_scale``, it is written
   in the backward pass instead, unless the graph is kept. Where nothing needs that gradient, nothing is written.
   ValueError where it cannot be, or would be seen: recon_x is a leaf; its memory has gaps, is broadcast, or is another
   operand's too; it is a view of a tensor that something else holds; with the reference formulas, under torch.compile,
