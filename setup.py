@@ -10,7 +10,7 @@ wheel without the extension is tagged py3-none-any: nobody takes it for a platfo
 Environment:
     CXX, CXXFLAGS, LDFLAGS   as everywhere, but for options that would change results or what the code runs on
     MAX_JOBS                 compiler processes at a time (default: ninja's choice)
-    FUSEDVAE_REQUIRE_EXT=1   fail, rather than install without the extension
+    FUSEDVAE_REQUIRE_EXT=1   fail, rather than install without the extension (0 or nothing: do not)
     FUSEDVAE_CUDA=0 | 1      leave the CUDA kernels out | fail without them (default: where nvcc is found)
     FUSEDVAE_CUDA_ARCHS      compute capabilities, such as "90" or "8.0;9.0", which fails where the CUDA kernels cannot
                              be compiled for them (default: see DEFAULT_CUDA_ARCHS)
@@ -328,9 +328,8 @@ def build_native() -> tuple[Path, dict]:
         except BuildError as error:
             cuda = f"compiling them failed: {error}"
     if isinstance(cuda, str):
-        for name in ("FUSEDVAE_CUDA", "FUSEDVAE_CUDA_ARCHS") if os.environ.get("FUSEDVAE_CUDA") != "0" else ():
-            if os.environ.get(name, "").strip():
-                raise RequestError(f"{name}={os.environ[name]}, but no CUDA kernels: {cuda}")
+        if asked := request_for_cuda():
+            raise RequestError(f"{asked}, but no CUDA kernels: {cuda}")
         if cuda_sources():
             warn(f"the CUDA kernels were not compiled: {cuda}")
         run_ninja(ninja, write_ninja_file(folder, library, compiler, None))
@@ -342,6 +341,15 @@ def build_native() -> tuple[Path, dict]:
         archs = [*(f"sm_{arch}" for arch in cuda.archs), *(f"compute_{arch}" for arch in cuda.ptx_archs)]
         return library, {**record, "cuda": archs, "cuda_compiler": cuda.version, "cuda_absent": None}
     return library, {**record, "cuda": None, "cuda_compiler": None, "cuda_absent": cuda}
+
+
+def request_for_cuda() -> str | None:
+    """The variable that asks for CUDA kernels, and what it says."""
+    names = ("FUSEDVAE_CUDA", "FUSEDVAE_CUDA_ARCHS")
+    said = {name: os.environ.get(name, "").strip() for name in names}
+    if said["FUSEDVAE_CUDA"] == "0":
+        return None
+    return next((f"{name}={value}" for name, value in said.items() if value), None)
 
 
 def warn(message: str) -> None:
@@ -358,7 +366,10 @@ class BuildNative(build_ext):
             library, record = build_native()
         except BuildError as failure:
             error = str(failure)
-            required = os.environ.get("FUSEDVAE_REQUIRE_EXT") == "1" or isinstance(failure, RequestError)
+            asked = (
+                os.environ.get("FUSEDVAE_REQUIRE_EXT", "").strip() not in ("", "0") or request_for_cuda() is not None
+            )
+            required = asked or isinstance(failure, RequestError)
             # Whoever builds in place by hand is at work on the kernels: for them a failure is a failure.
             if required or (self.inplace and not self.editable_mode):
                 raise SystemExit(f"error: the native kernels were not compiled: {error}") from None

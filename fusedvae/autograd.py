@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -397,6 +397,10 @@ def forward_spec_of(
     return replaced(spec, needed=(False,) * len(spec.needed)) if deferred else spec
 
 
+def _is_learned(operand: Operand) -> TypeGuard[Tensor]:
+    return isinstance(operand, Tensor) and operand.requires_grad
+
+
 def _deferred(is_made: Sequence[bool], operands: Operands, *, in_place: bool = False) -> Deferred:
     """Of an objective some of whose gradients are made in the forward pass, perhaps the first in place."""
     return Deferred(
@@ -438,6 +442,9 @@ class DifferentiableObjective:
             isinstance(t, Tensor) and t.requires_grad and k not in quickly for k, t in enumerate(operands)
         )
         """Whether there are gradients to make besides those that objectives make."""
+        self.is_beta_learned = _is_learned(operands[spec.beta])
+        """Whether the divergence, which is beta's gradient, is kept for that. (Else whoever asked for the terms may
+        change it in place.)"""
         self.kernel_call: ObjectiveCall | None = None
         if not self.is_dispatched and spec.backend != "reference":
             self.kernel_call = ObjectiveCall(operands, forward_spec, in_place=in_place)
@@ -489,8 +496,8 @@ class _Objective(torch.autograd.Function):
             operands[0].is_overwritten = True
         ctx.overwrites = call.in_place and not call.overwrites
         ctx.capture = current_capture(call.kernel_call.device)
-        # With the terms comes the divergence: the gradient of beta.
-        ctx.save_for_backward(*[operands[k] for k in deferred.tensors], *values[2:])
+        divergence = values[2:] if call.is_beta_learned else ()
+        ctx.save_for_backward(*[operands[k] for k in deferred.tensors], *divergence)
         ctx.numbers = [operands[k] for k in deferred.numbers]
         ctx.set_materialize_grads(False)
         return tuple(values)
@@ -587,9 +594,9 @@ class _DispatchedObjective(torch.autograd.Function):
         ctx.deferred = _deferred(ctx.forward_spec.needed, operands)
         outputs = ops.objective.below_autograd(operands, ctx.forward_spec)
         values = 3 if spec.returns_terms else 1
-        ctx.save_for_backward(
-            *[operands[k] for k in ctx.deferred.tensors], *outputs[2:3][: values - 1], *outputs[values:]
-        )
+        ctx.keeps_divergence = spec.returns_terms and _is_learned(operands[spec.beta])
+        divergence = outputs[2:3] if ctx.keeps_divergence else ()
+        ctx.save_for_backward(*[operands[k] for k in ctx.deferred.tensors], *divergence, *outputs[values:])
         ctx.numbers = [operands[k] for k in ctx.deferred.numbers]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[values:])
@@ -606,7 +613,7 @@ class _DispatchedObjective(torch.autograd.Function):
         with_gradient = positions(ctx.forward_spec.needed)
         saved = ctx.saved_tensors
         operands, rest = _restored(ctx, ctx.deferred, saved)
-        divergence = rest[0] if spec.returns_terms else None
+        divergence = rest[0] if ctx.keeps_divergence else None
         are_enough = all(
             is_made or not need for need, is_made in zip(spec.needed, ctx.forward_spec.needed, strict=True)
         )
@@ -657,7 +664,7 @@ def _gradients_by_terms(
     g_loss, g_likelihood, g_divergence = [*map(as_weight, incoming), None, None][:3]
     # Kernels know no gradients of weights, which a traced program may be run with all the same.
     weights = [operands[k] for term in terms for k in (term.weight, term.normalizer) if k is not None]
-    is_weight_learned = any(isinstance(t, Tensor) and t.requires_grad for t in weights)
+    is_weight_learned = any(map(_is_learned, weights))
     if torch.is_grad_enabled() or is_transformed(incoming) or is_weight_learned:
 
         def values(*operands: Operand) -> list[Tensor]:
@@ -698,7 +705,7 @@ def _gradients_by_terms(
                 increment_version(sources[0])  # type: ignore[arg-type]
             for k, g in zip(positions(spec.needed[span]), found, strict=True):
                 grads[span.start + k] = g
-    if g_loss is not None and isinstance(beta, Tensor) and beta.requires_grad:
+    if g_loss is not None and _is_learned(beta):
         if divergence is None:  # as a traced program was run with a number before
             divergence = ops.objective(
                 operands, replaced(spec, returns_terms=True, needed=(False,) * len(spec.needed))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .backend.evaluation import with_tensors_for_numbers
 from .backend.specs import Objective, Sampling, SamplingGradient, TermGradient
 from .calls import (
     LatentCall,
@@ -58,11 +59,7 @@ class Operator:
 
     def __call__(self, operands: Operands, spec: Any) -> list[Tensor]:
         """Run by way of the dispatcher."""
-        device = next(t.device for t in operands if isinstance(t, Tensor))
-        tensors = [
-            t if t is None or isinstance(t, Tensor) else torch.full((), t, dtype=torch.float64, device=device)
-            for t in operands
-        ]
+        tensors = with_tensors_for_numbers(operands)
         return self.overload(tensors, *[list(f) if isinstance(f, tuple) else f for f in spec])
 
     def below_autograd(self, operands: Operands, spec: Any) -> list[Tensor]:

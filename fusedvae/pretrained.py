@@ -211,14 +211,15 @@ def _value(value: Tensor | float | None) -> Any:
     """A number, or of a tensor what it takes to make another."""
     if not isinstance(value, Tensor):
         return value
-    return {"shape": list(value.shape), "learned": isinstance(value, nn.Parameter)}
+    is_learned = isinstance(value, nn.Parameter)
+    return {"shape": list(value.shape), "learned": is_learned, "frozen": is_learned and not value.requires_grad}
 
 
 def _unvalued(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     tensor = torch.ones(value["shape"])
-    return nn.Parameter(tensor) if value["learned"] else tensor
+    return nn.Parameter(tensor, requires_grad=not value.get("frozen", False)) if value["learned"] else tensor
 
 
 def _untupled(value: Any) -> Any:

@@ -1004,6 +1004,15 @@ def test_files_that_are_no_runs(content: str, tmp_path: Path, capsys: pytest.Cap
     assert re.fullmatch(r"fusedvae bench: error: .*run\.json.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("choice", [["--presets", "cifar-conv"], ["--threads", "1"], ["--quick"], ["--list"]], ids=str)
+def test_a_run_that_is_there_is_shown_whole(
+    recorded: Path, capsys: pytest.CaptureFixture[str], choice: list[str]
+) -> None:
+    assert run_bench("--from", recorded, *choice) == 2
+    message = f"--from uses what was measured, all of it: it takes no {choice[0]}"
+    assert capsys.readouterr().err == f"fusedvae bench: error: {message}\n"
+
+
 def test_a_report_where_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert run_bench(*FAST, "--report", tmp_path / "file") == 2

@@ -452,6 +452,24 @@ def test_going_on_needs_neither_the_old_place_of_the_data_nor_its_own(
     assert contents(moved) == before
 
 
+@pytest.mark.parametrize("classes", [["a", "b", "c"], [0, 1, 2]], ids=str)
+def test_going_on_needs_the_labels_that_were_there(
+    tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str], classes: list
+) -> None:
+    out, path = tmp_path / "run", tmp_path / "digits.npz"
+    x, y = np.random.default_rng(0).random((30, 6), dtype=np.float32), np.repeat(classes, 10)
+    np.savez(path, x=x, labels=y)
+    options = ["--condition", "labels", "--epochs", "1", *TINY]
+    assert main(["train", "--data", str(path), "--out", str(out), *options]) == 0
+    other_names = np.where(y == classes[0], "d" if isinstance(classes[0], str) else 7, y)
+    for changed in (y[::-1], other_names):
+        np.savez(path, x=x, labels=changed)
+        assert main(["train", "--resume", str(out), "--epochs", "2", "--quiet"]) == 2
+        assert re.search("not the data that this run was trained on|has other labels now", one_line_error(capsys))
+    np.savez(path, x=x, labels=y)
+    assert main(["train", "--resume", str(out), "--epochs", "2", "--quiet"]) == 0
+
+
 def test_a_checkpoint_is_written_while_training(
     array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -941,7 +959,7 @@ BAD_INPUT = {
     "another checkpoint": (
         lambda folder: ((folder / "r").mkdir(), torch.save({"epoch": 1}, folder / "r" / "checkpoint.pt")),
         ["--resume", "r"],
-        "r/checkpoint.pt is not a checkpoint: this version of fusedvae continues those of format 2",
+        "r/checkpoint.pt is not a checkpoint: this version of fusedvae continues those of format 3",
     ),
 }
 

@@ -316,10 +316,10 @@ def test_options_in_yaml(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     path = tmp_path / "run.yaml"
     path.write_text(
-        "# mine\nlr: 1e-4\nrecon-logvar: learned\nclamp: [-5, 2]\ncompile: true\nimage_size: 32\nfsdp: no\n"
+        "# mine\nlr: 1e-4\nrecon-logvar: learned\nclamp: [-5, 2]\ncompile: true\nimage_size: 32\nfsdp: no\namp: bf16\n"
     )
     expected = {"lr": 1e-4, "recon_logvar": "learned", "clamp": (-5.0, 2.0), "compile": True, "image_size": 32}
-    assert options.read(path) == {**expected, "fsdp": False}
+    assert options.read(path) == {**expected, "fsdp": False, "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_options_in_yaml(tmp_path: Path) -> None:
         ("learning_rate: 1", "--learning-rate is no option of a run's settings"),
         ("lr: [1, 2]", "argument --lr: expected a number above 0"),
         ("resume: x", "--resume is no option of a run's settings"),
-        ("amp: bf16", "--amp is no option of a run's settings"),
+        ("amp: fp32", "argument --amp: expected bf16 or fp16, got 'fp32'"),
         ("fsdp: 3", "--fsdp: expected true or false, got 3"),
         ("lr: yes", "--lr: expected a value, got True"),
         ("- lr", "expected a mapping of options to values, got list"),

@@ -102,6 +102,23 @@ def test_one_term_before_the_whole_as_adversarial_training_does() -> None:
     assert_all_close(list(torch.autograd.grad(found.loss, t)), list(torch.autograd.grad(expected[0], t)))
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_terms_may_be_changed_in_place(reduction: str) -> None:
+    """As annealing and free bits do, of whatever they were given."""
+    t = operands()
+    recon_x, x, mu, logvar, recon_logvar = t
+    _, nll, kl = functional.elbo_loss(*t, reduction=reduction, return_terms=True)
+    nll -= 3.0
+    kl *= 0.1
+    kl.clamp_(min=0.05)
+    likelihood = (0.5 * (recon_logvar + (recon_x - x) ** 2 * (-recon_logvar).exp())).sum((1, 2))
+    divergence = (0.5 * (mu**2 + logvar.exp() - 1 - logvar)).sum(1)
+    if reduction == "batchmean":
+        likelihood, divergence = likelihood.mean(), divergence.mean()
+    expected = likelihood + (0.1 * divergence).clamp(min=0.05)
+    assert_all_close(list(torch.autograd.grad((nll + kl).sum(), t)), list(torch.autograd.grad(expected.sum(), t)))
+
+
 @pytest.mark.parametrize("wanting", range(1, 32))
 def test_any_subset_of_inputs(wanting: int) -> None:
     t = [v.detach().requires_grad_(bool(wanting >> k & 1)) for k, v in enumerate(operands())]

@@ -313,6 +313,13 @@ recon_x = torch.ones_like(logvar)[None].requires_grad_()
 value = functional.gaussian_nll(recon_x, torch.zeros_like(recon_x), logvar[None], reduction="sum", backend="native")
 (found,) = torch.autograd.grad(value, recon_x)
 torch.testing.assert_close(found[0], torch.exp(-logvar), rtol=6e-16, atol=1e-323, equal_nan=True)
+
+# All that float16 can hold: what is subnormal there is not in float32.
+torch.set_flush_denormal(True)
+halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+halves = halves[halves.isfinite()]
+zero = torch.zeros_like(halves)
+assert torch.equal(functional.reparameterize(halves, zero, noise=zero, backend="native"), halves)
 """
 
 

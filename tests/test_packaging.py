@@ -244,6 +244,9 @@ def test_a_build_without_a_compiler_says_why(case: str, small_checkout: Path, tm
     assert "installing without the native kernels" in warning
     assert reason in warning
     assert reason in built(small_checkout, fails=True, CXX=cxx, FUSEDVAE_REQUIRE_EXT="1")
+    for asked in ({"FUSEDVAE_CUDA": "1"}, {"FUSEDVAE_CUDA": "", "FUSEDVAE_CUDA_ARCHS": "90"}):
+        said = built(small_checkout, fails=True, CXX=cxx, **asked)
+        assert "error: the native kernels were not compiled" in said
 
 
 @pytest.mark.slow

@@ -115,6 +115,15 @@ def test_a_model_is_on_the_cpu_whatever_device_is_the_default(tmp_path: Path) ->
     check_same(model, found)
 
 
+def test_a_value_that_was_frozen_stays_so(tmp_path: Path) -> None:
+    frozen = learned(3, 1, 1).requires_grad_(False)
+    model = VAE(*networks.mlp(IMAGE, 4, hidden=(9,), mean_only=True), 4, recon_logvar=frozen, prior=(learned(4), 0.5))
+    model.save_pretrained(tmp_path / "model")
+    found = VAE.from_pretrained(tmp_path / "model")
+    check_same(model, found)
+    assert [name for name, value in found.named_parameters() if not value.requires_grad] == ["recon_logvar"]
+
+
 def test_the_file_is_what_others_read(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     model = MODELS["conv"]()

@@ -198,6 +198,24 @@ def test_what_has_no_weight_has_no_say(spoilt: float, dtype: torch.dtype) -> Non
             assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [None, ()])
+def test_a_gradient_of_zero_hides_nothing_but_what_has_no_weight(dim: Any, dtype: torch.dtype) -> None:
+    mean, x, logvar = (torch.randn(3, 40, dtype=dtype) for _ in range(3))
+    mean[1, ::5] = math.nan
+    weight = torch.ones(3, 40, dtype=dtype)
+    weight[1, ::10] = 0
+    mean.requires_grad_()
+    values = functional.gaussian_nll(mean, x, logvar, reduction="none", dim=dim, weight=weight)
+    assert isinstance(values, Tensor)
+    incoming = torch.zeros_like(values)
+    incoming[0] = 1
+    (found,) = torch.autograd.grad(values, mean, incoming)
+    spoilt = mean.isnan() & (weight != 0)
+    assert torch.equal(found.isnan(), spoilt)
+    assert not found[1:][~spoilt[1:]].any()
+
+
 @pytest.mark.parametrize("second", TOTALS)
 @pytest.mark.parametrize("first", TOTALS)
 def test_a_reduction_of_each_term(first: str, second: str) -> None:

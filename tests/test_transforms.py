@@ -277,17 +277,26 @@ def test_a_prior_that_took_no_part_has_no_gradient() -> None:
 @pytest.mark.slow
 def test_a_number_that_changes_at_each_step_does_not_recompile_at_each_step() -> None:
     recon_x, x = pair(8, 6)
+    recon_x.requires_grad_()
     mu, logvar = pair(8, 4)
     steps: list[Callable[[float], Tensor]] = [
         lambda b: functional.elbo_loss(recon_x, x, mu, logvar, beta=b),
+        lambda b: functional.elbo_loss(recon_x, x, mu, logvar, grad_scale=b, reduction="sum"),
+        lambda b: functional.elbo_loss(recon_x, x, mu, logvar, b, prior_mu=-b, prior_logvar=2 * b, return_terms=True)[
+            1
+        ],
         lambda b: functional.gaussian_nll(recon_x, x, -b),
         lambda b: functional.gaussian_nll_loss(recon_x, x, b + 0.1),
+        lambda b: functional.elbo_loss(recon_x, x, mu, logvar, beta=b, backend="reference"),
     ]
     for step in steps:
         torch._dynamo.reset()
-        compiled = torch.compile(step, backend="eager", fullgraph=True)
-        for k in range(12):
-            torch.testing.assert_close(compiled(k / 11), step(k / 11))
+        # (A program of Dynamo's alone, backend="eager", would keep any number.)
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        for k in range(12):  # more than a function may be compiled for
+            found, expected = compiled(k / 11 + 0.01), step(k / 11 + 0.01)
+            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(torch.autograd.grad(found, recon_x), torch.autograd.grad(expected, recon_x))
 
 
 # --- saved tensors, and tensors changed afterwards ------------------------------------------------------------------

@@ -503,6 +503,24 @@ def test_samples_of_counts_and_of_bins_have_the_masses_of_the_likelihoods(p: Any
         torch.testing.assert_close(coarse.float().mean(0), drawn.mean(0), rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_means_and_thetas_of_counts_are_what_the_decoder_gives(dtype: torch.dtype) -> None:
+    numbers = torch.tensor([[1000.0, 300.0, 37.0, 0.25]], dtype=dtype)
+    encoder, z = nn.Linear(4, 2 * LATENT), torch.zeros(1, LATENT)
+    vae = VAE(encoder, Apply(lambda z: numbers), LATENT, likelihood="poisson")
+    assert torch.equal(vae.decode(z).mu, numbers)
+    logs = VAE(encoder, Apply(lambda z: numbers.log()), LATENT, likelihood="poisson", recon_scale="lograte")
+    assert torch.equal(logs.decode(z).mu, numbers.log().float().exp().to(dtype))
+    options = {"likelihood": "negative_binomial", "recon_clamp": (0.5, None)}
+    vae = VAE(encoder, Apply(lambda z: numbers), LATENT, recon_logvar=numbers[0], **options)
+    assert torch.equal(vae.decode(z).mu, numbers)
+    assert torch.equal(vae.decode(z).theta, numbers[0].clamp(min=0.5))
+    assert torch.equal(
+        VAE(encoder, Apply(lambda z: numbers), LATENT, recon_logvar=0.1, **options).decode(z).theta,
+        torch.tensor(0.5, dtype=dtype),
+    )
+
+
 def test_dropouts_come_last_from_a_decoder() -> None:
     """theta is one a gene, that the module has: what scvi-tools calls px_r."""
     theta = nn.Parameter(torch.rand(12) + 0.5)
@@ -706,6 +724,32 @@ def test_conditions_may_be_of_several_tensors(x: Tensor) -> None:
     assert torch.equal(seen[0]["label"], torch.arange(BATCH).repeat(3))
     assert seen[0]["pair"][0].shape == (1, 7)  # of no batch
     assert seen[0]["name"] == "digits"
+
+
+class Labels(dict):
+    """A dict with more than its items, as the outputs of diffusers and transformers are."""
+
+    size = 0
+
+    @property
+    def label(self) -> Tensor:
+        return self["label"]
+
+
+def test_a_condition_stays_what_it_is_where_there_are_several_samples(x: Tensor) -> None:
+    seen: list[Labels] = []
+
+    def decode(z: Tensor, condition: Labels) -> Tensor:
+        seen.append(condition)
+        return (z.sum(1) + condition.label).view(-1, 1, 1, 1).expand(-1, *SHAPE)
+
+    encode = Apply(lambda x, condition: (x[:, :LATENT, 0, 0], x[:, :LATENT, 0, 1]))
+    condition = Labels(label=torch.arange(BATCH))
+    condition.size = 7
+    VAE(encode, Apply(decode), LATENT, recon_logvar=0.0).loss(x, condition, samples=2)
+    assert torch.equal(seen[0].label, torch.arange(BATCH).repeat(2))
+    assert seen[0].size == 7
+    assert torch.equal(condition.label, torch.arange(BATCH))
 
 
 def test_a_prior_of_no_condition_may_be_a_module_and_know_the_sizes_left_open() -> None:

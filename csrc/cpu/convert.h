@@ -46,10 +46,12 @@ FUSEDVAE_INLINE float widen(F16 v) {
   __builtin_memcpy(&half, &v.bits, sizeof half);
   return half;
 #else
-  // Exponent and mantissa, rebased by a multiplication that gets subnormals right; infinity and NaN apart.
+  // Exponent and mantissa, rebased; subnormals by way of 1/2, which has them for its last bits; infinity and NaN apart.
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7FFF) << 13;
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
-  const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
+  const uint32_t normal = magnitude + 0x38000000u;
+  const uint32_t subnormal = as_bits(as_float(0x3F000000u | (v.bits & 0x7FFF)) - 0.5f);
+  const uint32_t finite = magnitude < 0x00800000u ? subnormal : normal;
   const uint32_t special = magnitude | 0x7F800000u;
   return as_float(sign | (magnitude >= 0x0F800000u ? special : finite));
 #endif

@@ -83,13 +83,13 @@ struct OfElements {
     constexpr bool makes_values = makes == Makes::all || makes == Makes::values;
     constexpr bool makes_gradients = makes == Makes::all || makes == Makes::gradients;
     const P zero = {}, one = number<P>(1), factor = P{} + a.factor, constant = P{} + a.constant;
-    const P none = number<P>(a.selects ? 0.0 : NAN);  // the weight that does away with an element
+    const P none = number<P>(a.selects ? 0.0 : NAN);  // the mark that does away with an element
     // (In an instance for all tasks it is not known before.)
     const bool is_plain = kind == Scales::any       ? kHasFewInstances<T> && a.is_plain
                           : kind == Scales::uniform ? Formula::kScales != 1 || a.is_plain
                                                     : true;
     struct Fetched {
-      P inputs[n], weight;
+      P inputs[n], weight, mark;
       Scale<P> scales[kMostScales];
     };
     Fetched uniform = {};
@@ -113,6 +113,7 @@ struct OfElements {
                             : has_halves && a.are_halves[k]      ? load(reinterpret_cast<const Half*>(a.inputs[k]) + i)
                                                                  : load(a.inputs[k] + i);
       fetched.weight = has_weights ? load(a.weight + i) : one;
+      fetched.mark = has_weights ? load(a.marks + i) : one;
       if (kind == Scales::any && !is_plain) fetch_scales<Formula>(a, i, load, fetched.scales);
       return fetched;
     };
@@ -122,7 +123,7 @@ struct OfElements {
       if (!is_plain) through_forms<Formula>(a, spreads.slopes, element.grads);
       P value = element.value;
       if (has_weights) {
-        const auto counts = in.weight != none;
+        const auto counts = in.mark != none;
         value = counts ? (value + constant) * in.weight : zero;
 #pragma GCC unroll 4
         for (int k = 0; k < n; ++k) element.grads[k] = counts ? element.grads[k] : zero;
@@ -148,7 +149,7 @@ struct OfElements {
   static double apply_for(const Arrays<T>& a, int64_t count, bool is_uniform, bool sums) {
     if constexpr (kHasFewInstances<T>) {
       Arrays<T> weighted = a;
-      if (!a.weight) weighted.weight = a.ones;
+      if (!a.weight) weighted.weight = weighted.marks = a.ones;
       if constexpr (Formula::kUniform >= 0)
         if (is_uniform)
           return sums && !a.weight ? apply<T, false, Scales::uniform, Makes::all>(a, count)

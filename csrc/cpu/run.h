@@ -24,8 +24,9 @@ struct Arrays {
   bool is_plain, has_gains;      // the task
   const T* inputs[kMostInputs];  // the uniform one has one element
   const T* weight;               // in value and gradients; null for a weight of 1
+  const T* marks;                // beside it: 0 where an element is selected away, if `selects`
   const T* ones;                 // what an instance for all tasks takes then
-  bool selects;                  // whether a weight of 0 does away with what it weights, whatever that is
+  bool selects;                  // whether a mark of 0 does away with its element, whatever that is
   T* value;                      // null where only their sum is wanted, as are gradients that are not
   T* grads[kMostInputs];
   T factor;  // of the gradients
@@ -204,16 +205,21 @@ DType find_halves(const Work<T>& work, const ElementwiseTask& task, const Output
   return half;
 }
 
-// The weights of a tile, null where there are none: a product, in which what is weighted with 0 stays away.
+// The weights of a tile, in value and gradients, and what says which of its elements count: the task's own, as a weight
+// of 1 times what comes in may be 0 as well.
 template <class T>
-const T* read_weights(const ElementwiseTask& task, const Tile& t, Buffers<T>& buffers) {
-  if (!task.weight && !task.incoming) return nullptr;
-  const T* const weight = task.weight ? read(task.weight, t, buffers.weight) : nullptr;
-  const T* const incoming = task.incoming ? read(task.incoming, t, buffers.incoming) : nullptr;
-  if (!weight || !incoming) return weight ? weight : incoming;
+void read_weights(const ElementwiseTask& task, const Tile& t, Buffers<T>& buffers, Arrays<T>* a) {
+  a->weight = a->marks = nullptr;
+  if (task.weight) a->weight = a->marks = read(task.weight, t, buffers.weight);
+  if (!task.incoming) return;
+  const T* const incoming = read(task.incoming, t, buffers.incoming);
+  if (!task.weight) {
+    a->weight = a->marks = incoming;
+    return;
+  }
   const int64_t n = t.count();
-  for (int64_t i = 0; i < n; ++i) buffers.incoming[i] = weight[i] == 0 ? T(0) : weight[i] * incoming[i];
-  return buffers.incoming;
+  for (int64_t i = 0; i < n; ++i) buffers.incoming[i] = a->weight[i] * incoming[i];
+  a->weight = buffers.incoming;
 }
 
 // Maps the scales of a tile.
@@ -276,7 +282,8 @@ void run_elementwise(const Work<T>& work, const ElementwiseTask& given, const La
     prefer_huge_pages(task.grads[k], e);
   }
   if (latent) prefer_huge_pages(latent->z, e);
-  // The tiles, and so the order of sums, are those of sizes alone; what memory is like decides how it is written.
+  // The tiles, and so the order of sums, are those of sizes, strides, dtypes and what is wanted, whatever the threads;
+  // what memory is like decides how it is written.
   const bool is_large = written >= kPastCachesBytes;
   const int64_t unbuffered = is_large || latent || (totals && by_sample) ? 0 : unbuffered_tile(work, task, outputs);
   bool are_halves[kMostInputs] = {};
@@ -343,7 +350,7 @@ void run_elementwise(const Work<T>& work, const ElementwiseTask& given, const La
                                                       : read(task.inputs[j], t, buffers.inputs[j]);
       if (latent) sample_operands(*latent, t, sample_buffers, &a);
       if (!a.is_plain && !is_uniform) map_scales(work, task, t.count(), scale_buffers, &a);
-      a.weight = read_weights(task, t, buffers);
+      read_weights(task, t, buffers, &a);
       const bool needs_values = values.needs_values(t);
       a.value = needs_values ? buffers.value : place(outputs.value, task.value, t, buffers.value, false);
       for (int j = 0; j < n; ++j) {

@@ -16,18 +16,24 @@ from .reference import GIVEN, Number, sample, working_dtype
 from .specs import Objective, Placed, Sampling, factor_of, unpacked
 
 
+def with_tensors_for_numbers(operands: Sequence[Number | None]) -> list[Tensor | None]:
+    """The same operands; no program depends on the numbers among them then.
+
+    As products: a compiler takes a number in one for any number. In torch.full it would be this one, and the program be
+    compiled anew for another.
+    """
+    one = next(t for t in operands if isinstance(t, Tensor)).new_ones((), dtype=torch.float64)
+    return [t if t is None or isinstance(t, Tensor) else one * t for t in operands]
+
+
 def objective(spec: Objective, operands: Sequence[Number | None]) -> list[Tensor]:
     """The values of an objective by the formulas, differentiable, in the dtype of the arithmetic.
 
     Loss, likelihood and divergence, whatever ``spec`` says of the terms; those that are absent are 0.
     """
     likelihood = divergence = None
-    if torch.compiler.is_compiling():  # a program that knew numbers would be compiled anew for others
-        device = next(t.device for t in operands if isinstance(t, Tensor))
-        operands = [
-            t if t is None or isinstance(t, Tensor) else torch.full((), t, dtype=torch.float64, device=device)
-            for t in operands
-        ]
+    if torch.compiler.is_compiling():
+        operands = with_tensors_for_numbers(operands)
     for term in spec.terms():
         if term.formula is GIVEN:
             (elements,) = operands[term.inputs]

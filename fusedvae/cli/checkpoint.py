@@ -14,7 +14,7 @@ from .errors import CommandError
 from .files import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = 2
+FORMAT = 3
 """Changes with the meaning of a checkpoint's entries."""
 
 

@@ -8,8 +8,9 @@ Common to all:
 * a batch is dimension 0; the shapes are otherwise free. Any strides are taken; contiguous and channels_last
   tensors, halves of packed tensors and broadcast operands without a copy, others with one.
 * dtypes float64, float32, bfloat16 and float16, mixed as in PyTorch's arithmetic (targets may also be integers and
-  bools). Work is done in float32, or float64 if an operand is. Sums have the promoted dtype of the operands, but no
-  less than float32; values of elements have it, or float32 under autocast. Each gradient has its operand's dtype.
+  bools). Each term is computed in float32, or in float64 if an operand of it is. Sums have the promoted dtype of the
+  operands, but no less than float32; values of elements have it, or float32 under autocast. Each gradient has its
+  operand's dtype.
 * a mean and its scale may come packed in one tensor, halves along dimension 1 (or ``packed_dim``, -1 for the tokens of
   a transformer): pass it in the mean's place and None, said out loud, in the scale's.
 * ``scale`` says what the tensor beside a mean holds: "logvar" (sigma^2 = e^s), "logstd" (sigma = e^s), "std" (sigma =

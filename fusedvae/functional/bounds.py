@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 
 class ELBOTerms(NamedTuple):
-    """The loss and its two terms, each reduced, and each differentiable on its own: loss = nll + beta * kl."""
+    """The loss and its two terms, each reduced, and each differentiable on its own: loss = nll + beta * kl.
+
+    They are of one operation: before the last of several backward passes, ``retain_graph=True`` is needed.
+    """
 
     loss: Tensor
     nll: Tensor

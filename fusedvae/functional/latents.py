@@ -29,7 +29,7 @@ from .objective import backend_for, value_dtype
 
 
 class Latent(NamedTuple):
-    """What `latent` returns."""
+    """What `latent` returns: of one operation, so that all backward passes but the last need ``retain_graph=True``."""
 
     z: Tensor
     """The sample, of mu's shape; with ``samples``, that many of them in front."""

@@ -124,7 +124,7 @@ def bernoulli_nll(
 
     sum(softplus(a) - x a) of logits a = recon_x, as torch.nn.functional.binary_cross_entropy_with_logits; or
     sum(-x log p - (1 - x) log(1 - p)) of probabilities p = recon_x, no logarithm below -100, as
-    torch.nn.functional.binary_cross_entropy, whose derivatives it has. Source: Kingma & Welling 2014
+    torch.nn.functional.binary_cross_entropy, whose derivative by p it has. Source: Kingma & Welling 2014
     (arXiv:1312.6114), appendix C.1.
 
     Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import functional
-from ..backend.reference import PLAIN, Form, Scale, working_dtype
+from ..backend.reference import LIKELIHOODS, PLAIN, Form, Scale, working_dtype
 from ..torch_private import standard_gamma
 from ..typing import Generator
 
@@ -140,29 +140,44 @@ Likelihood = (
     | DiscretizedLogistic
 )
 
-DISTRIBUTIONS: dict[str, Callable[..., Likelihood]] = {
+_DISTRIBUTIONS: dict[str, Callable[..., Likelihood]] = {
     "gaussian": DiagonalGaussian,
     "laplace": DiagonalLaplace,
     "bernoulli": lambda logits, _: Bernoulli(logits.sigmoid(), logits),
     "bernoulli_probs": lambda probabilities, _: Bernoulli(probabilities, probabilities.logit()),
     "mse": lambda mean, _: DiagonalGaussian(mean, mean.new_full((), -math.log(2))),
     "l1": lambda median, _: DiagonalLaplace(median, median.new_zeros(())),
-    "poisson": lambda log_rate, _: Poisson(torch.exp(log_rate)),
-    "negative_binomial": lambda mu, log_theta: NegativeBinomial(mu, torch.exp(log_theta)),
-    "zero_inflated_negative_binomial": lambda mu, log_theta, zi_logits: ZeroInflatedNegativeBinomial(
-        mu, torch.exp(log_theta), zi_logits
-    ),
+    "poisson": lambda rate, _: Poisson(rate),
+    "negative_binomial": NegativeBinomial,
+    "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
     "discretized_logistic": DiscretizedLogistic,
 }
-"""What p(x|z) is, of what the decoder gave (if that is a scale itself, of its logarithm), the logarithm of its scale,
-which some have not, and the logits of dropouts: those that the likelihoods' constants make densities of."""
+"""Of what the decoder gave (if that is a scale itself, its value); the logarithm of its scale, which some have not,
+or of counts that scale's value; and the logits of dropouts. They are those that the likelihoods' constants make
+densities of."""
+
+
+def distribution_of(likelihood: str, form: Form, mean: Tensor, scale: Tensor | float, *zi_logits: Tensor) -> Likelihood:
+    """What p(x|z) is, of what the decoder gave: the form is that of its scale."""
+    is_of_counts = likelihood in ("poisson", "negative_binomial", "zero_inflated_negative_binomial")
+    if 0 in LIKELIHOODS[likelihood].scales:
+        mean = value_of(mean, mean, form)
+    of_scale = value_of(scale, mean, form) if is_of_counts else log_of(scale, mean, form)
+    return _DISTRIBUTIONS[likelihood](mean, of_scale, *zi_logits)
 
 
 def log_of(scale: Tensor | float, mean: Tensor, form: Form) -> Tensor:
     """The logarithm of the scale that a tensor, or number, beside a mean is a form of; in its dtype."""
+    return scale if isinstance(scale, Tensor) and form == PLAIN else _of_scale(scale, mean, form, lambda s: s.log)
+
+
+def value_of(scale: Tensor | float, mean: Tensor, form: Form) -> Tensor:
+    """The scale itself, likewise."""
+    return _of_scale(scale, mean, form, lambda s: s.value)
+
+
+def _of_scale(scale: Tensor | float, mean: Tensor, form: Form, ask: Callable[[Scale], Any]) -> Tensor:
     if not isinstance(scale, Tensor):
-        return mean.new_full((), Scale(scale, form).log)
-    if form == PLAIN:
-        return scale
-    log: Tensor = Scale(scale.to(working_dtype(scale)), form).log
-    return log.to(scale.dtype)
+        return mean.new_full((), ask(Scale(scale, form)))
+    found: Tensor = ask(Scale(scale.to(working_dtype(scale)), form))
+    return found.to(scale.dtype)

@@ -31,7 +31,7 @@ from ..typing import (
     NormalScale,
     Reduction,
 )
-from .families import DISTRIBUTIONS, DiagonalGaussian, Likelihood, ZeroInflatedNegativeBinomial, log_of
+from .families import DiagonalGaussian, Likelihood, ZeroInflatedNegativeBinomial, distribution_of, log_of
 from .output import Decoded, Kind, VAEOutput, negative_bound
 from .parts import (
     broadcasts_to,
@@ -87,8 +87,8 @@ class VAE(nn.Module):
         scale, clamp, eps: the form of what the encoder gives beside the mean, likewise.
         prior: p(z): None for N(0, I); a pair (mean, log-variance) of numbers, tensors (fixed, kept in the state_dict
             as ``prior_mu`` and ``prior_logvar``) or ``nn.Parameter`` (learned), each of a sample's latent shape or
-            broadcasting to it; or a module that gives such a pair, or a packed tensor ``(batch, 2 * C, *)``, for the
-            condition that it is called with.
+            broadcasting to it; or a module that gives a pair of tensors, or one packed, ``(batch, 2 * C, *)``, for
+            the condition that it is called with.
         prior_scale, prior_clamp, prior_eps: the form of what the prior has beside its mean. Without a ``prior_eps``,
             it is ``eps`` where that is a tensor of the same form, else 0.
 
@@ -791,11 +791,8 @@ class VAE(nn.Module):
         mean, scale = p.mean, p.scale
         if scale is None:
             mean, scale = mean.chunk(2, dim=1)
-        form = p.kind.form
-        if 0 in p.kind.formula.scales:
-            mean = log_of(mean, mean, form)
         zi_logits = () if p.zi_logits is None else (p.zi_logits,)
-        return DISTRIBUTIONS[p.kind.likelihood](mean, log_of(scale, mean, form), *zi_logits)
+        return distribution_of(p.kind.likelihood, p.kind.form, mean, scale, *zi_logits)
 
 
 _has_warned = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -58,7 +59,9 @@ def repeated(condition: _Condition, times: int, batch: int) -> _Condition:
     if isinstance(condition, Tensor) and condition.shape[:1] == (batch,):
         found = condition.expand(times, *condition.shape).flatten(0, 1)
     elif isinstance(condition, dict):
-        found = {key: repeated(value, times, batch) for key, value in condition.items()}
+        found = copy.copy(condition)  # of its own kind, which may have more than its items
+        for key, value in condition.items():
+            found[key] = repeated(value, times, batch)
     elif isinstance(condition, (tuple, list)):
         values = [repeated(value, times, batch) for value in condition]
         found = type(condition)(*values) if hasattr(condition, "_fields") else type(condition)(values)

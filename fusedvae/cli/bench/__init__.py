@@ -150,6 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_destinations(arguments)
     old = None if arguments.compare is None else load(arguments.compare)
     if arguments.source is not None:
+        _check_measures_nothing(arguments)
         return _finish(arguments, load(arguments.source), old)
     settings = _settings(arguments, {} if old is None else old["settings"])
     if arguments.list:
@@ -163,6 +164,14 @@ def run(arguments: argparse.Namespace) -> int:
         return _measure(arguments, settings, old)
     finally:
         torch.set_num_threads(threads_before)
+
+
+def _check_measures_nothing(arguments: argparse.Namespace) -> None:
+    """Check that nothing is chosen of what has been measured already."""
+    given = [name for name in Settings._fields if getattr(arguments, name) is not None]
+    given += [name for name in ("quick", "full", "list") if getattr(arguments, name)]
+    if given:
+        raise CommandError(f"--from uses what was measured, all of it: it takes no --{given[0].replace('_', '-')}")
 
 
 def _settings(arguments: argparse.Namespace, previous: dict[str, Any]) -> Settings:

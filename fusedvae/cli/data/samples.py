@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -135,8 +136,12 @@ class Samples(Dataset[Any]):
 
     def fingerprint(self) -> str:
         """Two sets of samples with the same one are the same: a hash of all values that are held in memory, of some and
-        of the sizes of those that are not."""
-        return self.source.fingerprint()
+        of the sizes of those that are not, and of all labels."""
+        found = self.source.fingerprint()
+        if self._labels is None:
+            return found
+        names = json.dumps([found, *self.preparation.classes]).encode()
+        return hashlib.sha256(names + self._labels.numpy().tobytes()).hexdigest()
 
 
 class _StoredBatches(Dataset[Any]):

@@ -344,9 +344,9 @@ def parsed(values: dict[str, Any]) -> dict[str, Any]:
     words = []
     for name, value in values.items():
         field = str(name).replace("-", "_")
-        if field not in defaults:
+        if field not in defaults and field != "amp":  # an option, too, that sets the dtype
             raise ValueError(f"{option_name(field)} is no option of a run's settings")
-        is_switch = isinstance(defaults[field], bool)
+        is_switch = isinstance(defaults.get(field), bool)
         if value is not None and isinstance(value, bool) != is_switch:
             raise ValueError(
                 f"{option_name(field)}: expected {'true or false' if is_switch else 'a value'}, got {value!r}"
