@@ -15,9 +15,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusedvae import backend
-from fusedvae.backend.reference import FORMULAS
+from fusedvae.backend import ObjectiveWork, Part, TermWork
+from fusedvae.backend.reference import FORMULAS, PLAIN
 
 REGISTERS = 65536
 """Of a multiprocessor, on every architecture from sm_80 on."""
@@ -160,6 +162,23 @@ def test_where_no_gpu_can_run_them_the_reason_is_a_sentence_and_others_serve():
     assert backend.resolve("cuda") in ("triton", "reference")
     with pytest.raises(RuntimeError, match=re.escape(reason)):
         backend.resolve("cuda", "native")
+
+
+@pytest.mark.parametrize("rows", [2**31 - 2**12, 2**31, 2**33])
+def test_more_sums_than_a_lane_can_count_are_refused(rows: int):
+    """Of a gradient for each row, each row has a sum of its own: the total would be of more than 32 bits count."""
+    extension()
+    shapes = [(rows, 3), (rows, 3), (rows, 1)]
+    parts = [Part(k, torch.Size(shape), (shape[1], 1), torch.bfloat16) for k, shape in enumerate([*shapes, *shapes])]
+    inputs, (mean, _, scale) = parts[:3], parts[3:]
+    term = TermWork(FORMULAS["gaussian_nll"], False, tuple(inputs), (mean, None, scale), (PLAIN,))
+    work = ObjectiveWork((term,), "total", Part(6, torch.Size(), (), torch.float32))
+    gpu = torch.device("cuda", 0)
+    if rows < 2**31:
+        backend.kernels("native").prepare_objective(work, 7, gpu)
+        return
+    with pytest.raises(RuntimeError, match=r"fusedvae: more than 2\^3[12] sums"):
+        backend.kernels("native").prepare_objective(work, 7, gpu)
 
 
 def test_every_kernel_is_there(architecture: str):
