@@ -274,7 +274,7 @@ def _latent_gradients(
     *inputs, seed, offset, noise = operands
     # Hardly anybody asks for the noise's gradient: the formula will do.
     if torch.is_grad_enabled() or is_transformed((grad_z, grad_kl)) or (noise is not None and noise.requires_grad):
-        if noise is None and seed is not None and offset is None:
+        if noise is None and seed is not None and offset is None:  # a stream from its beginning; else the formula's own
             mean: Any = unpacked(spec.formula, inputs, spec.packed_dim)[0]
             noise = ops.normal(list(spec.shape(mean.shape)), seed, working_dtype(*inputs), spec.backend)
         kl_dtype = None if grad_kl is None else grad_kl.dtype
