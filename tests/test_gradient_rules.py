@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fusedvae
 from fusedvae import autograd, calls, functional, ops
@@ -390,7 +391,7 @@ def test_checkpointing_makes_the_same_noise_again() -> None:
     def latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(functional.latent(mu, logvar))
 
-    found = gradients(lambda *t: torch.utils.checkpoint.checkpoint(latent, *t, use_reentrant=False))
+    found = gradients(lambda *t: checkpoint(latent, *t, use_reentrant=False))
     for f, e in zip(found, gradients(latent), strict=True):
         assert torch.equal(f, e)
 

@@ -140,7 +140,7 @@ Likelihood = (
     | DiscretizedLogistic
 )
 
-_DISTRIBUTIONS: dict[str, Callable[..., Likelihood]] = {
+DISTRIBUTIONS: dict[str, Callable[..., Likelihood]] = {
     "gaussian": DiagonalGaussian,
     "laplace": DiagonalLaplace,
     "bernoulli": lambda logits, _: Bernoulli(logits.sigmoid(), logits),
@@ -163,7 +163,7 @@ def distribution_of(likelihood: str, form: Form, mean: Tensor, scale: Tensor | f
     if 0 in LIKELIHOODS[likelihood].scales:
         mean = value_of(mean, mean, form)
     of_scale = value_of(scale, mean, form) if is_of_counts else log_of(scale, mean, form)
-    return _DISTRIBUTIONS[likelihood](mean, of_scale, *zi_logits)
+    return DISTRIBUTIONS[likelihood](mean, of_scale, *zi_logits)
 
 
 def log_of(scale: Tensor | float, mean: Tensor, form: Form) -> Tensor:
