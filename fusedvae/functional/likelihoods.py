@@ -208,7 +208,7 @@ def poisson_nll(
 
     As torch.nn.functional.poisson_nll_loss with ``log_input=False`` (``scale="rate"``) or ``log_input=True``
     (``scale="lograte"``). With ``full`` it is -torch.distributions.Poisson(rate).log_prob(x), to which log x! belongs
-    (PyTorch's loss has Stirling's approximation of it), computed so that nothing cancels.
+    (PyTorch's loss has Stirling's approximation of it), computed so that of whole numbers x nothing cancels.
 
     Args:
         rate: mean number of counts, or what ``scale`` says, shape (batch, ...).
