@@ -78,7 +78,8 @@ def _batch(operands: Operands, has_rows: Sequence[bool]) -> _Batch | None:
             if operand.dim() > 0:
                 raise ValueError(
                     f"operands: expected DTensors, as others are, got a plain tensor of shape {tuple(operand.shape)}: "
-                    "torch.distributed.tensor.distribute_tensor shares it out"
+                    "torch.distributed.tensor.distribute_tensor shares it out (or, if the others are parameters of a "
+                    "sharded module, they are whole within its own call)"
                 )
             if operand.requires_grad:
                 return None

@@ -70,10 +70,12 @@ CASES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "latent, at the sample": lambda t: _latent(t, t["prior"], t["prior"], estimator="sample", offset=3),
     "latent, an element": lambda t: _latent(t, dim=()),
     # By the reference's formulas:
-    "latent, samples": lambda t: _latent(t, samples=2),
+    "latent, samples": lambda t: _latent(t, samples=3),
+    "latent, generators": lambda t: _latent(t, generator=[torch.Generator().manual_seed(k) for k in range(BATCH)]),
+    "elbo, learned weight": lambda t: _elbo(t, reduction="weighted_mean", weight=t["spread"].exp()),
     "kl, over the batch": lambda t: functional.kl_standard_normal(t["mu"], t["logvar"], reduction="none", dim=(0, 1)),
 }
-BY_REFERENCE = ("latent, samples", "kl, over the batch")
+BY_REFERENCE = ("latent, samples", "elbo, learned weight", "kl, over the batch")
 
 
 def _computed(case: Callable[[dict[str, Tensor]], Any], operands: dict[str, Tensor]) -> list[Tensor | None]:
@@ -129,6 +131,9 @@ def _differences() -> list[str]:
         if has_kernels and "expected DTensors, as others are, got a plain tensor of shape (4, 2)" not in str(error):
             wrong.append(str(error))
     mu, logvar = (share_rows(t.detach()).requires_grad_() for t in (plain["mu"], plain["logvar"]))
+    several = functional.reparameterize(mu, logvar, samples=3)
+    if several.placements != (Shard(1),):  # type: ignore[attr-defined]
+        wrong.append(f"samples are {several.placements}")  # type: ignore[attr-defined]
     total = functional.kl_standard_normal(mu, logvar)
     if has_kernels and not total.placements[0].is_partial():
         wrong.append(f"a total is {total.placements}")

@@ -144,7 +144,7 @@ def latent(spec: Sampling, operands: Sequence[Number | None]) -> list[Tensor]:
     if noise is None:
         assert isinstance(seed, Tensor)
         noise = normal(tuple(spec.shape(mean.shape)), seed, working_dtype(mean, scale), 0 if offset is None else offset)
-        noise = _laid_out_as(noise, mean)
+        noise = laid_out_as(noise, mean)
     assert isinstance(noise, Tensor)
     z_dtype = torch.promote_types(mean.dtype, scale.dtype)
     dtype = working_dtype(*inputs, noise)
@@ -161,10 +161,12 @@ def latent(spec: Sampling, operands: Sequence[Number | None]) -> list[Tensor]:
     return [z.to(z_dtype), summed(elements, spec.kl_dim).to(spec.kl_dtype)]
 
 
-def _laid_out_as(noise: Tensor, mean: Any) -> Tensor:
-    """The noise, shared out among processes as a DTensor is: that which the first one drew."""
+def laid_out_as(noise: Tensor, mean: Any) -> Tensor:
+    """The noise, shared out among processes as a DTensor is: that which the first one drew. Samples may be in front."""
     if type(mean) is Tensor or not hasattr(mean, "device_mesh"):
         return noise
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    return distribute_tensor(noise, mean.device_mesh, mean.placements)
+    in_front = noise.dim() - mean.dim()
+    placements = [Shard(p.dim + in_front) if isinstance(p, Shard) else p for p in mean.placements]
+    return distribute_tensor(noise, mean.device_mesh, placements)

@@ -206,7 +206,8 @@ class Trainer:
         if self.settings.fsdp:
             state = self._whole_state(self.evaluated.model)
             if self.group.is_first:
-                self._gathered = self.settings.build_model(self.shape, len(self.data.classes))
+                with torch.random.fork_rng([]):  # whose draws are no part of the run's, and no other process makes
+                    self._gathered = self.settings.build_model(self.shape, len(self.data.classes))
                 self._gathered.load_state_dict(state)
 
     def leave_group(self) -> None:
@@ -287,6 +288,8 @@ class Trainer:
                         parts = out.loss(x, reduction="sum", full=True, return_terms=True)
                         terms = terms._replace(nll=parts.nll, kl=parts.kl)
                 sums += torch.stack(terms).double()
+        if self.settings.fsdp:  # the outermost part stays whole after a forward pass, for a backward pass to come
+            self.evaluated.reshard()  # type: ignore[operator]
         return self.group.sum(sums) / len(samples)
 
     def condition(self, labels: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import autograd, ops
+from ..backend.evaluation import laid_out_as
 from ..backend.reference import FORMULAS, form_fields
 from ..backend.specs import Sampling, shape_of_mean
 from ..calls import Operand, Operands, find
@@ -268,4 +269,5 @@ def _noise_of_each(
         seed = ops.draw_seed(mu.device, generator, by_dispatcher=False)
         drawn.append(normal(tuple(own), seed, device=mu.device, backend=backend))
     dim = 0 if samples is None else 1
-    return torch.stack(drawn, dim) if drawn else torch.empty((*own[:dim], 0, *own[dim:]), device=mu.device)
+    noise = torch.stack(drawn, dim) if drawn else torch.empty((*own[:dim], 0, *own[dim:]), device=mu.device)
+    return laid_out_as(noise, mu)

@@ -111,7 +111,10 @@ def weighting_of(
     times = math.prod(shape) * inverse_of(max(weight.numel(), 1))
     total = weight.sum(dtype=dtype_of_sums(weight.device))
     if is_sharded((total,)):  # PyTorch 2.6 would take the reciprocal of each process's part
-        total = total.full_tensor()  # type: ignore[attr-defined]
+        from torch.distributed.tensor import Replicate
+
+        whole = total.redistribute(placements=[Replicate()] * total.device_mesh.ndim)  # type: ignore[attr-defined]
+        total = whole if weight.requires_grad else whole.to_local()
     return weight, 1.0 / (total * times)
 
 

@@ -101,7 +101,7 @@ def _begun(
             if group.is_first:
                 stack.enter_context(only_writer(arguments.resume))
             state = checkpoint.load(arguments.resume)
-            settings = _continued(state, given, arguments)
+            settings = _continued(state, given, arguments, group)
         settings = _on_this_machine(settings, group)
         loggers.check(settings)
         torch.set_num_threads(settings.threads or threads)
@@ -153,12 +153,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _continued(state: dict[str, Any], given: dict[str, Any], arguments: argparse.Namespace) -> Settings:
+def _continued(state: dict[str, Any], given: dict[str, Any], arguments: argparse.Namespace, group: Alone) -> Settings:
     """The settings of the checkpointed run with those replaced that may be."""
     if arguments.out is not None or arguments.overwrite:
         raise CommandError("--resume goes on in the run's own directory: it takes neither --out nor --overwrite")
     with checkpoint.reading(arguments.resume):
         settings = options.checked(state["settings"])
+        if group.size == 1:  # which has all of the weights
+            settings = dataclasses.replace(settings, fsdp=False)
         done = state["epoch"] + (state["step"] > 0)
     for name, value in given.items():
         if name not in options.CHANGEABLE and value != getattr(settings, name):
