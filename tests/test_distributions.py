@@ -170,8 +170,10 @@ def test_a_deterministic_one(target: Target) -> None:
     for value in (p.kl(), p.kl(DiagonalGaussianDistribution(parameters)), p.nll(p.mean)):
         assert torch.equal(value, torch.zeros(1))
     drawn = p.sample()
+    before = parameters.clone()
     drawn.add_(1.0)  # is nobody else's
-    assert torch.equal(p.mean, parameters[:, :2])
+    assert torch.equal(parameters, before)
+    assert torch.equal(p.mean, before[:, :2])
     with pytest.raises(ValueError, match="other: expected a distribution that has a density"):
         DiagonalGaussianDistribution(parameters).kl(p)
 

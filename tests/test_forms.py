@@ -296,6 +296,15 @@ def test_wrong_forms(options: dict[str, Any], error: type[Exception], message: s
             functional.latent(mu, mu, *prior, **of_prior)
 
 
+def test_a_floor_of_counts_and_bounds_in_a_list() -> None:
+    rate, x = torch.rand(4, 5), torch.ones(4, 5)
+    torch.testing.assert_close(functional.poisson_nll(rate, x, eps=0.5), functional.poisson_nll(rate + 0.5, x))
+    found = functional.negative_binomial_nll(rate, x, rate, eps=0.5)
+    torch.testing.assert_close(found, functional.negative_binomial_nll(rate, x, rate + 0.5))
+    found = functional.kl_standard_normal(rate, rate, clamp=[0.2, 0.4])  # type: ignore[arg-type]
+    torch.testing.assert_close(found, functional.kl_standard_normal(rate, rate.clamp(0.2, 0.4)))
+
+
 def test_a_number_that_is_none_stays_so() -> None:
     m = torch.zeros(2, 3)
     for clamp in (None, (-1.0, 1.0)):

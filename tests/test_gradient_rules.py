@@ -93,6 +93,30 @@ def test_a_kept_graph_gives_the_same_gradients_again(factor: float) -> None:
         torch.autograd.grad(loss, t)
 
 
+def test_gradients_are_given_away_once() -> None:
+    mean, x = torch.randn(4, 6).requires_grad_(), torch.randn(4, 6)
+    loss = functional.gaussian_nll(mean, x)  # nothing of PyTorch's beside it, that would say so first
+    torch.autograd.grad(loss, mean)
+    with pytest.raises(RuntimeError, match="gradients have been given away"):
+        torch.autograd.grad(loss, mean, torch.full_like(loss, 2.0))
+
+
+def test_operands_and_gradients_that_have_their_sign_to_come() -> None:
+    plain = operands()
+    signed = [torch._neg_view(-t.detach()).requires_grad_() for t in plain]
+    torch.testing.assert_close(functional.elbo_loss(*signed), functional.elbo_loss(*plain))
+    mu, logvar = plain[2:4]
+    z = functional.reparameterize(mu, logvar, noise=torch.randn_like(mu))
+    incoming = torch.randn_like(z)
+    found = torch.autograd.grad(z, [mu, logvar], torch._neg_view(-incoming), retain_graph=True)
+    assert_all_close(list(found), list(torch.autograd.grad(z, [mu, logvar], incoming)))
+
+
+def test_integers_that_float32_cannot_hold_beside_a_weight_in_float64() -> None:
+    mean, weight = torch.full((4, 6), 2.0**24), torch.ones(4, 6, dtype=torch.float64)
+    assert functional.gaussian_nll(mean, torch.full((4, 6), 2**24 + 1), weight=weight, reduction="mean") == 0.5
+
+
 def test_one_term_before_the_whole_as_adversarial_training_does() -> None:
     t = operands()
     found, expected = terms(*t), written_out(*t)

@@ -141,6 +141,15 @@ def test_terms_that_are_each_differentiable() -> None:
     assert step.written == [False, True]
 
 
+def test_nothing_but_the_reconstruction_is_written_over() -> None:
+    x, mu, logvar = torch.randn(4, 9), *(torch.randn(4, 2).requires_grad_() for _ in range(2))
+    leaf, before = torch.randn(4, 9).requires_grad_(), mu.detach().clone()
+    terms = functional.elbo_loss(leaf * 1, x, mu, logvar, return_terms=True, inplace=True)
+    _, found = torch.autograd.grad(terms.loss + terms.kl, [leaf, mu])
+    torch.testing.assert_close(found, before / 2)
+    assert torch.equal(mu.detach(), before)
+
+
 def test_a_loss_scaler() -> None:
     x = torch.zeros(64, 32)
     for options in ({}, {"grad_scale": 1.0}):
@@ -177,6 +186,13 @@ def test_a_decoder_whose_last_operation_saved_its_output(last: nn.Module, reduct
         return
     for found, e in zip(torch.autograd.grad(loss, [*decoder.parameters()]), expected, strict=True):
         torch.testing.assert_close(found, e)
+
+
+def test_a_decoder_in_float16_whose_last_operation_saved_its_output() -> None:
+    leaf, x = torch.randn(4, 5).requires_grad_(), torch.rand(4, 5)
+    loss = functional.gaussian_nll(torch.sigmoid(leaf.half()), x.half(), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_another_use_that_saved_it() -> None:

@@ -125,6 +125,14 @@ def test_gradients_of_a_prior_do_not_depend_on_the_number_of_threads(prior: tupl
         assert torch.equal(one, several)
 
 
+def test_several_samples_have_the_divergence_of_all_that_is_said_of_it() -> None:
+    posterior, prior = (torch.randn(3, 4, 5), torch.rand(3, 4, 5)), (torch.randn(5), torch.rand(5))
+    forms: dict[str, Any] = {"scale": "std", "eps": 0.1, "prior_scale": "softplus", "prior_clamp": (0.2, None)}
+    kl = functional.latent(*posterior, *prior, **forms, prior_eps=0.3, dim=-1, samples=2).kl
+    expected = functional.kl_normal(*posterior, *prior, **forms, prior_eps=0.3, reduction="none", dim=-1)
+    torch.testing.assert_close(kl, expected)
+
+
 def test_far_into_the_stream() -> None:
     mu = torch.zeros(3, 5)
     with torch.no_grad():

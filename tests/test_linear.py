@@ -209,6 +209,59 @@ def test_half_precision(dtype: torch.dtype, is_autocast: bool, target: Target) -
 
 
 @kernel_target
+def test_data_that_float32_cannot_hold_beside_float64() -> None:
+    hidden, weight = torch.ones(4, 1, dtype=torch.float64), torch.full((6, 1), 2.0**24, dtype=torch.float64)
+    x, kl = torch.full((4, 6), 2**24 + 1), torch.zeros(4, dtype=torch.float64)
+    assert functional.linear_elbo(hidden, weight, None, x, None, None, kl=kl, block=2, reduction="mean") == 0.5
+
+
+@kernel_target
+def test_gradients_of_many_blocks_are_added_up_in_float32() -> None:
+    hidden, weight = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(4096, 16, dtype=torch.bfloat16)
+    x = torch.randn(8, 4096, dtype=torch.bfloat16)
+
+    def gradient(dtype: torch.dtype, block: int | None) -> Tensor:
+        leaf = hidden.to(dtype).requires_grad_()
+        operands = leaf, weight.to(dtype), None, x.to(dtype), None, None
+        loss = functional.linear_elbo(*operands, kl=x.new_zeros(8, dtype=dtype), reduction="sum", block=block)
+        return torch.autograd.grad(loss, leaf)[0].double()
+
+    exact = gradient(torch.float64, 4096)
+    in_blocks, in_one = ((gradient(torch.bfloat16, block) - exact).abs().max() for block in (64, 4096))
+    assert in_blocks <= 1.5 * in_one
+
+
+@kernel_target
+def test_a_weight_that_is_learned() -> None:
+    operands = Operands("gaussian")
+    weight = torch.rand(5, COLUMNS, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(operands.fused(weight=weight, block=16), weight)
+    torch.testing.assert_close(found, torch.autograd.grad(operands.apart(weight=weight), weight)[0])
+
+
+@kernel_target
+def test_a_weighted_mean_of_no_weights_is_a_mean() -> None:
+    operands = Operands("gaussian")
+    torch.testing.assert_close(operands.fused(reduction="weighted_mean", block=16), operands.apart(reduction="mean"))
+
+
+@kernel_target
+def test_constants_of_counts() -> None:
+    operands = Operands("poisson")
+    operands.x = operands.x * 3
+    torch.testing.assert_close(operands.fused(full=True, block=16), operands.apart(full=True))
+
+
+@kernel_target
+def test_a_beta_in_memory_has_no_say_in_the_dtype() -> None:
+    beta = torch.tensor(0.5, dtype=torch.float64)
+    for block in (16, None):
+        operands = torch.rand(5, FEATURES), torch.rand(COLUMNS, FEATURES), None, torch.rand(5, COLUMNS), None, None
+        loss = functional.linear_elbo(*operands, kl=torch.rand(5), beta=beta, block=block)
+        assert loss.dtype == torch.float32
+
+
+@kernel_target
 def test_empty_operands() -> None:
     for rows, columns in ((0, 5), (4, 0)):
         hidden, weight = torch.randn(rows, 3, requires_grad=True), torch.randn(columns, 3, requires_grad=True)
@@ -248,6 +301,19 @@ def test_second_derivatives_and_gradients_in_batches() -> None:
             results.append([*first, *second, *torch.autograd.grad(value, leaves, torch.ones(2), is_grads_batched=True)])
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected)
+
+
+@kernel_target
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_second_derivatives_of_what_is_scaled(reduction: str) -> None:
+    operands = Operands("gaussian", is_packed=True)
+    leaves = operands.leaves()[:3]
+    results = []
+    for run in (functools.partial(operands.fused, block=16), operands.apart):
+        first = torch.autograd.grad(run(reduction=reduction, grad_scale=2.0).sum(), leaves, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @kernel_target
@@ -352,6 +418,17 @@ def test_the_module() -> None:
     torch.testing.assert_close(module(hidden, x, kl=kl, beta=0.5), nll + 0.5 * kl.mean())
     module(hidden, x, kl=kl).backward()
     torch.testing.assert_close(module.weight.grad, torch.autograd.grad(nll, module.weight)[0])
+
+
+@every_target
+def test_the_form_of_the_modules_scale_and_a_value_that_goes_with_it() -> None:
+    fixed = fusedvae.LinearLikelihood(FEATURES, COLUMNS, recon_logvar=torch.zeros(COLUMNS))
+    assert "recon_logvar" in fixed.state_dict()
+    assert fixed.to(torch.float64).recon_logvar.dtype == torch.float64  # type: ignore[union-attr]
+    form = {"recon_scale": "std", "recon_clamp": (0.5, None), "recon_eps": 0.25}
+    layer = fusedvae.LinearLikelihood(FEATURES, COLUMNS, **form)  # type: ignore[arg-type]
+    hidden, x = torch.rand(4, FEATURES), torch.rand(4, COLUMNS)
+    torch.testing.assert_close(layer(hidden, x), layer(hidden, x, kl=torch.zeros(4)))
 
 
 @every_target

@@ -61,6 +61,12 @@ def test_vmap_of_values_and_of_gradients() -> None:
     torch.testing.assert_close(vmap(grad(one, argnums=1))(mu, logvar), torch.expm1(logvar) / 2)
 
 
+def test_vmap_of_what_was_called_with_such_sizes_before() -> None:
+    means, targets = torch.randn(2, 3, 4, 6)
+    expected = torch.stack([functional.gaussian_nll(*one) for one in zip(means, targets, strict=True)])
+    torch.testing.assert_close(vmap(functional.gaussian_nll)(means, targets), expected)
+
+
 def test_gradients_of_first_and_second_order() -> None:
     mu, logvar = pair(4, 3)
     torch.testing.assert_close(grad(kl)(mu, logvar), mu / 4)
