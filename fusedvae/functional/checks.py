@@ -242,7 +242,9 @@ def check_kl(kl: Tensor, x: Tensor, reduction: object) -> None:
     if kl.dim() != 1:
         hint = several if kl.dim() == 2 and kl.shape[1] == x.shape[0] else ""
         raise ValueError(f"kl: expected one value per sample, shape ({x.shape[0]},), got {tuple(kl.shape)}{hint}")
-    check_batch_size("kl", kl, x, reduction, hint=several if x.dim() > 2 and kl.shape[0] == x.shape[1] else "")
+    # (Sizes that differ alone are compared further: a compiler would hold on to what it saw of others.)
+    is_of_several = kl.shape[0] != x.shape[0] and x.dim() > 2 and kl.shape[0] == x.shape[1]
+    check_batch_size("kl", kl, x, reduction, hint=several if is_of_several else "")
 
 
 def check_batch_size(name: str, value: Tensor, x: Tensor, reduction: object, *, hint: str = "") -> None:
