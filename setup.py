@@ -89,10 +89,6 @@ class BuildError(Exception):
     """What stopped the build, in one sentence."""
 
 
-class RequestError(BuildError):
-    """What was asked for by name cannot be had: nothing else takes its place."""
-
-
 class Compiler(NamedTuple):
     command: list[str]
     target: str
@@ -193,7 +189,7 @@ def find_cuda() -> Cuda | str:
     for arch in archs:
         if int(re.match(r"\d*", arch)[0] or 0) < OLDEST_CUDA_ARCH or arch.rstrip("af") not in known:
             able = ", ".join(arch for arch in known if int(arch) >= OLDEST_CUDA_ARCH)
-            raise RequestError(f"FUSEDVAE_CUDA_ARCHS: expected some of {able}, which {nvcc} knows; got {arch!r}")
+            raise BuildError(f"FUSEDVAE_CUDA_ARCHS: expected some of {able}, which {nvcc} knows; got {arch!r}")
     archs = archs or [arch for arch in DEFAULT_CUDA_ARCHS if arch in known]
     archs.sort(key=lambda arch: int(re.match(r"\d*", arch)[0]))
     return Cuda(nvcc, version, archs) if archs else f"{nvcc} knows no architecture from sm_80 up"
@@ -329,7 +325,7 @@ def build_native() -> tuple[Path, dict]:
             cuda = f"compiling them failed: {error}"
     if isinstance(cuda, str):
         if asked := request_for_cuda():
-            raise RequestError(f"{asked}, but no CUDA kernels: {cuda}")
+            raise BuildError(f"{asked}, but no CUDA kernels: {cuda}")
         if cuda_sources():
             warn(f"the CUDA kernels were not compiled: {cuda}")
         run_ninja(ninja, write_ninja_file(folder, library, compiler, None))
@@ -366,10 +362,8 @@ class BuildNative(build_ext):
             library, record = build_native()
         except BuildError as failure:
             error = str(failure)
-            asked = (
-                os.environ.get("FUSEDVAE_REQUIRE_EXT", "").strip() not in ("", "0") or request_for_cuda() is not None
-            )
-            required = asked or isinstance(failure, RequestError)
+            # What was asked for by name cannot be had: nothing else takes its place.
+            required = os.environ.get("FUSEDVAE_REQUIRE_EXT", "").strip() not in ("", "0") or bool(request_for_cuda())
             # Whoever builds in place by hand is at work on the kernels: for them a failure is a failure.
             if required or (self.inplace and not self.editable_mode):
                 raise SystemExit(f"error: the native kernels were not compiled: {error}") from None

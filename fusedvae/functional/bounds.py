@@ -250,14 +250,13 @@ def _elbo_call(
         check_divergence(latents, packed_dim)
         name, first = "mu", latents[0]
         forms = checked_forms(second, posterior, prior, latents[-1])
+        assert isinstance(first, Tensor)
+        check_batch_size(name, first, x, reduction)
     else:
-        (kl,) = latents
-        check_tensor("kl", kl)
-        name, first, forms = "kl", kl, []
-        assert isinstance(kl, Tensor)
-        check_kl(kl, x, reduction)
-    assert isinstance(first, Tensor)
-    check_batch_size(name, first, x, reduction)
+        check_tensor("kl", latents[0])
+        name, first, forms = "kl", latents[0], []
+        assert isinstance(first, Tensor)
+        check_kl(first, x, reduction)
     if first.device != x.device:
         raise ValueError(f"{name}: expected on {x.device}, where x is; got it on {first.device}")
     check_factor("beta", operands[-2 if is_grad_scaled else -1], x)

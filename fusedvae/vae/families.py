@@ -140,44 +140,55 @@ Likelihood = (
     | DiscretizedLogistic
 )
 
+
+class GivenScale(NamedTuple):
+    """The scale that is beside a mean."""
+
+    scale: Tensor | float
+    """A tensor, or a number, which the scale is given by."""
+    mean: Tensor
+    form: Form
+    """What that says of the scale."""
+
+    @property
+    def log(self) -> Tensor:
+        """Its logarithm, in the dtype of what it is given by."""
+        if isinstance(self.scale, Tensor) and self.form == PLAIN:
+            return self.scale
+        return self._found(lambda scale: scale.log)
+
+    @property
+    def value(self) -> Tensor:
+        """The scale itself, likewise."""
+        return self._found(lambda scale: scale.value)
+
+    def _found(self, ask: Callable[[Scale], Any]) -> Tensor:
+        if not isinstance(self.scale, Tensor):
+            return self.mean.new_full((), ask(Scale(self.scale, self.form)))
+        found: Tensor = ask(Scale(self.scale.to(working_dtype(self.scale)), self.form))
+        return found.to(self.scale.dtype)
+
+
 DISTRIBUTIONS: dict[str, Callable[..., Likelihood]] = {
-    "gaussian": DiagonalGaussian,
-    "laplace": DiagonalLaplace,
+    "gaussian": lambda mean, scale: DiagonalGaussian(mean, scale.log),
+    "laplace": lambda median, scale: DiagonalLaplace(median, scale.log),
     "bernoulli": lambda logits, _: Bernoulli(logits.sigmoid(), logits),
     "bernoulli_probs": lambda probabilities, _: Bernoulli(probabilities, probabilities.logit()),
     "mse": lambda mean, _: DiagonalGaussian(mean, mean.new_full((), -math.log(2))),
     "l1": lambda median, _: DiagonalLaplace(median, median.new_zeros(())),
     "poisson": lambda rate, _: Poisson(rate),
-    "negative_binomial": NegativeBinomial,
-    "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
-    "discretized_logistic": DiscretizedLogistic,
+    "negative_binomial": lambda mu, theta: NegativeBinomial(mu, theta.value),
+    "zero_inflated_negative_binomial": lambda mu, theta, zi_logits: ZeroInflatedNegativeBinomial(
+        mu, theta.value, zi_logits
+    ),
+    "discretized_logistic": lambda mean, scale: DiscretizedLogistic(mean, scale.log),
 }
-"""Of what the decoder gave (if that is a scale itself, its value); the logarithm of its scale, which some have not,
-or of counts that scale's value; and the logits of dropouts. They are those that the likelihoods' constants make
-densities of."""
+"""Of what the decoder gave (if that is a scale itself, its value); of the `GivenScale` beside it, which some have not;
+and of the logits of dropouts: those that the likelihoods' constants make densities of."""
 
 
 def distribution_of(likelihood: str, form: Form, mean: Tensor, scale: Tensor | float, *zi_logits: Tensor) -> Likelihood:
     """What p(x|z) is, of what the decoder gave: the form is that of its scale."""
-    is_of_counts = likelihood in ("poisson", "negative_binomial", "zero_inflated_negative_binomial")
     if 0 in LIKELIHOODS[likelihood].scales:
-        mean = value_of(mean, mean, form)
-    of_scale = value_of(scale, mean, form) if is_of_counts else log_of(scale, mean, form)
-    return DISTRIBUTIONS[likelihood](mean, of_scale, *zi_logits)
-
-
-def log_of(scale: Tensor | float, mean: Tensor, form: Form) -> Tensor:
-    """The logarithm of the scale that a tensor, or number, beside a mean is a form of; in its dtype."""
-    return scale if isinstance(scale, Tensor) and form == PLAIN else _of_scale(scale, mean, form, lambda s: s.log)
-
-
-def value_of(scale: Tensor | float, mean: Tensor, form: Form) -> Tensor:
-    """The scale itself, likewise."""
-    return _of_scale(scale, mean, form, lambda s: s.value)
-
-
-def _of_scale(scale: Tensor | float, mean: Tensor, form: Form, ask: Callable[[Scale], Any]) -> Tensor:
-    if not isinstance(scale, Tensor):
-        return mean.new_full((), ask(Scale(scale, form)))
-    found: Tensor = ask(Scale(scale.to(working_dtype(scale)), form))
-    return found.to(scale.dtype)
+        mean = GivenScale(mean, mean, form).value
+    return DISTRIBUTIONS[likelihood](mean, GivenScale(scale, mean, form), *zi_logits)

@@ -31,7 +31,7 @@ from ..typing import (
     NormalScale,
     Reduction,
 )
-from .families import DiagonalGaussian, Likelihood, ZeroInflatedNegativeBinomial, distribution_of, log_of
+from .families import DiagonalGaussian, GivenScale, Likelihood, ZeroInflatedNegativeBinomial, distribution_of
 from .output import Decoded, Kind, VAEOutput, negative_bound
 from .parts import (
     broadcasts_to,
@@ -767,7 +767,7 @@ class VAE(nn.Module):
             mu, scale = mu.chunk(2, dim=1)
         if self.scale == "logvar" and self.clamp is None and self.eps == 0.0:
             return DiagonalGaussian(mu, scale)
-        return DiagonalGaussian(mu, log_of(scale, mu, self._latent_forms(None)[0]))
+        return DiagonalGaussian(mu, GivenScale(scale, mu, self._latent_forms(None)[0]).log)
 
     def _prior_distribution(self, condition: Any, shape: Sequence[int | None], like: Tensor) -> DiagonalGaussian:
         """The prior of latents of a shape, likewise; where it is of numbers, of tensors like another."""
@@ -779,7 +779,7 @@ class VAE(nn.Module):
             mu = like.new_full((), mu)
         if scale is None:
             mu, scale = mu.chunk(2, dim=1)
-        return DiagonalGaussian(mu, log_of(scale, mu, self._latent_forms(scale)[1]))
+        return DiagonalGaussian(mu, GivenScale(scale, mu, self._latent_forms(scale)[1]).log)
 
     def _latent_forms(self, prior_scale: Tensor | float | None) -> tuple[Form, Form]:
         """Those of the posterior's scale and of the prior's."""
