@@ -21,6 +21,7 @@ from PIL import Image
 
 import fusedvae
 from fusedvae.cli import checkpoint, data, main, pictures, train
+from fusedvae.cli.data import arrays
 from fusedvae.cli.data import samples as samples_module
 from fusedvae.cli.errors import CommandError
 from fusedvae.cli.settings import Settings
@@ -169,6 +170,30 @@ def test_an_npz_file_with_several_arrays(tmp_path: Path) -> None:
         data.load(str(tmp_path / "two.npz"), array="z")
 
 
+def test_the_whole_of_an_array_says_how_it_is_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "_CHUNK", 30)  # three rows at a time
+    values = np.zeros((10, 10), np.uint8)
+    for high, full in ((20, 20), (200, 255)):
+        values[1, 1], values[-1, -1] = 3, high
+        assert data.load(saved(tmp_path / "a.npy", values)).preparation.high == full
+
+
+def test_the_fingerprint_of_a_mapped_array_sees_its_rows(
+    tmp_path: Path, nothing_in_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more rows than go into it the first, the last and some between, which lie apart."""
+    monkeypatch.setattr(arrays, "_HASHED_ROWS", 4)
+    values = np.random.default_rng(0).random((10, 3))
+    path = saved(tmp_path / "a.npy", values)
+    first = data.load(path).fingerprint()
+    assert data.load(path).fingerprint() == first
+    for row in (0, 6, 9):
+        other = values.copy()
+        other[row] /= 2
+        saved(tmp_path / "a.npy", other)
+        assert data.load(path).fingerprint() != first
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_a_mapped_array_is_that_in_memory(tmp_path: Path, nothing_in_memory: None, order: str) -> None:
     values = np.asarray(np.random.default_rng(0).normal(size=(70, 5, 3)), order=order)
@@ -259,6 +284,18 @@ def test_folders_are_classes(folder: Path) -> None:
         (folder / name).rename(folder / renamed)
     (folder / "01.png").unlink()
     assert data.load(str(folder)).preparation.classes == ("9", "10")
+
+
+def test_the_fingerprint_of_a_folder_sees_its_files(folder: Path, nothing_in_memory: None) -> None:
+    """Their names, and their sizes."""
+    found = [data.load(str(folder)).fingerprint()]
+    renamed = (folder / "b" / "11.png").rename(folder / "b" / "12.png")
+    found.append(data.load(str(folder)).fingerprint())
+    with open(renamed, "ab") as file:
+        file.write(b"more")
+    found.append(data.load(str(folder)).fingerprint())
+    assert len({*found}) == 3
+    assert data.load(str(folder)).fingerprint() == found[2]
 
 
 def test_images_are_decoded_by_workers_as_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,12 +397,24 @@ def test_images_of_8_and_16_bits_have_a_scale_each(folder: Path) -> None:
 
 def test_every_page_is_a_sample(tmp_path: Path) -> None:
     stacks = [noise(count, 4, 5, seed=count) for count in (3, 1, 2)]
-    for index, stack in enumerate(stacks):
+    for index, (kind, stack) in enumerate(zip("abb", stacks, strict=True)):
+        (tmp_path / kind).mkdir(exist_ok=True)
         first, *others = map(Image.fromarray, stack)
-        first.save(tmp_path / f"{index}.tif", save_all=True, append_images=others)
+        first.save(tmp_path / kind / f"{index}.tif", save_all=True, append_images=others)
     samples = data.load(str(tmp_path))
     assert torch.equal(samples.values[:, 0], torch.from_numpy(np.concatenate(stacks)))
+    assert samples.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert samples.preparation.description.startswith("6 pages of 3 images, grey")
+
+
+def test_other_views_of_a_photograph_are_no_samples(tmp_path: Path) -> None:
+    """As phones save them: a small one in the same file."""
+    image = Image.fromarray(noise(16, 16, 3))
+    image.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[image.resize((8, 8))])
+    with Image.open(tmp_path / "a.jpg") as found:
+        assert (found.format, found.n_frames) == ("MPO", 2)
+    Image.fromarray(noise(16, 16, 3, seed=1)).save(tmp_path / "b.jpg")
+    assert len(data.load(str(tmp_path))) == 2
 
 
 @pytest.mark.parametrize("suffix", ["pgm", "ppm", "pbm", "PNM"])

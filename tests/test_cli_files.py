@@ -22,7 +22,6 @@ import torch
 import fusedvae
 from fusedvae.cli import bench, checkpoint, files, main
 from fusedvae.cli.errors import CommandError
-from fusedvae.cli.trainer import load_model
 
 SOURCE = Path(fusedvae.__file__).parent.parent
 TINY = ["--arch", "mlp", "--width", "8", "--latent", "2", "--threads", "1", "--epochs", "1", "--quiet"]
@@ -218,9 +217,6 @@ def test_a_crafted_checkpoint_is_refused_before_anything_is_loaded(
     torch.save({**whole, "format": 1}, out / checkpoint.CHECKPOINT)
     assert main(["train", "--resume", str(out), "--quiet"]) == 2
     assert "is a checkpoint of format 1: this version of fusedvae continues those of format" in capsys.readouterr().err
-    torch.save({**whole, "shape": ["x"]}, out / checkpoint.CHECKPOINT)
-    with pytest.raises(CommandError, match="it is damaged"):
-        load_model(out)
 
 
 # --- streams ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from fusedvae.cli import checkpoint, main, pictures, timing
 from fusedvae.cli.errors import LostProcessError
 from fusedvae.cli.interruption import Interruption
 from fusedvae.cli.processes import Alone, noticing_losses
-from fusedvae.cli.trainer import load_model
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a PyTorch without torch.distributed")
 
@@ -172,7 +171,7 @@ def test_three_processes_and_two_have_the_curve_of_one(tmp_path: Path) -> None:
     # What three processes spread over them, two go on with, and one reads.
     assert main(["train", "--resume", str(tmp_path / "sharded-1"), "--epochs", "3", "--quiet"]) == 0
     check_same_curve(tmp_path / "sharded-1", tmp_path / "sharded-3", 1e-9)
-    load_model(tmp_path / "sharded-3").generate(2)
+    fusedvae.VAE.from_pretrained(tmp_path / "sharded-3").generate(2)
     assert main(["train", "--resume", str(tmp_path / "sharded-3"), "--epochs", "4", "--quiet"]) == 0
     assert main(["train", "--resume", str(tmp_path / "sharded-1"), "--epochs", "4", "--quiet"]) == 0
     check_same_curve(tmp_path / "sharded-1", tmp_path / "sharded-3", 1e-9)

@@ -31,7 +31,7 @@ import fusedvae
 from fusedvae.cli import checkpoint, data, errors, main, pictures, timing, train
 from fusedvae.cli.errors import CommandError
 from fusedvae.cli.settings import Settings
-from fusedvae.cli.trainer import Trainer, load_model
+from fusedvae.cli.trainer import Trainer
 
 TINY = ["--arch", "mlp", "--width", "8", "--latent", "2", "--batch", "8", "--threads", "1", "--quiet"]
 SOURCE = Path(fusedvae.__file__).parent.parent
@@ -99,7 +99,7 @@ def test_a_run_leaves_a_model_metrics_and_pictures(
         assert math.isclose(row["train_loss"], row["train_nll"] + row["train_kl"], rel_tol=1e-5, abs_tol=1e-4)
         assert math.isclose(row["heldout_loss"], row["heldout_nll"] + row["heldout_kl"], rel_tol=1e-5, abs_tol=1e-4)
     assert table[-1]["heldout_loss"] < table[0]["heldout_loss"]
-    model = load_model(out)
+    model = fusedvae.VAE.from_pretrained(out)
     assert not model.training
     assert model.generate(3).shape == (3, 1, 4, 4)
 
@@ -452,6 +452,16 @@ def test_going_on_needs_neither_the_old_place_of_the_data_nor_its_own(
     assert contents(moved) == before
 
 
+def test_going_on_finds_the_data_from_another_folder(
+    array: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(array.parent)
+    assert main(["train", "--data", array.name, "--out", "run", "--epochs", "1", *TINY]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--epochs", "2", "--quiet"]) == 0
+
+
 @pytest.mark.parametrize("classes", [["a", "b", "c"], [0, 1, 2]], ids=str)
 def test_going_on_needs_the_labels_that_were_there(
     tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str], classes: list
@@ -759,7 +769,7 @@ def test_a_run_on_a_folder(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ["--arch", "conv", "--width", "2", "--latent", "2", "--threads", "1", "--quiet", "--epochs", "1"]
     assert main(["train", "--data", str(folder), "--out", str(out), "--image-size", "8", *options]) == 0
-    assert load_model(out).generate(2).shape == (2, 1, 8, 8)
+    assert fusedvae.VAE.from_pretrained(out).generate(2).shape == (2, 1, 8, 8)
 
 
 def test_a_run_on_vectors(tmp_path: Path) -> None:
@@ -767,7 +777,7 @@ def test_a_run_on_vectors(tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ["--latent", "2", "--threads", "1", "--quiet", "--epochs", "1", "--width", "8"]
     assert main(["train", "--data", str(tmp_path / "a.npy"), "--out", str(out), *options]) == 0
-    assert load_model(out).generate(2).shape == (2, 33)
+    assert fusedvae.VAE.from_pretrained(out).generate(2).shape == (2, 33)
     assert sorted(contents(out)) == sorted(train.RUN_FILES)
 
 
@@ -1056,9 +1066,7 @@ def test_a_checkpoint_that_lacks_something_is_one_line(
     assert main(["train", "--data", str(array), "--out", str(out), "--epochs", "1", *TINY]) == 0
     whole = checkpoint.load(out)
     (name, _), *_ = whole["model"].items()
-    damaged = [
-        {key: value for key, value in whole.items() if key != missing} for missing in whole if missing != "shape"
-    ]
+    damaged = [{key: value for key, value in whole.items() if key != missing} for missing in whole]
     damaged += [
         {**whole, "settings": {**whole["settings"], "depth": 3}},
         {**whole, "model": {**whole["model"], name: torch.zeros(3)}},

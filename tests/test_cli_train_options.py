@@ -7,10 +7,12 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_cli_train import TINY, array, interrupt_after, no_pictures, one_line_error, quick, rows  # noqa: F401
@@ -21,7 +23,7 @@ import fusedvae
 from fusedvae.cli import checkpoint, data, errors, main, metrics
 from fusedvae.cli.settings import Settings
 from fusedvae.cli.train import options
-from fusedvae.cli.trainer import Trainer, load_model
+from fusedvae.cli.trainer import Trainer
 
 SMALL = {"arch": "mlp", "width": 8, "latent": 2, "batch": 8, "device": "cpu"}
 
@@ -92,21 +94,77 @@ def test_the_default_width_is_that_of_the_images_and_is_kept():
     assert run.model.encoder.arguments["width"] == 32
 
 
-def test_the_rate_and_the_bound_of_gradients_are_used(samples: data.Data) -> None:
-    run = Trainer(Settings(**SMALL, epochs=2, lr=0.1, lr_warmup=1.0, clip_grad=1e-3), samples)
-    seen = []
-    run.optimizer.register_step_pre_hook(
-        lambda optimizer, *_: seen.append(
-            (
-                optimizer.param_groups[0]["lr"],
-                math.sqrt(sum(p.grad.square().sum().item() for p in run.model.parameters())),
-            )
-        )
-    )
-    for run.step in range(5):
-        run._train_step(next(run._batches(run.train_samples, run._order()[run.step :])))
-    assert [rate for rate, _ in seen] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
-    assert [norm for _, norm in seen] == pytest.approx([1e-3] * 5, rel=1e-3)
+def steps(run: Trainer) -> Iterator[torch.Tensor]:
+    """All steps of all epochs of a run, as ``Trainer.run`` takes them."""
+    for epoch in range(run.epochs):
+        run.epoch, run.step = epoch, 0
+        for batch in run._batches(run.train_samples, run._order()):
+            yield run._train_step(batch)
+            run.step += 1
+
+
+def test_schedules_go_on_from_epoch_to_epoch(samples: data.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Trainer(Settings(**SMALL, epochs=2, lr=0.1, lr_warmup=2.0, beta=2.0, warmup=2.0), samples)
+    rates, betas, forward = [], [], run.objective.forward
+
+    def recorded(x: torch.Tensor, condition: None, beta: float, *others: Any) -> Any:
+        betas.append(beta)
+        return forward(x, condition, beta, *others)
+
+    monkeypatch.setattr(run.objective, "forward", recorded)
+    for _ in steps(run):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01 * done for done in range(1, 11)])
+    assert betas == pytest.approx([0.2 * done for done in range(1, 11)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gradients_are_bounded(samples: data.Data, dtype: str) -> None:
+    """As the optimizer sees them; in float16 it divides them by the scaler's factor, unless that has been done."""
+    run = Trainer(Settings(**SMALL, epochs=1, clip_grad=1e-3, dtype=dtype), samples)
+    run.scaler.scale(torch.ones(()))  # makes its factor, if it has one
+    if run.scaler.is_enabled():
+        run.scaler.update(2.0**4)
+    norms = []
+
+    def record(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        left = getattr(optimizer, "grad_scale", None)
+        squares = [parameter.grad.square().sum().item() for parameter in run.model.parameters()]
+        norms.append(math.sqrt(sum(squares)) / (1.0 if left is None else left.item()))
+
+    run.optimizer.register_step_pre_hook(record)
+    for _ in steps(run):
+        pass
+    assert norms == pytest.approx([1e-3] * 5, rel=1e-3 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"bound": "iwae", "samples": 3}, {"grad_accum": 2}], ids=str)
+def test_gradients_are_those_of_the_mean_loss(samples: data.Data, options: dict[str, Any]) -> None:
+    """Of the last step of an epoch, too, which has fewer samples."""
+    run = Trainer(Settings(**SMALL, epochs=1, lr=0.0, **options), samples)
+    *_, last = run._order()
+    assert len(last) == 4
+    ((x, _),) = run._batches(run.train_samples, [last])
+    run.step = run.steps_per_epoch - 1
+    torch.manual_seed(5)
+    run._train_step((x, None))
+    found = [parameter.grad.clone() for parameter in run.model.parameters()]
+    torch.manual_seed(5)
+    given = {name: value for name, value in options.items() if name != "grad_accum"}
+    loss = run.model.loss(x, **given, noise=run._noise(len(x)), full=True)
+    torch.testing.assert_close(found, [*torch.autograd.grad(loss, [*run.model.parameters()])], rtol=1e-4, atol=1e-6)
+
+
+def test_each_epoch_has_an_order_of_its_own(samples: data.Data) -> None:
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        run = Trainer(Settings(**SMALL, epochs=2, seed=seed), samples)
+        run.epoch = epoch
+        batches = run._order()
+        assert [len(batch) for batch in batches] == [8, 8, 8, 8, 4]
+        orders.append(np.concatenate(batches).tolist())
+        assert sorted(orders[-1]) == list(range(36))
+    assert len({*map(tuple, orders), tuple(range(36))}) == 4
 
 
 def test_the_average_of_the_weights_is_evaluated_and_saved(
@@ -130,9 +188,8 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(
     average = weights[0]
     for later in weights[1:]:
         get_ema_multi_avg_fn(0.75)(average, later, torch.tensor(1))
-    for model in (load_model(out), fusedvae.VAE.from_pretrained(out)):
-        for found, expected in zip(model.parameters(), average, strict=True):
-            torch.testing.assert_close(found, expected)
+    for found, expected in zip(fusedvae.VAE.from_pretrained(out).parameters(), average, strict=True):
+        torch.testing.assert_close(found, expected)
     run = Trainer(options.checked(checkpoint.load(out)["settings"]), data.split(data.load(str(array)), 0.1))
     run.restore(checkpoint.load(out))
     torch.testing.assert_close(run.evaluate(run.heldout_samples)[0].item(), rows(out)[-1]["heldout_loss"])
@@ -196,7 +253,7 @@ def test_a_condition_is_told_to_the_networks(tmp_path: Path, no_pictures: None) 
     out = tmp_path / "run"
     command = ["train", "--out", str(out), "--epochs", "4", *TINY, "--width", "64", "--batch", "64", "--lr", "0.005"]
     assert main([*command, "--condition", "labels"]) == 0
-    model = load_model(out)
+    model = fusedvae.VAE.from_pretrained(out)
     digits = data.load("digits")
     x, labels = digits.batch(slice(500)), digits.labels[:500]
     with torch.no_grad():
@@ -456,7 +513,7 @@ def test_a_run_ends_with_more_than_its_loss(
     with open(out / "evaluation.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["epoch"] for row in table] == ["2", "3"]
-    model, heldout = load_model(out), data.split(data.load(str(array)), 0.1).test
+    model, heldout = fusedvae.VAE.from_pretrained(out), data.split(data.load(str(array)), 0.1).test
     expected = metrics.log_likelihood(model, heldout, particles=50, batch=8)
     assert float(table[1]["log_likelihood"]) == pytest.approx(expected, rel=1e-5)
     assert float(table[1]["log_likelihood"]) > -rows(out)[-1]["heldout_loss"] - 0.1

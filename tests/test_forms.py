@@ -296,13 +296,35 @@ def test_wrong_forms(options: dict[str, Any], error: type[Exception], message: s
             functional.latent(mu, mu, *prior, **of_prior)
 
 
-def test_a_floor_of_counts_and_bounds_in_a_list() -> None:
-    rate, x = torch.rand(4, 5), torch.ones(4, 5)
-    torch.testing.assert_close(functional.poisson_nll(rate, x, eps=0.5), functional.poisson_nll(rate + 0.5, x))
-    found = functional.negative_binomial_nll(rate, x, rate, eps=0.5)
-    torch.testing.assert_close(found, functional.negative_binomial_nll(rate, x, rate + 0.5))
-    found = functional.kl_standard_normal(rate, rate, clamp=[0.2, 0.4])  # type: ignore[arg-type]
-    torch.testing.assert_close(found, functional.kl_standard_normal(rate, rate.clamp(0.2, 0.4)))
+@pytest.mark.parametrize(
+    ("name", "scale", "place"),
+    [
+        ("gaussian", "std", 2),
+        ("laplace", "scale", 2),
+        ("discretized_logistic", "scale", 2),
+        ("poisson", "rate", 0),
+        ("negative_binomial", "theta", 2),
+        ("zero_inflated_negative_binomial", "theta", 2),
+    ],
+)
+def test_every_likelihoods_own_function_has_every_option(name: str, scale: str, place: int) -> None:
+    function: Callable[..., Tensor] = getattr(functional, f"{name}_nll")
+    m, s, drop = (torch.rand(3, 4, 5, dtype=torch.float64) + 0.1 for _ in range(3))
+    inputs = [m, torch.randint(0, 2, (3, 4, 5)).double(), s, drop]
+    inputs = inputs[: {"poisson": 2, "zero_inflated_negative_binomial": 4}.get(name, 3)]
+    formed = [t.clamp(0.3, 0.6) + 0.25 if k == place else t for k, t in enumerate(inputs)]
+    weight = torch.rand(4, 1, dtype=torch.float64)
+    each = function(*formed, scale=scale, reduction="none", dim=())
+    for dim in ((), -1, (1, 2)):
+        found = function(*inputs, scale=scale, clamp=(0.3, 0.6), eps=0.25, weight=weight, reduction="none", dim=dim)
+        expected = (weight * each).sum(dim) if dim != () else weight * each
+        torch.testing.assert_close(found, expected)
+
+
+def test_bounds_in_a_list() -> None:
+    mu, s = torch.rand(2, 4, 5)
+    found = functional.kl_standard_normal(mu, s, clamp=[0.2, 0.4])  # type: ignore[arg-type]
+    torch.testing.assert_close(found, functional.kl_standard_normal(mu, s.clamp(0.2, 0.4)))
 
 
 def test_a_number_that_is_none_stays_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -371,9 +372,16 @@ class _Views(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 2 * 12)
+        self.is_reused = False
+        """Whether the last gradient lay where the output did."""
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layer(z).view(-1, 2, 3, 4)
+        given = self.layer(z)
+        given.register_hook(functools.partial(self._compare, given.data_ptr()))
+        return given.view(-1, 2, 3, 4)
+
+    def _compare(self, address: int, gradient: Tensor) -> None:
+        self.is_reused = gradient.data_ptr() == address
 
 
 @pytest.mark.parametrize(
@@ -388,7 +396,9 @@ def test_a_vae(options: dict) -> None:
     def gradients(inplace: bool) -> list[Tensor]:
         torch.manual_seed(4)
         loss = vae.loss(x, inplace=inplace, **options).sum()
-        return [loss.detach(), *torch.autograd.grad(loss, [*vae.parameters()])]
+        found = torch.autograd.grad(loss, [*vae.parameters()])
+        assert vae.decoder.is_reused == inplace
+        return [loss.detach(), *found]
 
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(found, expected)

@@ -120,8 +120,11 @@ def test_others_agree_with_quadrature(likelihood: str) -> None:
     torch.testing.assert_close(vae.log_likelihood(x, samples=40_000), expected, rtol=0, atol=0.03)
 
 
-def test_chunks_bound_the_memory_and_change_nothing_else() -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_chunks_bound_the_memory_and_change_nothing_else(is_packed: bool) -> None:
     vae, _ = linear_model(torch.float64, 0.3)
+    if is_packed:
+        vae.encoder = nn.Linear(FEATURES, 2 * LATENT).double()
     batches: list[int] = []
     vae.decoder.register_forward_hook(lambda module, arguments, output: batches.append(len(output)))
     x = torch.randn(4, FEATURES, dtype=torch.float64)

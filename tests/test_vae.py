@@ -521,6 +521,15 @@ def test_means_and_thetas_of_counts_are_what_the_decoder_gives(dtype: torch.dtyp
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logarithms_of_scales_are_rounded_once(dtype: torch.dtype) -> None:
+    spread = torch.linspace(-3, 3, 41, dtype=dtype)[None]
+    decoder = Apply(lambda z: (spread, spread))
+    vae = VAE(nn.Linear(4, 2 * LATENT), decoder, LATENT, recon_scale="softplus", recon_eps=0.1)
+    sigma = nn.functional.softplus(spread.float()) + 0.1
+    assert torch.equal(vae.decode(torch.zeros(1, LATENT)).logvar, (2 * sigma.log()).to(dtype))
+
+
 def test_dropouts_come_last_from_a_decoder() -> None:
     """theta is one a gene, that the module has: what scvi-tools calls px_r."""
     theta = nn.Parameter(torch.rand(12) + 0.5)
@@ -551,6 +560,14 @@ def test_dropouts_come_last_from_a_decoder() -> None:
         VAE(nn.Linear(12, 2 * LATENT), nn.Linear(LATENT, 12), LATENT, likelihood=name).loss(x)
 
 
+def test_samples_of_bernoulli_distributions_are_decided_by_the_generator() -> None:
+    logits = torch.linspace(-2.0, 2.0, 5).expand(20_000, 5)
+    p, generator = Bernoulli(logits.sigmoid(), logits), torch.Generator()
+    drawn = p.sample(generator=generator.manual_seed(1))
+    assert torch.equal(drawn, p.sample(generator=generator.manual_seed(1)))
+    torch.testing.assert_close(drawn.mean(0), p.mu[0], rtol=0, atol=0.02)
+
+
 def test_samples_of_laplace_distributions_are_differentiable_and_decided_by_the_generator() -> None:
     mu, log_scale = torch.zeros(3, 4, requires_grad=True), torch.full((4,), 0.5, requires_grad=True)
     p, generator = DiagonalLaplace(mu, log_scale), torch.Generator()
@@ -565,11 +582,12 @@ def test_samples_of_laplace_distributions_are_differentiable_and_decided_by_the_
 @pytest.mark.parametrize("prior_scale", ["logvar", "softplus"])
 def test_forms_of_the_latents_scales(bits: Tensor, scale: str, prior_scale: str) -> None:
     prior = (nn.Parameter(torch.tensor([0.5, -0.5])), nn.Parameter(torch.tensor([0.3, 0.7])))
-    vae = vae_of("mse", scale=scale, clamp=(0.1, 0.4), eps=0.01, prior=prior, prior_scale=prior_scale, prior_eps=0.01)
+    of_prior: dict[str, Any] = {"prior_scale": prior_scale, "prior_clamp": (0.4, None), "prior_eps": 0.01}
+    vae = vae_of("mse", scale=scale, clamp=(0.1, 0.4), eps=0.01, prior=prior, **of_prior)
     mu, s = vae.encoder(bits).chunk(2, 1)
     sigma = SCALES[scale](s.clamp(0.1, 0.4))
     q = torch.distributions.Normal(mu, sigma)
-    p = torch.distributions.Normal(vae.prior_mu, SCALES[prior_scale](vae.prior_logvar))
+    p = torch.distributions.Normal(vae.prior_mu, SCALES[prior_scale](vae.prior_logvar.clamp(min=0.4)))
     torch.manual_seed(3)
     out = vae(bits)
     torch.testing.assert_close(out.kl, torch.distributions.kl_divergence(q, p).sum(1))
@@ -586,6 +604,18 @@ def test_forms_of_the_latents_scales(bits: Tensor, scale: str, prior_scale: str)
     expected = torch.autograd.grad(torch.distributions.kl_divergence(q, p).sum(1).mean(), prior)
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)
+    drawn = p.loc + p.scale * drawn_from_seed(5, BATCH, LATENT)
+    generated = vae.generate(BATCH, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(generated, vae.decode(drawn).mu)
+
+
+def test_a_bound_or_a_floor_alone_is_in_what_encode_gives(bits: Tensor) -> None:
+    for options, form in (
+        ({"eps": 0.5}, lambda s: torch.log(torch.exp(s) + 0.5)),
+        ({"clamp": (-0.1, 0.1)}, lambda s: s.clamp(-0.1, 0.1)),
+    ):
+        vae = vae_of("mse", **options)
+        torch.testing.assert_close(vae.encode(bits).logvar, form(vae.encoder(bits).chunk(2, 1)[1]))
 
 
 @pytest.mark.parametrize(
@@ -620,6 +650,15 @@ def test_forms_of_the_likelihoods_scale(bits: Tensor, likelihood: str, scale: st
     torch.testing.assert_close(
         p[1].expand_as(mean), (sigma.log() * (2 if likelihood == "gaussian" else 1)).expand_as(mean)
     )
+    torch.manual_seed(3)
+    found = vae.loss(bits, samples=2, return_terms=True, full=True, reduction="none").nll
+    torch.manual_seed(3)
+    several = [vae.decode(z) for z in vae(bits, samples=2).z]
+    expected_of_several = [
+        -type(density)(one.mu, torch.exp(one[1] / (2 if likelihood == "gaussian" else 1))).log_prob(bits)
+        for one in several
+    ]
+    torch.testing.assert_close(found, torch.stack(expected_of_several).mean(0).flatten(1).sum(1))
     if source == "learned":
         (found,) = torch.autograd.grad(terms.nll.sum(), vae.recon_logvar)
         torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), vae.recon_logvar)[0])

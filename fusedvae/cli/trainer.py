@@ -77,7 +77,6 @@ class Trainer:
         settings.check(len(data.classes), data.test.labels is not None)
         self.device = torch.device(settings.device)
         self.fingerprint = data.fingerprint()
-        self.shape = data.shape
         self.train_samples, self.heldout_samples = data.train, data.test
         torch.manual_seed(settings.seed)
         self.model: VAE = settings.build_model(data.shape, len(data.classes))
@@ -127,7 +126,6 @@ class Trainer:
         }
         state = {
             "settings": dataclasses.asdict(self.settings),
-            "shape": self.shape,
             "fingerprint": self.fingerprint,
             "preparation": self.data.preparation.record(),
             "model": self._whole_state(self.model),
@@ -207,7 +205,7 @@ class Trainer:
             state = self._whole_state(self.evaluated.model)
             if self.group.is_first:
                 with torch.random.fork_rng([]):  # whose draws are no part of the run's, and no other process makes
-                    self._gathered = self.settings.build_model(self.shape, len(self.data.classes))
+                    self._gathered = self.settings.build_model(self.data.shape, len(self.data.classes))
                 self._gathered.load_state_dict(state)
 
     def leave_group(self) -> None:
@@ -434,13 +432,3 @@ def _check_moments(optimizer: torch.optim.Optimizer, moments: dict[int, dict[str
             expected[name] = (tuple(parameters[index].shape), parameters[index].dtype)
         if {name: (tuple(value.shape), value.dtype) for name, value in found.items()} != expected:
             raise ValueError("moments of another shape or dtype than the parameter's")
-
-
-def load_model(directory: str | Path) -> VAE:
-    """The model of the run in ``directory``, on the CPU, in evaluation mode."""
-    state = checkpoint.load(Path(directory))
-    with checkpoint.reading(Path(directory)):
-        classes = len(state["preparation"]["classes"])
-        model = Settings(**state["settings"]).build_model(tuple(state["shape"]), classes)
-        model.load_state_dict(state["averaged"]["model"] if "averaged" in state else state["model"])
-    return model.eval()

@@ -34,7 +34,7 @@ def _load() -> Any:
         raise executor.UnavailableError("the extension was last built without CUDA kernels")
     ctypes.CDLL(module.__file__).ptx_expect_stream(ctypes.c_uint64(STREAM))
     for program in executor.cuda_programs().values():
-        executor.library().load(program)
+        executor.library().offer(program)
     return module
 
 

@@ -207,6 +207,10 @@ class Library:
             raise KernelError(self._c.ptx_error().decode())
         return number
 
+    def offer(self, text: str) -> None:
+        """Have this PTX loaded when the CUDA runtime launches a kernel of it."""
+        self._c.ptx_offer(text.encode())
+
     def allow(self, *memory: tuple[int, int] | Tensor) -> None:
         """Let kernels touch this memory: addresses and bytes, or tensors."""
         for one in memory:

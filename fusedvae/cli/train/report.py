@@ -22,7 +22,7 @@ def print_summary(trainer: Trainer, directory: Path) -> None:
     processes = "" if group.size == 1 else f"{group.size} processes, "
     epochs, steps = trainer.epochs, trainer.steps_per_epoch
     print(
-        f"{len(trainer.train_samples)} samples of {'x'.join(map(str, trainer.shape))} to train on, "
+        f"{len(trainer.train_samples)} samples of {'x'.join(map(str, trainer.data.shape))} to train on, "
         f"{len(trainer.heldout_samples)} held out; {parameters:,} parameters; "
         f"{processes}{settings.device}, {settings.threads} thread{'s' * (settings.threads != 1)}, {settings.dtype}, "
         f"{resolve(trainer.device.type)} backend; {epochs} epoch{'s' * (epochs != 1)} of "

@@ -51,7 +51,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
     return failed(cudaErrorInvalidResourceHandle, "a launch on another stream than the current one");
   const std::string& name = found->second;
   const int module = ptx_module_of(name.c_str());
-  if (module < 0) return failed(cudaErrorSymbolNotFound, "no PTX has the kernel " + name);
+  if (module < 0) return failed(cudaErrorSymbolNotFound, ptx_error());
   const uint32_t sizes[2][3] = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}};
   const int count = ptx_parameters(module, name.c_str());
   if (ptx_launch(module, name.c_str(), sizes[0], sizes[1], shared_bytes, arguments, count))

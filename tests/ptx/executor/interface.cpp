@@ -20,6 +20,7 @@ struct Loaded {
 
 std::mutex mutex;
 std::vector<Loaded> loaded;
+std::vector<std::string> offered;
 std::string error, profile;
 uint64_t seed = 1, launches = 0;
 
@@ -28,6 +29,23 @@ const Kernel* find(int module, const std::string& name) {
   for (const auto& kernel : loaded[static_cast<size_t>(module)].module->kernels)
     if (kernel->name == name) return kernel.get();
   return nullptr;
+}
+
+int load(const std::string& text) {
+  loaded.push_back({parse(text), {}});
+  return static_cast<int>(loaded.size()) - 1;
+}
+
+int module_of(const std::string& kernel) {
+  for (int k = 0; k < static_cast<int>(loaded.size()); ++k)
+    if (find(k, kernel)) return k;
+  for (auto text = offered.begin(); text != offered.end(); ++text) {
+    if (text->find(".entry " + kernel + "(") == std::string::npos) continue;
+    const int number = load(*text);
+    offered.erase(text);
+    return number;
+  }
+  throw Fault("no PTX has the kernel " + kernel);
 }
 
 const Kernel& kernel_named(int module, const std::string& name) {
@@ -98,18 +116,18 @@ const char* ptx_error() {
 
 int ptx_load(const char* text) {
   int number = -1;
-  guarded([&] {
-    std::unique_ptr<Module> module = parse(text);
-    loaded.push_back({std::move(module), {}});
-    number = static_cast<int>(loaded.size()) - 1;
-  });
+  guarded([&] { number = load(text); });
   return number;
 }
 
+void ptx_offer(const char* text) {
+  guarded([&] { offered.emplace_back(text); });
+}
+
 int ptx_module_of(const char* kernel) {
-  for (size_t k = 0; k < loaded.size(); ++k)
-    if (find(static_cast<int>(k), kernel)) return static_cast<int>(k);
-  return -1;
+  int number = -1;
+  guarded([&] { number = module_of(kernel); });
+  return number;
 }
 
 void ptx_allow(uint64_t address, uint64_t bytes) {
@@ -126,11 +144,13 @@ int ptx_launch(int module, const char* kernel, const uint32_t grid[3], const uin
 }
 
 int ptx_parameters(int module, const char* kernel) {
+  const std::lock_guard<std::mutex> lock(mutex);
   const Kernel* const found = find(module, kernel);
   return found ? static_cast<int>(found->parameters.size()) : -1;
 }
 
 size_t ptx_parameter_bytes(int module, const char* kernel, int parameter) {
+  const std::lock_guard<std::mutex> lock(mutex);
   const Kernel* const found = find(module, kernel);
   return found ? found->parameters.at(static_cast<size_t>(parameter)).bytes : 0;
 }

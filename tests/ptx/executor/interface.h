@@ -16,7 +16,9 @@ PTX_EXPORT const char* ptx_error();
 
 // Reads the PTX of a program, and keeps it; gives its number, or -1.
 PTX_EXPORT int ptx_load(const char* text);
-// The module that has a kernel of this name; -1 if none has.
+// Keeps the PTX of a program, to be read when one of its kernels is asked for: of many programs few may be launched.
+PTX_EXPORT void ptx_offer(const char* text);
+// The module that has a kernel of this name, loaded or offered; -1 if none has, or if it cannot be read.
 PTX_EXPORT int ptx_module_of(const char* kernel);
 
 // The memory that kernels may touch, until it is forgotten.
