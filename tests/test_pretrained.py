@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fusedvae
 from fusedvae import VAE, networks
+from fusedvae.pretrained import OPTIONS
 
 IMAGE = (3, 5, 6)
 
@@ -103,7 +104,10 @@ def test_models_of_own_networks_come_back(
     model.save_pretrained(tmp_path / "model")
     weights = "model.safetensors" if has_safetensors else "model.pt"
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", weights}
-    check_same(model, VAE.from_pretrained(tmp_path / "model"))
+    found = VAE.from_pretrained(tmp_path / "model")
+    check_same(model, found)
+    for option in OPTIONS:
+        assert getattr(found, option) == getattr(model, option)
 
 
 def test_a_model_is_on_the_cpu_whatever_device_is_the_default(tmp_path: Path) -> None:
@@ -180,15 +184,38 @@ def test_beside_a_module_that_is_given_all_else_has_the_dtypes_of_what_was_saved
         for value in model.parameters():
             value.fill_(1 / 3)
     model.save_pretrained(tmp_path)
-    for given in (encoder().to(dtype), encoder()):
+    for given_dtype in (dtype, torch.float32):
+        given = encoder().to(given_dtype)
         kept = given.layer.weight
         found = VAE.from_pretrained(tmp_path, encoder=given)
         assert found.encoder.layer.weight is kept  # type: ignore[union-attr]
         for name, value in model.state_dict().items():
-            expected = value.to(kept.dtype) if name.startswith("encoder.") else value
+            expected = value.to(given_dtype) if name.startswith("encoder.") else value
             assert found.state_dict()[name].dtype == expected.dtype, name
             assert torch.equal(found.state_dict()[name], expected), name
         assert [n for n, _ in found.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+def test_tensors_in_any_layout_are_saved(tmp_path: Path) -> None:
+    model = MODELS["conv"]().to(memory_format=torch.channels_last)
+    assert any(not value.is_contiguous() for value in model.parameters())
+    model.save_pretrained(tmp_path)
+    found = VAE.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_write_that_fails_leaves_no_config_without_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        MODELS["a number"]().save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    replaced = []
+    monkeypatch.setattr(os, "replace", lambda source, target: replaced.append(target.name))
+    MODELS["a number"]().save_pretrained(tmp_path)
+    assert replaced[-1] == "config.json"
 
 
 def test_values_beside_modules_that_are_all_given_have_the_dtypes_of_what_was_saved(tmp_path: Path) -> None:
@@ -379,6 +406,15 @@ def test_no_code_of_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=r"cannot read .*model\.pt"):
         VAE.from_pretrained(tmp_path)
     assert not (tmp_path / "owned").exists()
+    # Of what the module of the networks holds, it makes what that has to offer.
+    monkeypatch.setattr(networks, "mkdir", os.mkdir, raising=False)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    crafted = {**whole, "encoder": {"class": "mkdir", "arguments": {"path": str(tmp_path / "owned")}}}
+    (tmp_path / "config.json").write_text(json.dumps(crafted))
+    with pytest.raises(ValueError, match="its encoder is a mkdir, which is none of"):
+        VAE.from_pretrained(tmp_path)
+    assert not (tmp_path / "owned").exists()
+    (tmp_path / "config.json").write_text(json.dumps(whole))
     for content in ({"encoder.layers.0.weight": 3}, [torch.ones(2)]):
         torch.save(content, tmp_path / "model.pt")
         with pytest.raises(ValueError, match=r"cannot read .*model\.pt: it is damaged \(there is something else than"):
