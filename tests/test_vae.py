@@ -974,6 +974,19 @@ def test_generate_decodes_the_prior() -> None:
     assert torch.equal(first, vae.generate(6))
 
 
+def test_the_posteriors_floor_is_that_of_a_priors_tensors_and_not_of_its_numbers() -> None:
+    for prior, variance in (((0.5, 0.3), math.exp(0.3)), ((0.5, torch.tensor([0.3])), math.exp(0.3) + 0.25)):
+        vae = make_vae(eps=0.25, prior=prior)
+        z = 0.5 + math.sqrt(variance) * drawn_from_seed(5, 6, LATENT)
+        found = vae.generate(6, generator=torch.Generator().manual_seed(5))
+        torch.testing.assert_close(found, vae.decode(z).mu)
+        x = torch.rand(BATCH, *SHAPE)
+        q = vae.encode(x)
+        p = torch.distributions.Normal(0.5, math.sqrt(variance))
+        expected = torch.distributions.kl_divergence(torch.distributions.Normal(q.mu, torch.exp(q.logvar / 2)), p)
+        torch.testing.assert_close(vae(x).kl, expected.sum(1))
+
+
 def test_generate_samples_with_the_likelihoods_variance() -> None:
     vae = VAE(packed_encoder(), mean_decoder(), LATENT, recon_logvar=math.log(0.25))
     with torch.no_grad():
