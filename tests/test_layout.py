@@ -150,3 +150,12 @@ def test_a_large_batch_of_images_is_one_run() -> None:
     assert canonical(shape, same, keep_batch=True, indexed=True).extent == (64, 1, count // 64)
     last = (dense_strides(shape, (12288, 1, 192, 3)),) * 3
     assert canonical(shape, last, keep_batch=False, indexed=False).extent == (1, 1, count)
+
+
+def test_where_the_first_operand_has_no_order_the_next_one_sets_it() -> None:
+    """A mean that is expanded lies in every order: data in any are read where they are."""
+    shape = (4, 3, 5, 7)
+    channels_last = (105, 1, 21, 3)
+    layout = canonical(shape, ((0, 0, 0, 0), channels_last, channels_last), keep_batch=True, indexed=False)
+    assert not layout.copies
+    assert layout.extent == (4, 1, 105)
