@@ -802,6 +802,24 @@ def test_a_wrong_contestant_gets_no_time(tmp_path: Path, capsys: pytest.CaptureF
     assert "wrong: off by more than 0.0002 of its size" in (tmp_path / bench.REPORT).read_text()
 
 
+@pytest.mark.usefixtures("with_a_wrong_contestant")
+def test_a_wrong_answer_is_said_of_a_case_that_could_not_be_timed_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interleaved(*arguments: object, **options: object) -> None:
+        raise RuntimeError("out of memory\nand a long story")
+
+    monkeypatch.setattr(suite, "interleaved", interleaved)
+    path = tmp_path / "run.json"
+    assert run_bench(*FAST, "--json", path, "--contestants", "eager/handwritten,eager/wrong", "--report", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "2^8 kl  skipped: RuntimeError: out of memory\n" in out
+    assert re.search(r"  eager/wrong +WRONG: off by more", out)
+    assert re.search(r"  eager/handwritten +FAILED: RuntimeError: out of memory\n", out)
+    assert "0 right answers, 1 wrong, 1 failed" in out
+    assert run_bench("--from", path) == 1
+
+
 def test_a_contestant_that_cannot_run_is_no_wrong_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@ memory."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import multiprocessing
@@ -210,12 +211,13 @@ def test_a_mapped_array_is_that_in_memory(tmp_path: Path, nothing_in_memory: Non
 
 
 PEAK = """
-import resource, sys
+import re, resource, sys
 import numpy as np
 from fusedvae.cli import data
 data.samples.MOST_IN_MEMORY = 2**20
-whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-peak = lambda: 1024 * max(resource.getrusage(who).ru_maxrss for who in whose)
+def peak():  # (of this process getrusage has the one's that it was before it was this program, too)
+    own = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+    return 1024 * max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 samples = data.load(sys.argv[1]); before = peak()
 samples = data.load(sys.argv[2])
 samples.fingerprint()
@@ -223,7 +225,10 @@ for x, _ in data.batches(samples, data.in_order(samples, 2)): pass
 print(peak() - before)
 """
 
+measures_memory = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process takes")
 
+
+@measures_memory
 def test_an_array_is_never_read_whole(tmp_path: Path) -> None:
     size = 2**27  # as float32 it would be twice this
     values = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.float16, (2**10, 2**16))
@@ -457,6 +462,7 @@ def test_photographs_stand_upright(folder: Path) -> None:
     assert data.load(str(folder)).values[0, 0].eq(9).all()
 
 
+@measures_memory
 def test_images_take_memory_for_a_batch_and_not_for_a_folder(tmp_path: Path) -> None:
     one = tmp_path / "one.jpg"
     Image.fromarray(noise(400, 500, 3)).save(one, quality=50)
@@ -495,7 +501,7 @@ def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool)
     for number in range(3):
         members = {}
         for index in (2 * number, 2 * number + 1):
-            members[f"./{index:03d}.cls"] = str(index % 2).encode()
+            members[f"./{index:03d}.{'cls' if number else 'CLS'}"] = str(index % 2).encode()
             members[f"./{index:03d}.input.png"] = png(values[index])
             members[f"./{index:03d}.json"] = b"{}"
         shard(tmp_path / f"part-{number:02d}.tar", members)
@@ -541,21 +547,35 @@ def test_shards_that_are_not_whole_are_one_line(tmp_path: Path) -> None:
     shard(path, {})
     with pytest.raises(CommandError, match="expected at least two images"):
         data.load(str(path))
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(CommandError, match=r"cannot read \S*a\.tar: .*: expected a tar file, not compressed"):
+        data.load(str(path))
+    with tarfile.open(path, "w") as archive:
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+        archive.addfile(link)
+    with pytest.raises(CommandError, match=r"a\.tar: 1\.png is a link"):
+        data.load(str(path))
+    with pytest.raises(CommandError, match=r"cannot read \S*\{00\.tar: Unbalanced braces"):
+        data.load(str(tmp_path / "{00.tar"))
+    shard(tmp_path / "{00.tar", {f"{number}.png": png(noise(4, 4)) for number in range(3)})
+    assert len(data.load(str(tmp_path / "{00.tar"))) == 3  # it is the name of a file
 
 
 # --- tables of cells --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["in-memory", "read"])
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool, held: bool) -> None:
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, held: bool) -> None:
     anndata = pytest.importorskip("anndata")
     scipy_sparse = pytest.importorskip("scipy.sparse")
     if not held:
         monkeypatch.setattr(samples_module, "MOST_IN_MEMORY", 0)
     counts = np.random.default_rng(0).poisson(2, (30, 7)).astype(np.float32)
     path = tmp_path / "cells.h5ad"
-    anndata.AnnData(scipy_sparse.csr_matrix(counts) if sparse else counts).write_h5ad(path)
+    x = counts if form == "dense" else getattr(scipy_sparse, f"{form}_matrix")(counts)
+    anndata.AnnData(x, layers={"counts": x}, obs={"day": [1] * 30}).write_h5ad(path)
     samples = data.load(str(path))
     low, high = counts.min(0), counts.max(0)
     expected = torch.from_numpy(((counts - low) / (high - low).astype(np.float64)).astype(np.float32))
@@ -567,10 +587,29 @@ def test_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool, he
 
 
 def test_broken_cells_are_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("anndata")
+    anndata = pytest.importorskip("anndata")
     (tmp_path / "a.h5ad").write_bytes(b"rubbish")
     with pytest.raises(CommandError, match=r"cannot read \S*a\.h5ad"):
         data.load(str(tmp_path / "a.h5ad"))
+    anndata.AnnData(obs={"day": [1, 2]}, layers={"counts": np.ones((2, 3))}).write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(CommandError, match=r"a\.h5ad has no X"):
+        data.load(str(tmp_path / "a.h5ad"))
+
+
+@measures_memory
+def test_of_a_file_of_cells_the_rows_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    """Not what else lies in it, which may be as large again."""
+    anndata = pytest.importorskip("anndata")
+    x = np.zeros((600, 100_000), np.float32)
+    x[0, 0] = 1
+    anndata.AnnData(x, layers={"counts": x}).write_h5ad(tmp_path / "a.h5ad", compression="lzf")
+    anndata.AnnData(x[:10], layers={"counts": x[:10]}).write_h5ad(tmp_path / "b.h5ad")
+    size = x.nbytes
+    del x
+    paths = [str(tmp_path / name) for name in ("b.h5ad", "a.h5ad")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *paths], cwd=SOURCE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 0.5 * size
 
 
 # --- splits, other data and the record --------------------------------------------------------------------------
@@ -613,6 +652,61 @@ def test_other_data_are_prepared_alike(folder: Path, tmp_path: Path) -> None:
     assert coloured.shape == (1, 4, 4)
     with pytest.raises(CommandError, match=r"images of 8x6, the training data are of 2x1"):
         data.load(str(folder / "a"), preparation=binary)
+
+
+@pytest.mark.parametrize("shape", [(30, 6, 9, 1), (30, 1, 6, 9), (30, 3, 5, 5)], ids=str)
+@pytest.mark.parametrize("channels", ["first", "last"])
+def test_other_arrays_have_their_channels_where_the_first_has_them(
+    tmp_path: Path, shape: tuple[int, ...], channels: str
+) -> None:
+    """Where somebody has said where they are; else they may be at the other end."""
+    path = saved(tmp_path / "a.npy", np.random.default_rng(0).random(shape))
+    first = data.load(path, channels=channels)
+    again = data.load(path, preparation=first.preparation)
+    assert torch.equal(again.values, first.values)
+    turned = np.moveaxis(np.load(path), 1, 3) if channels == "first" else np.moveaxis(np.load(path), 3, 1)
+    if first.shape[0] in (1, 3):
+        other = data.load(saved(tmp_path / "b.npy", turned), preparation=first.preparation)
+        assert torch.equal(other.values, first.values)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_resized_images_stay_within_their_own_values(tmp_path: Path, dtype: type) -> None:
+    """And others that are brighter than those that a model was trained on are not cut off."""
+    top = 60 if dtype == np.uint8 else 1000
+    for name, scale in (("train", 1), ("test", 2)):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            image = np.kron([[0, 1], [1, index % 2]], np.ones((21, 21))).astype(dtype) * top * scale
+            Image.fromarray(image).save(tmp_path / name / f"{index}.png")
+    samples = data.load(str(tmp_path / "train"), image_size=16)
+    assert all_of(samples).min() == 0
+    assert all_of(samples).max() == 1
+    assert all_of(data.load(str(tmp_path / "test"), preparation=samples.preparation)).max() == 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz", "shard"])
+def test_one_class_for_all_is_none_when_a_run_goes_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    monkeypatch.setattr(pictures, "draw", lambda *_: None)
+    images = [noise(4, 5, seed=index) for index in range(20)]
+    source = tmp_path / {"folder": "images", "npz": "a.npz", "shard": "a.tar"}[kind]
+    if kind == "folder":
+        (source / "all").mkdir(parents=True)
+        for index, image in enumerate(images):
+            Image.fromarray(image).save(source / "all" / f"{index}.png")
+    elif kind == "npz":
+        np.savez(source, x=np.stack(images), labels=np.zeros(20, int))
+    else:
+        labelled = {f"{index}.png": png(image) for index, image in enumerate(images)}
+        shard(source, dict(sorted({**labelled, **{f"{index}.cls": b"7" for index in range(20)}}.items())))
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(source), "--out", str(out), *QUICK]) == 0
+    assert main(["train", "--resume", str(out), "--epochs", "2", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--data", str(source), "--condition", "labels", *QUICK]) == 2
+    assert "--condition labels needs labels of two classes at least" in capsys.readouterr().err
 
 
 def test_measuring_on_data_of_their_own(

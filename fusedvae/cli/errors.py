@@ -17,6 +17,7 @@ EXTRAS = {
     "torchmetrics": "train",
     "yaml": "train",
     "anndata": "h5ad",
+    "h5py": "h5ad",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }

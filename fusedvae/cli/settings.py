@@ -141,7 +141,7 @@ class Settings:
                     f"{self.likelihood}; got {self.recon_scale!r}"
                 )
         if self.condition == "labels" and classes == 0:
-            raise CommandError(f"--condition labels needs labels, and {self.data} has none")
+            raise CommandError(f"--condition labels needs labels of two classes at least, and {self.data} has none")
         if self.condition == "labels" and not tested_on_labels:
             if self.test_data is None:
                 raise CommandError(f"--condition labels: {self.data} has other labels now than the run was begun with")

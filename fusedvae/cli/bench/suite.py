@@ -221,7 +221,9 @@ def _measure_case(
                 stop=stop,
             )
         except Exception as error:  # out of memory, most likely: other cases may need less
-            return {**entry, "status": "skipped", "reason": _in_one_line(error), "contestants": []}
+            reason = _in_one_line(error)
+            entry["contestants"] += [_without_times(entrant.method, "failed", reason) for entrant in entrants]
+            return {**entry, "status": "skipped", "reason": reason}
     if len(timings.seconds["calibration"]) < FEWEST_ROUNDS:
         return None
     _record(entry, entrants, timings)

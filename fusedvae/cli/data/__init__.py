@@ -176,8 +176,9 @@ def _images(source: str, is_folder: bool, image_size: int | None, preparation: P
 def _labelled(
     found: Preparation, classes: list[str] | None, given: Preparation | None
 ) -> tuple[Preparation, list[int] | None]:
-    """What was found of data of these classes, with their names unless it was ``given``; and their numbers."""
-    if classes is None or (given is None and len(set(classes)) < 2):
+    """What was found of data of these classes, with their names unless it was ``given``; and their numbers. One class
+    for all says nothing, and what is given without classes wants none."""
+    if classes is None or (len(set(classes)) < 2 if given is None else not given.classes):
         return found, None
     numbers, names = images.labels_of(classes, found.classes)
     if given is None:

@@ -22,8 +22,8 @@ CHANNELS = (1, 3, 4)
 _CHUNK = 2**23
 """Bytes that are read at a time."""
 
-_STARTS = (np.lib.format.MAGIC_PREFIX, b"PK")
-"""Of .npy and .npz files."""
+_STARTS = {".npy": np.lib.format.MAGIC_PREFIX, ".npz": b"PK"}
+"""Of such files."""
 
 LABELS = "labels"
 """The array of an .npz file that has the classes of its samples."""
@@ -71,7 +71,11 @@ class NpyFile:
 
 
 class CellsFile:
-    """Rows of ``X`` in an .h5ad file, dense or sparse, as dense rows."""
+    """Rows of ``X`` in an .h5ad file, dense or sparse, as dense rows.
+
+    Of all else that is in the file nothing is read. What is sparse by columns has no rows that could be read one by
+    one: it is brought into memory, by rows.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,8 +85,15 @@ class CellsFile:
 
     def _matrix(self) -> Any:
         if self._opened is None:
-            self._opened = require("anndata").read_h5ad(self.path, backed="r")
-        return self._opened.X
+            found = require("h5py").File(self.path, "r").get("X")
+            if found is None or getattr(found, "shape", ()) is None:
+                raise CommandError(f"{self.path} has no X")
+            if not hasattr(found, "dtype"):  # a group of the arrays of a sparse matrix
+                found = require("anndata.io").sparse_dataset(found)
+                if found.format == "csc":
+                    found = found.to_memory().tocsr()
+            self._opened = found
+        return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -137,13 +148,13 @@ def rows_of(path: Path, array: str | None) -> Rows:
         if path.suffix == ".h5ad":
             return CellsFile(path)
         with open(path, "rb") as file:
-            if not file.read(len(_STARTS[0])).startswith(_STARTS):  # NumPy would call it a pickle
+            start = _STARTS[path.suffix]
+            if file.read(len(start)) != start:  # NumPy would call it a pickle
                 raise CommandError(f"cannot read {path}: it is no {path.suffix} file")
             file.seek(0)
-            loaded = np.load(file, allow_pickle=False) if path.suffix == ".npz" else None
-            if loaded is not None and not isinstance(loaded, np.ndarray):
-                return _chosen_array(path, loaded, array)
-        return NpyFile(path) if loaded is None else loaded
+            if path.suffix == ".npz":
+                return _chosen_array(path, np.load(file, allow_pickle=False), array)
+        return NpyFile(path)
     except CommandError:
         raise
     except Exception as error:  # NumPy, zipfile, zlib, HDF5: each has its own for a file that is not whole
@@ -168,10 +179,9 @@ def classes_of(path: Path, array: str | None, count: int) -> list[str] | None:
     if path.suffix != ".npz" or array == LABELS:
         return None
     try:
-        archive: Any = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray) or LABELS not in archive.files:
-            return None
-        with archive:
+        with np.load(path, allow_pickle=False) as archive:
+            if LABELS not in archive.files:
+                return None
             found = archive[LABELS]
     except Exception as error:
         raise CommandError(f"cannot read {path}: {error or type(error).__name__}") from error
@@ -221,12 +231,11 @@ def prepared_alike(rows: Rows, name: str, preparation: Preparation) -> Preparati
         raise CommandError(
             f"{name} is of {rows.dtype}, the training data are of {preparation.dtype}: they would not be scaled alike"
         )
-    as_images = len(preparation.shape) == 3
-    image_shape = preparation.shape if len(rows.shape) == 2 and as_images else None
-    by_name = (
-        preparation.channels if image_shape or (len(rows.shape) == 4 and not _recognised_channels(rows.shape)) else None
-    )
+    image_shape = preparation.shape if len(rows.shape) == 2 and len(preparation.shape) == 3 else None
+    by_name = preparation.channels if image_shape or len(rows.shape) == 4 else None
     shape, channels = _sample_shape(rows, name, by_name, image_shape)
+    if shape != preparation.shape and len(rows.shape) == 4 and _recognised_channels(rows.shape):
+        shape, channels = _sample_shape(rows, name, None, None)
     if shape != preparation.shape:
         sizes = ["x".join(map(str, sizes)) for sizes in (shape, preparation.shape)]
         raise CommandError(f"{name}: samples of {sizes[0]}, but the training data are of {sizes[1]}")

@@ -106,9 +106,14 @@ def in_shards(pattern: str) -> tuple[Files, list[str] | None]:
     """The images of tar files, in their order: ``{000..099}`` in the pattern stands for numbers.
 
     As in WebDataset, files of the same name up to the first dot are one sample; of these the image is taken, and as its
-    class the text of the file that ends in .cls.
+    class the text of the .cls file.
     """
-    paths = list(require("braceexpand").braceexpand(pattern)) if "{" in pattern else [pattern]
+    paths = [pattern]
+    if "{" in pattern and not os.path.exists(pattern):
+        try:
+            paths = list(require("braceexpand").braceexpand(pattern))
+        except ValueError as error:
+            raise CommandError(f"cannot read {pattern}: {error}") from error
     parts, classes = [], []
     for shard, path in enumerate(paths):
         for key, image, label in _members(path):
@@ -133,17 +138,23 @@ def _members(path: str) -> Iterator[tuple[str, tuple[int, int] | None, str | Non
                 archive.members.clear()  # type: ignore[attr-defined]  # of a million it would remember every one
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
-                if not member.isfile() or not stem or not dot:
+                suffix = f".{suffix.lower()}"
+                is_image, is_class = suffix.endswith(SUFFIXES), suffix == ".cls"
+                if not stem or not dot:
+                    continue
+                if (member.islnk() or member.issym()) and (is_image or is_class):
+                    raise CommandError(f"{path}: {member.name} is a link (GNU tar: pack with --hard-dereference -h)")
+                if not member.isfile():
                     continue
                 if f"{folder}/{stem}" != key:
                     if key is not None:
                         yield key, image, label
                     key, image, label = f"{folder}/{stem}", None, None
-                if f".{suffix.lower()}".endswith(SUFFIXES) and image is None:
+                if is_image and image is None:
                     if member.issparse():
                         raise CommandError(f"{path}: {member.name} is stored with holes")
                     image = member.offset_data, member.size
-                elif suffix == "cls":
+                elif is_class:
                     text = archive.extractfile(member)
                     label = "" if text is None else text.read().decode().strip()
             # At what is no header tarfile ends without a word, but for the first.
@@ -152,6 +163,8 @@ def _members(path: str) -> Iterator[tuple[str, tuple[int, int] | None, str | Non
                 raise CommandError(f"cannot read {path}: it is damaged or cut short at byte {archive.offset}")
     except CommandError:
         raise
+    except tarfile.ReadError as error:
+        raise CommandError(f"cannot read {path}: {error}: expected a tar file, not compressed") from error
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         raise CommandError(f"cannot read {path}: {error}") from error
     if key is not None:
@@ -193,14 +206,20 @@ class ImageSource:
         prepared = self.preparation
         side = prepared.image_size
         image = _decoded_page(self.files, number, page, side)
+        bounds = None
         if side is not None:
+            whole = np.asarray(image)
+            bounds = whole.min(), whole.max()  # which a filter overshoots at edges
             image = require("PIL.ImageOps").fit(image, (side, side))
         height, width = prepared.shape[1:]
         if image.size != (width, height):
             raise ValueError(f"it is {image.width}x{image.height}, the samples are {width}x{height}")
-        if image.mode == "F":
-            return (np.asarray(image) / np.float32(prepared.high_16)).clip(0, 1)
-        values = np.asarray(image.convert(prepared.mode))
+        has_16_bits = image.mode == "F"
+        values = np.asarray(image if has_16_bits else image.convert(prepared.mode))
+        if bounds is not None:
+            values = values.clip(*bounds)
+        if has_16_bits:
+            return values / np.float32(prepared.high_16)
         values = values[None] if values.ndim == 2 else np.moveaxis(values, 2, 0)
         return values / np.asarray(prepared.high, np.float32) if self.pages.has_16_bits else values
 
