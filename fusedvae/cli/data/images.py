@@ -208,8 +208,8 @@ class ImageSource:
         image = _decoded_page(self.files, number, page, side)
         bounds = None
         if side is not None:
-            whole = np.asarray(image)
-            bounds = whole.min(), whole.max()  # which a filter overshoots at edges
+            ends = np.ravel(image.getextrema()).tolist()
+            bounds = min(ends), max(ends)  # which a filter overshoots at edges
             image = require("PIL.ImageOps").fit(image, (side, side))
         height, width = prepared.shape[1:]
         if image.size != (width, height):
