@@ -215,7 +215,7 @@ import re, resource, sys
 import numpy as np
 from fusedvae.cli import data
 data.samples.MOST_IN_MEMORY = 2**20
-def peak():  # (of this process getrusage has the one's that it was before it was this program, too)
+def peak():  # Of itself a process asks /proc: getrusage has the peak of the one that started it, too.
     own = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
     return 1024 * max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 samples = data.load(sys.argv[1]); before = peak()

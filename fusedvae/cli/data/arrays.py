@@ -142,8 +142,6 @@ class ArraySource:
 
 def rows_of(path: Path, array: str | None) -> Rows:
     """The rows of an .npy, .npz or .h5ad file."""
-    if path.suffix == ".h5ad":
-        require("anndata")
     try:
         if path.suffix == ".h5ad":
             return CellsFile(path)
@@ -234,6 +232,7 @@ def prepared_alike(rows: Rows, name: str, preparation: Preparation) -> Preparati
     image_shape = preparation.shape if len(rows.shape) == 2 and len(preparation.shape) == 3 else None
     by_name = preparation.channels if image_shape or len(rows.shape) == 4 else None
     shape, channels = _sample_shape(rows, name, by_name, image_shape)
+    # These images may have their channels at the other end.
     if shape != preparation.shape and len(rows.shape) == 4 and _recognised_channels(rows.shape):
         shape, channels = _sample_shape(rows, name, None, None)
     if shape != preparation.shape:

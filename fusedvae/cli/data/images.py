@@ -138,10 +138,10 @@ def _members(path: str) -> Iterator[tuple[str, tuple[int, int] | None, str | Non
                 archive.members.clear()  # type: ignore[attr-defined]  # of a million it would remember every one
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
-                suffix = f".{suffix.lower()}"
-                is_image, is_class = suffix.endswith(SUFFIXES), suffix == ".cls"
                 if not stem or not dot:
                     continue
+                suffix = f".{suffix.lower()}"
+                is_image, is_class = suffix.endswith(SUFFIXES), suffix == ".cls"
                 if (member.islnk() or member.issym()) and (is_image or is_class):
                     raise CommandError(f"{path}: {member.name} is a link (GNU tar: pack with --hard-dereference -h)")
                 if not member.isfile():
@@ -206,20 +206,14 @@ class ImageSource:
         prepared = self.preparation
         side = prepared.image_size
         image = _decoded_page(self.files, number, page, side)
-        bounds = None
         if side is not None:
-            ends = np.ravel(image.getextrema()).tolist()
-            bounds = min(ends), max(ends)  # which a filter overshoots at edges
-            image = require("PIL.ImageOps").fit(image, (side, side))
+            image = _resized(image, side)
         height, width = prepared.shape[1:]
         if image.size != (width, height):
             raise ValueError(f"it is {image.width}x{image.height}, the samples are {width}x{height}")
-        has_16_bits = image.mode == "F"
-        values = np.asarray(image if has_16_bits else image.convert(prepared.mode))
-        if bounds is not None:
-            values = values.clip(*bounds)
-        if has_16_bits:
-            return values / np.float32(prepared.high_16)
+        if image.mode == "F":
+            return np.asarray(image) / np.float32(prepared.high_16)
+        values = np.asarray(image.convert(prepared.mode))
         values = values[None] if values.ndim == 2 else np.moveaxis(values, 2, 0)
         return values / np.asarray(prepared.high, np.float32) if self.pages.has_16_bits else values
 
@@ -260,6 +254,13 @@ def _decoded_page(files: Files, number: int, page: int, image_size: int | None =
                 )
             return require("PIL.Image").fromarray(values.astype(np.float32))  # Pillow's own conversion cuts off at 255
         return image.convert("L" if image.mode in _GREY else "RGB")
+
+
+def _resized(image: Any, side: int) -> Any:
+    """A square of it. What the filter overshoots at edges is cut off at the image's own smallest and largest value."""
+    ends = np.ravel(image.getextrema()).tolist()
+    values = np.asarray(require("PIL.ImageOps").fit(image, (side, side)))
+    return require("PIL.Image").fromarray(values.clip(min(ends), max(ends)))
 
 
 class Pages(NamedTuple):
