@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusedvae import calls
 from fusedvae.backend import NAMES, device_types, unavailable
 from fusedvae.backend.reference import PLAIN, form_fields
 from fusedvae.backend.specs import Sampling
@@ -175,6 +176,14 @@ def few_objects() -> None:
     made that takes longer than all else, so the collector is to forget what is there now."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def calls_anew() -> Iterator[None]:
+    """For a test that changes what launches are prepared from."""
+    calls._calls.clear()
+    yield
+    calls._calls.clear()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,14 +38,6 @@ SHAPES = {
     "column": (11,),
     "row": (9, 1),
 }
-
-
-@pytest.fixture
-def calls_anew() -> Iterator[None]:
-    """For a test that changes what launches are prepared from."""
-    calls._calls.clear()
-    yield
-    calls._calls.clear()
 
 
 def objectives(scale: tuple[int, ...], name: str = "triton") -> list[Tensor]:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedvae import backend, functional
 from fusedvae.backend import native
 
 CPU = torch.device("cpu")
@@ -143,3 +145,36 @@ class TestTriton:
         capture.is_on = True
         self.workspace(5)
         assert self.launch._workspaces == self.launch._graph_counters == {}
+
+
+class Dispatched(TorchDispatchMode):
+    """Sees every operation, as a compiler does."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.skipif(backend.unavailable("native", "cpu") is not None, reason="no extension")
+def test_behind_the_dispatcher_no_launch_keeps_memory(monkeypatch: pytest.MonkeyPatch, calls_anew: None) -> None:
+    """A compiler that records launches in a CUDA graph owns all memory that is made meanwhile."""
+    kept, launcher = [], native._launcher
+
+    def recorded(*arguments: Any, keeps_workspace: bool = True) -> Any:
+        kept.append(keeps_workspace)
+        return launcher(*arguments, keeps_workspace=keeps_workspace)
+
+    def step() -> None:
+        recon_x, x, mu, logvar = (torch.randn(7, 11, requires_grad=k != 1) for k in range(4))
+        for reduction in ("batchmean", "none"):
+            functional.elbo_loss(recon_x, x, mu, logvar, reduction=reduction, backend="native").sum().backward()
+        z, kl = functional.latent(mu, logvar, backend="native")
+        (z.sum() + kl.sum()).backward()
+
+    monkeypatch.setattr(native, "_launcher", recorded)
+    step()
+    assert set(kept) == {True}
+    kept.clear()
+    with Dispatched():
+        step()
+    assert len(kept) >= 5
+    assert set(kept) == {False}
